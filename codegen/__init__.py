@@ -1,0 +1,1 @@
+"""Code generation: scheduling, kernel IR, printers, templates, building."""

@@ -1,0 +1,1 @@
+"""C++ for CPUs: printer, vector headers, building."""

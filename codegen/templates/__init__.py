@@ -1,0 +1,1 @@
+"""Parametrised kernels, each with its test and benchmark."""

@@ -1,0 +1,1 @@
+"""Triton: printer, interpretation, cross-compilation."""

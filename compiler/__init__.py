@@ -1,0 +1,1 @@
+"""Capture, pipelines, the torch.compile backend, ahead-of-time compilation, debugging, command line."""

@@ -1,0 +1,1 @@
+"""Executes plans. Imports nothing of the compiler."""
