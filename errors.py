@@ -32,3 +32,226 @@ def catalogue() -> tuple[type[PlaitError], ...]:
             found.append(sub)
             todo.append(sub)
     return tuple(sorted(found, key=lambda c: c.code))
+
+
+class UnknownOp(PlaitError):
+    """A graph's text or a pass names an op that neither torch nor plait knows.
+
+    Happens when a text dump is edited by hand or comes from a newer torch.
+    """
+
+    code = "P0101"
+    message = "there is no op called {name!r}"
+    fix = "check the spelling (namespace.name.overload); custom ops must be imported before the graph is parsed"
+
+
+class InferenceFailed(PlaitError):
+    """An op refuses the types of its arguments.
+
+    Raised when a pass or a hand-edited text applies an op to shapes or dtypes that torch itself would refuse.
+    """
+
+    code = "P0102"
+    message = "{op} cannot be applied to these types: {why}"
+    fix = "correct the arguments; the types are printed beside each node"
+
+
+class NeedsSizeFact(PlaitError):
+    """The result type of an op depends on a fact about a size symbol that is not known.
+
+    Passes must take the general path or ask for a guard instead of assuming.
+    """
+
+    code = "P0103"
+    message = "the type of {op} depends on {fact}, which is not known for all sizes"
+    fix = "make the dimension static, or choose a form of the op that holds for every size"
+
+
+class BadText(PlaitError):
+    """A graph's text form cannot be read.
+
+    Raised for hand-edited or damaged text dumps; the message shows the line.
+    """
+
+    code = "P0104"
+    message = "line {line}: {why}\n    {text}"
+    fix = "the form is Python: `name = op(args)  # type`; see docs/ir.md"
+
+
+class WrongInputCount(PlaitError):
+    """A compiled model was called with too many or too few inputs."""
+
+    code = "P0501"
+    message = "this model takes {expected} inputs, got {got}"
+    fix = "call it as it was captured; its inputs are: {names}"
+
+
+class WrongInputType(PlaitError):
+    """An input is not of the kind that the model was captured with (a tensor, an int, …)."""
+
+    code = "P0502"
+    message = "input {name!r} must be {expected}, got {got}"
+    fix = "pass {expected}, or compile again with an example of the new kind"
+
+
+class WrongInputDtype(PlaitError):
+    """An input tensor has another dtype than the kernels were generated for."""
+
+    code = "P0503"
+    message = "input {name!r} must be of dtype {expected}, got {got}"
+    fix = "convert it with .to(torch.{expected}), or compile for {got}"
+
+
+class WrongInputDevice(PlaitError):
+    """An input tensor lies on another device than the one the plan was compiled for."""
+
+    code = "P0504"
+    message = "input {name!r} must be on device {expected}, got {got}"
+    fix = "move it with .to({expected!r}), or compile for {got}"
+
+
+class WrongInputRank(PlaitError):
+    """An input tensor has too many or too few dimensions."""
+
+    code = "P0505"
+    message = "input {name!r} must have {expected} dimensions, got {got} (shape {shape})"
+    fix = "reshape it; the expected shape is {spec}"
+
+
+class WrongInputShape(PlaitError):
+    """A dimension of an input has a size that the plan does not allow."""
+
+    code = "P0506"
+    message = "dimension {dim} of input {name!r} must be {expected}, got {got} (shape {shape})"
+    fix = "pass a tensor of shape {spec}, or compile with that dimension dynamic"
+
+
+class WrongInputStrides(PlaitError):
+    """An input has the right shape but another memory layout than the kernels were generated for."""
+
+    code = "P0507"
+    message = "dimension {dim} of input {name!r} must have stride {expected}, got {got} (strides {strides})"
+    fix = "lay it out as at compilation, for example with .contiguous()"
+
+
+class WrongInputValue(PlaitError):
+    """A number that was fixed at compilation has another value, or a size is out of the range it was compiled for."""
+
+    code = "P0508"
+    message = "{name!r} must be {expected}, got {got}"
+    fix = "pass that value, or compile again with the number dynamic or its range wider"
+
+
+class SizeFailed(PlaitError):
+    """A size expression divides by zero or leaves the range of 64-bit integers."""
+
+    code = "P0509"
+    message = "a size of the plan cannot be computed: {why}"
+    fix = "check the sizes of the inputs; they are probably far outside what the model was captured for"
+
+
+class GuardFailed(PlaitError):
+    """A run-time assertion of the captured program does not hold for these inputs."""
+
+    code = "P0510"
+    message = "an assertion of the model failed: {message}"
+    fix = "the inputs break an assumption of the program; change them, or capture it without that assumption"
+
+
+class OpNotAvailable(PlaitError):
+    """A plan calls a torch op that this process does not have."""
+
+    code = "P0511"
+    message = "the plan calls {op!r}, which this torch ({torch}) does not know"
+    fix = "import the package that registers the op, or compile again with this version of torch"
+
+
+class KernelMissing(PlaitError):
+    """A plan launches a kernel, or names a weight or region, that was not handed to the executor."""
+
+    code = "P0512"
+    message = "the plan needs the {kind} {name!r}, which was not given"
+    fix = "pass every {kind} that the plan names; the artifact or the cache entry may be incomplete"
+
+
+class UnsafePlan(PlaitError):
+    """The static checker found a plan that reads unwritten memory, overlaps live buffers or names what does not exist."""
+
+    code = "P0513"
+    message = "the plan is not safe to run: {why}"
+    fix = "this is a mistake of the compiler or a hand-edited plan; please report it with the plan's JSON"
+
+
+class WrongOpResult(PlaitError):
+    """A library op returned another number of results, or another shape, than the plan was compiled for."""
+
+    code = "P0514"
+    message = "{op} returned {got}, the plan expects {expected}"
+    fix = "this torch computes the op differently from the one that compiled the plan; compile again with this version"
+
+
+class DamagedArtifact(PlaitError):
+    """An artifact's content does not match its manifest, or cannot be read."""
+
+    code = "P0520"
+    message = "the artifact is damaged: {part}: {why}"
+    fix = "copy or build the file again; nothing of it was run"
+
+
+class NotAnArtifact(PlaitError):
+    """The file given to `plait.load` was not written by plait."""
+
+    code = "P0521"
+    message = "{path} is not a plait artifact: {why}"
+    fix = "pass a file written by `plait compile` or CompiledModel.save"
+
+
+class ArtifactVersion(PlaitError):
+    """An artifact was written in a format that this version of plait does not read."""
+
+    code = "P0522"
+    message = "the artifact has format version {got}, this plait reads version {expected}"
+    fix = "install a matching plait, or compile the model again"
+
+
+class NoBinaryFits(PlaitError):
+    """No kernel binary of the artifact runs on this machine and it could not be rebuilt."""
+
+    code = "P0523"
+    message = "the artifact has kernels for {have}, this machine is {machine}, and they cannot be rebuilt here: {why}"
+    fix = "compile for this target, or install a C++ compiler (g++ or clang++, or set CXX)"
+
+
+class KernelBuildFailed(PlaitError):
+    """The C++ compiler refused a kernel's source."""
+
+    code = "P0524"
+    message = "{compiler} failed on {source}:\n{output}"
+    fix = "check the compiler's version; the command was: {command}"
+
+
+class InvalidGraph(PlaitError):
+    """A graph breaks an invariant of its level.
+
+    Raised by the verifier, after a pass or for a hand-written graph. The message shows the nodes around the culprit.
+    """
+
+    code = "P0105"
+    message = "graph {graph} is invalid{where}: {why}\n{context}"
+    fix = "if a pass is named, this is a bug of that pass: disable it with disable_passes and report it"
+
+
+class CannotImport(PlaitError):
+    """A captured graph holds something that plait's IR has no form for."""
+
+    code = "P0106"
+    message = "cannot import {what}: {why}"
+    fix = "under torch.compile, graph breaks around it keep the rest compiled (fullgraph=False)"
+
+
+class NoFixpoint(PlaitError):
+    """Rewrite rules of one pass keep undoing each other."""
+
+    code = "P0107"
+    message = "rule {rule} still fires after {rounds} sweeps"
+    fix = "two rules of the pass contradict each other; disable the pass and report it"

@@ -1,0 +1,381 @@
+"""Between torch.fx and graphs: `from_fx` imports a captured GraphModule, `to_fx` makes any tensor-level graph runnable."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+
+from ..errors import CannotImport
+from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind
+from .infer import effect_of, type_of
+from .op import Op, of, op
+from .types import ScalarType, SymbolInfo, Symbols, TensorType, TokenType
+
+_HIGHER_ORDER = {
+    "cond": "plait.cond",
+    "while_loop": "plait.while_loop",
+    "while_loop_stack_output": "plait.while_loop_stack_output",
+    "scan": "plait.scan",
+    "invoke_subgraph": "plait.call",
+}
+
+# Python functions that fx graphs call on symbolic numbers, by name in `py.*`
+_PYTHON: dict[Callable[..., Any], str] = {
+    fn: f"py.{name}"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "eq", "ne", "lt", "le", "gt", "ge",
+                 "and_", "or_", "xor", "not_", "abs", "lshift", "rshift")
+    for fn in (getattr(operator, name),)
+}  # fmt: skip
+_PYTHON.update(
+    {getattr(torch, name): f"py.{name}" for name in ("sym_float", "sym_int", "sym_not", "sym_max", "sym_min", "sym_ite")}
+)
+_PYTHON[round] = "py.round"
+for _name in ("sqrt", "sin", "cos", "tan", "exp", "log", "log2", "floor", "ceil", "trunc"):
+    for _home in (f"_sym_{_name}", f"sym_{_name}"):
+        if hasattr(torch, _home):
+            _PYTHON[getattr(torch, _home)] = f"py.{_name}"
+
+
+class _Importer:
+    """One GraphModule on its way into a Graph. `taken` are symbols gathered for the whole program."""
+
+    def __init__(self, gm: GraphModule, name: str, symbols: Symbols, constants: dict[str, torch.Tensor]) -> None:
+        self.gm = gm
+        self.name = name
+        self.symbols = symbols
+        self.constants = constants
+        self.env: dict[FxNode, Arg] = {}
+        self.nodes: list[Node] = []
+        self.inputs: list[Value] = []
+        self.writes: dict[int, Value] = {}
+        self.tokens: dict[str, Value] = {}
+        self.outputs: tuple[Arg, ...] = ()
+        self.used: dict[str, torch.Tensor] = {}
+        self.tuples: dict[FxNode, tuple[Arg, ...]] = {}
+
+    def run(self) -> Graph:
+        for n in self.gm.graph.nodes:
+            handler = getattr(self, f"do_{n.op}", None)
+            if handler is None:
+                raise CannotImport(what=f"fx node {n.op}", why="only functional graphs are imported", source=_source(n))
+            handler(n)
+        return Graph(self.name, tuple(self.inputs), tuple(self.nodes), self.outputs, tuple(sorted(self.writes.items())),
+                     symbols=self.symbols, constants=self.used)  # fmt: skip
+
+    def note_symbols(self, value: Any) -> None:
+        """Record ranges and hints of the symbols in a fake value."""
+        sizes: Iterable[Any] = (value,)
+        if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided:
+                return
+            sizes = (*value.shape, *value.stride())
+        for s in sizes:
+            if isinstance(s, torch.SymInt):
+                self._note(s)
+
+    def _note(self, size: torch.SymInt) -> None:
+        env: Any = size.node.shape_env
+        for symbol in size.node.expr.free_symbols:
+            if symbol in self.symbols:
+                continue
+            bounds = env.var_to_range.get(symbol)
+            low = int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 0
+            high = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else None
+            values = getattr(env, "backed_var_to_val", None)
+            hint = (env.var_to_val if values is None else values).get(symbol)
+            if high is not None and high >= 2**62:
+                high = None
+            self.symbols[symbol] = SymbolInfo(max(low, 0), high, int(hint) if hint is not None and hint.is_Integer else None)
+
+    def do_placeholder(self, n: FxNode) -> None:
+        val = n.meta.get("val", n.meta.get("example_value"))
+        self.note_symbols(val)
+        value = Value(type_of(val), n.name)
+        self.inputs.append(value)
+        self.env[n] = value
+
+    def do_get_attr(self, n: FxNode) -> None:
+        target: Any = self.gm
+        for part in str(n.target).split("."):
+            target = getattr(target, part)
+        if isinstance(target, GraphModule):
+            self.env[n] = _Importer(target, str(n.target), self.symbols, self.constants).run()
+        elif isinstance(target, torch.Tensor):
+            self.env[n] = self.constant(str(n.target), target, n)
+        else:
+            raise CannotImport(what=f"attribute {n.target}", why=f"it is a {type(target).__name__}", source=_source(n))
+
+    def constant(self, name: str, tensor: torch.Tensor, n: FxNode) -> Value:
+        key, i = name, 0
+        while key in self.constants and self.constants[key] is not tensor:
+            i += 1
+            key = f"{name}_{i}"
+        self.constants[key] = self.used[key] = tensor
+        val = n.meta.get("val")
+        value = Value(type_of(tensor if val is None else val), n.name)
+        self.nodes.append(Node(op("plait.constant"), (key,), (value,), loc=_loc(n)))
+        return value
+
+    def arg(self, a: Any) -> Arg:
+        """An fx argument as plait's: values, expressions, plain data, tuples."""
+        if isinstance(a, FxNode):
+            got = self.env[a]
+            if isinstance(got, Value) and isinstance(got.type, ScalarType) and got.type.expr is not None:
+                expr = got.type.expr
+                return int(expr) if expr.is_Integer else expr  # pyright: ignore
+            return got
+        if isinstance(a, list | tuple):
+            return tuple(self.arg(x) for x in a)  # pyright: ignore
+        if isinstance(a, slice):
+            return tuple(self.arg(x) for x in (a.start, a.stop, a.step))
+        return a
+
+    def do_call_function(self, n: FxNode) -> None:
+        target = n.target
+        val = n.meta.get("val")
+        self.note_symbols(val)
+        if target is operator.getitem:
+            self.env[n] = self.getitem(n)
+            return
+        if isinstance(val, torch.SymInt) and not _is_item(target):
+            expr = val.node.expr
+            self.env[n] = int(expr) if expr.is_Integer else expr
+            return
+        if isinstance(val, int) and not isinstance(val, bool) and target in _PYTHON:
+            self.env[n] = val
+            return
+        if target is torch.ops.aten.copy_.default and self._write(n):
+            return
+        found, args = self.resolve(n)
+        if found is None:
+            return
+        self.env[n] = self.emit(n, found, args, val)
+
+    def getitem(self, n: FxNode) -> Arg:
+        source, i = n.args
+        if isinstance(source, FxNode) and source in self.tuples:
+            return self.tuples[source][i]  # type: ignore[index]
+        got = self.arg(source)
+        return got[i]  # type: ignore[index]
+
+    def _write(self, n: FxNode) -> bool:
+        target, value = self.arg(n.args[0]), self.arg(n.args[1])
+        if target not in self.inputs or not isinstance(value, Value):
+            return False
+        i = self.inputs.index(target)
+        if value.type != target.type:
+            value = self.emit(n, op("aten.copy.default"), (target, value, False), n.meta["val"])
+        self.writes[i] = value
+        self.env[n] = value
+        return True
+
+    def resolve(self, n: FxNode) -> tuple[Op | None, tuple[Arg, ...]]:
+        """The op that an fx node applies, and its bound arguments. None where the node only asserts."""
+        target: Any = n.target
+        args = [self.arg(a) for a in n.args]
+        kwargs = {k: self.arg(v) for k, v in n.kwargs.items()}
+        if isinstance(target, OpOverload):
+            return of(target), bind(of(target), args, kwargs)
+        if isinstance(target, HigherOrderOperator) and target.name() in _HIGHER_ORDER:
+            found = op(_HIGHER_ORDER[target.name()])
+            if target.name() == "invoke_subgraph":
+                args = [args[0], tuple(args[2:])]
+            return found, bind(found, args, kwargs)
+        if target in _PYTHON:
+            return op(_PYTHON[target]), tuple(args)
+        name = getattr(target, "__name__", str(target))
+        raise CannotImport(what=f"call of {name}", why="it is neither an ATen op nor known control flow", source=_source(n))
+
+    def emit(self, n: FxNode, found: Op, args: tuple[Arg, ...], val: Any) -> Arg:
+        returns = val if isinstance(val, list | tuple) else (val,)
+        many = isinstance(val, list | tuple)
+        if found.returns == 0:
+            returns = ()
+        values = [Value(type_of(v), f"{n.name}_{i}" if many else n.name) for i, v in enumerate(returns)]  # pyright: ignore
+        for v in returns:  # pyright: ignore
+            self.note_symbols(v)
+        effect = effect_of(found, args)
+        after: tuple[Value, ...] = ()
+        outs = list(values)
+        if effect is not None:
+            after = order_after(effect, self.tokens)
+            outs.append(Value(TokenType(effect), "t"))
+            advance(effect, outs[-1], self.tokens)
+        self.nodes.append(Node(found, args, tuple(outs), after, _loc(n)))
+        if many:
+            self.tuples[n] = tuple(values)
+            return tuple(values)
+        return values[0] if values else None
+
+    def do_output(self, n: FxNode) -> None:
+        outs = n.args[0]
+        self.outputs = tuple(self.arg(a) for a in (outs if isinstance(outs, list | tuple) else (outs,)))
+
+
+def order_after(effect: str, tokens: dict[str, Value]) -> tuple[Value, ...]:
+    """Tokens that an effect of this class waits for: its own class and unknown effects; unknown effects wait for all."""
+    if effect == "world":
+        return tuple(dict.fromkeys(tokens.values()))
+    return tuple(dict.fromkeys(tokens[k] for k in ("world", effect) if k in tokens))[-1:]
+
+
+def advance(effect: str, token: Value, tokens: dict[str, Value]) -> None:
+    """Record the newest token of a class; an unknown effect becomes the newest of every class."""
+    if effect == "world":
+        for k in tokens:
+            tokens[k] = token
+    tokens[effect] = token
+
+
+def _is_item(target: Any) -> bool:
+    return isinstance(target, OpOverload) and of(target).has("data_dependent")
+
+
+def _loc(n: FxNode) -> Loc:
+    stack = n.meta.get("stack_trace") or ""
+    modules = n.meta.get("nn_module_stack")
+    module = ""
+    if modules:
+        last = next(reversed(modules.values()))
+        module = str(last[0]) if isinstance(last, tuple) else str(last)
+    return Loc(stack, module) if stack or module else NOWHERE
+
+
+def _source(n: FxNode) -> str | None:
+    return _loc(n).short or None
+
+
+def from_fx(gm: GraphModule, name: str = "forward") -> Graph:
+    """Import a functional fx graph (ATen ops, types in `meta["val"]`) as a tensor-level graph.
+
+    `copy_` onto a placeholder becomes a write of that input; sizes become expressions; control flow keeps its regions.
+    Raises `CannotImport` naming the fx node and the user's line.
+    """
+    return _Importer(gm, name, {}, {}).run()
+
+
+class _Exporter:
+    """One Graph on its way to a GraphModule."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.fx = torch.fx.Graph()
+        self.root = torch.nn.Module()
+        self.env: dict[Value, FxNode] = {}
+        self.sizes: dict[sympy.Basic, Any] = {}
+
+    def run(self) -> GraphModule:
+        for i, v in enumerate(self.graph.inputs):
+            node = self.fx.placeholder(f"{v.hint or 'x'}_{i}" if not v.hint.isidentifier() else v.hint)
+            self.env[v] = node
+        for v in self.graph.inputs:
+            self.bind_sizes(v)
+        for node in self.graph.nodes:
+            self.node(node)
+        for i, v in self.graph.writes:
+            self.fx.call_function(torch.ops.aten.copy_.default, (self.env[self.graph.inputs[i]], self.env[v]))
+        self.fx.output(tuple(self.arg(a) for a in self.graph.outputs))
+        return GraphModule(self.root, self.fx, self.graph.name)
+
+    def bind_sizes(self, v: Value) -> None:
+        """Make size symbols that `v` carries available to expressions."""
+        if isinstance(v.type, ScalarType) and isinstance(v.type.expr, sympy.Symbol):
+            self.sizes.setdefault(v.type.expr, self.env[v])
+        if isinstance(v.type, TensorType):
+            for what, dims in ((torch.ops.aten.sym_size.int, v.type.shape), (torch.ops.aten.sym_stride.int, v.type.strides)):
+                for i, d in enumerate(dims):
+                    if isinstance(d, sympy.Symbol) and d not in self.sizes:
+                        self.sizes[d] = self.fx.call_function(what, (self.env[v], i))
+
+    def size(self, expr: Any) -> Any:
+        """An expression as an fx node (or int), computed once."""
+        if isinstance(expr, int) or expr.is_Integer:
+            return int(expr)
+        if expr not in self.sizes:
+            if not expr.args:
+                raise CannotImport(what=f"size {expr}", why="no input or node of the graph carries it", source=None)
+            self.sizes[expr] = self.compute(expr)
+        return self.sizes[expr]
+
+    def compute(self, expr: sympy.Expr) -> Any:
+        if expr.is_Rational or expr.is_Float:
+            return float(expr)  # type: ignore[arg-type]
+        args = [self.size(a) if not (a.is_Rational and not a.is_Integer) else a for a in expr.args]  # type: ignore[union-attr]
+        return self.fx.call_function(_size_function(type(expr)), tuple(args))
+
+    def arg(self, a: Arg) -> Any:
+        if isinstance(a, Value):
+            return self.env[a]
+        if isinstance(a, sympy.Expr):
+            return self.size(a)
+        if isinstance(a, tuple):
+            return [self.arg(x) for x in a]  # pyright: ignore
+        if isinstance(a, Graph):
+            name = self.free_name(a.name)
+            setattr(self.root, name, to_fx(a))
+            return self.fx.get_attr(name)
+        return a
+
+    def free_name(self, hint: str) -> str:
+        name = "".join(c if c.isalnum() else "_" for c in hint)
+        i = 0
+        while hasattr(self.root, name if not i else f"{name}_{i}"):
+            i += 1
+        return name if not i else f"{name}_{i}"
+
+    def node(self, node: Node) -> None:
+        if node.op.name == "plait.constant":
+            name = self.free_name(str(node.args[0]))
+            self.root.register_buffer(name, self.graph.constants[node.args[0]])
+            self.env[node.out] = self.fx.get_attr(name)
+            return
+        positional = [self.arg(a) for a, p in zip(node.args, node.op.params, strict=True) if not p.keyword_only]
+        named = {
+            p.name: self.arg(a)
+            for a, p in zip(node.args, node.op.params, strict=True)
+            if p.keyword_only and not (a is None and p.default is None)
+        }
+        call = self.fx.call_function(node.op.reference, *_call_args(node, positional, named))
+        call.meta["stack_trace"] = node.loc.stack or None
+        results = node.results
+        if node.op.returns == 1 and len(results) == 1:
+            self.env[results[0]] = call
+        else:
+            for i, v in enumerate(results):
+                self.env[v] = self.fx.call_function(operator.getitem, (call, i))
+        for v in results:
+            self.bind_sizes(v)
+
+
+def _call_args(node: Node, positional: list[Any], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not node.op.has("control_flow"):
+        return tuple(positional), named
+    if node.op.name == "plait.call":
+        return (positional[0], node.regions[0].name, *positional[1]), named
+    wants_tuple = node.op.name != "plait.scan"
+    return tuple(tuple(a) if isinstance(a, list) and wants_tuple else a for a in positional), named
+
+
+def _size_function(kind: type) -> Callable[..., Any]:
+    """A Python function on ints that computes a sympy operation."""
+    from . import size_ops
+
+    found = size_ops.FUNCTIONS.get(kind.__name__)
+    if found is None:
+        raise CannotImport(what=f"size operation {kind.__name__}", why="it has no integer function", source=None)
+    return found
+
+
+def to_fx(graph: Graph) -> GraphModule:
+    """A runnable GraphModule that computes the graph; inputs named in `writes` are mutated.
+
+    Works at the tensor level only. Regions become nested modules.
+    """
+    return _Exporter(graph).run()

@@ -1,0 +1,149 @@
+"""Type inference: one rule per op, from argument types to result types.
+
+Common ops have a rule written over ints and symbols in `infer_rules.py`; all others go through one memoised fake-tensor
+call. Inference never guards: where a rule would need a fact about a size symbol it returns None and the fake-tensor call
+decides, and a fake-tensor call that had to assume something about a symbol raises `NeedsSizeFact`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+
+from ..errors import InferenceFailed, NeedsSizeFact
+from .graph import Arg, Graph, Value, flatten, map_arg
+from .op import Op
+from .types import OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType, dim
+
+Rule = Callable[..., "tuple[ValueType, ...] | TensorType | None"]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register an inference rule for op names with overload. The rule gets args with types in place of values."""
+
+    def register(fn: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"{name} has two inference rules")
+            RULES[name] = fn
+        return fn
+
+    return register
+
+
+def infer(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, ...]:
+    """Types of the results of `op` on `args` (values stand for their types), the token last where the op has an effect.
+
+    Raises `InferenceFailed` with torch's words where the op refuses the types, `NeedsSizeFact` where it depends on a
+    fact about a size symbol that is not known.
+    """
+    from . import infer_rules  # registers the rules
+
+    assert infer_rules is not None
+    typed = map_arg(args, lambda a: a.type if isinstance(a, Value) else a)
+    found = RULES[op.name](*typed) if op.name in RULES else None
+    if found is None:
+        found = _region_types(op, typed) if op.has("control_flow") else _by_fake_tensors(op, typed, symbols)
+    types = found if isinstance(found, tuple) else (found,)
+    effect = effect_of(op, args)
+    return types if effect is None else (*types, TokenType(effect))
+
+
+def effect_of(op: Op, args: tuple[Arg, ...]) -> str | None:
+    """The effect class of one application: collectives carry their group, regions the strongest effect inside."""
+    if op.effect == "collective":
+        i = op.index.get("group_name")
+        return f"collective:{args[i] if i is not None else 'default'}"
+    if op.has("control_flow"):
+        inside = {effect_of(n.op, n.args) for a in flatten(args) if isinstance(a, Graph) for n in a.nodes} - {None}
+        return None if not inside else (next(iter(inside)) if len(inside) == 1 else "world")
+    return op.effect
+
+
+def _region_types(op: Op, args: tuple[Arg, ...]) -> tuple[ValueType, ...]:
+    regions = [a for a in args if isinstance(a, Graph)]
+    body = regions[-1]
+    outs = tuple(v.type if isinstance(v, Value) else OpaqueType("none") for v in body.outputs)
+    if op.name in ("plait.scan", "plait.while_loop_stack_output"):
+        raise InferenceFailed(op=op.name, why="stacked results of a loop carry the types seen at capture")
+    return outs
+
+
+def _by_fake_tensors(op: Op, typed: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, ...]:
+    key = tuple(_hashable(a) for a in typed)
+    used = sorted(_symbols_in(typed), key=lambda s: s.name)
+    return _fake_call(op, key, tuple((s, symbols.get(s, SymbolInfo())) for s in used))
+
+
+def _hashable(arg: Arg) -> Arg:
+    # 1, 1.0 and True are equal as keys but not as arguments
+    if isinstance(arg, tuple):
+        return tuple(_hashable(a) for a in arg)  # pyright: ignore
+    return (type(arg).__name__, arg) if isinstance(arg, bool | int | float | complex) else arg
+
+
+def _plain(arg: Arg) -> Arg:
+    if isinstance(arg, tuple):
+        if len(arg) == 2 and isinstance(arg[0], str) and arg[0] in ("bool", "int", "float", "complex"):  # pyright: ignore
+            return arg[1]  # pyright: ignore
+        return tuple(_plain(a) for a in arg)  # pyright: ignore
+    return arg
+
+
+def _symbols_in(typed: Arg) -> set[sympy.Symbol]:
+    found: set[sympy.Symbol] = set()
+    for leaf in flatten(typed):
+        if isinstance(leaf, TensorType):
+            found |= leaf.symbols()
+        elif isinstance(leaf, sympy.Expr):
+            found |= leaf.free_symbols  # type: ignore[arg-type]
+        elif isinstance(leaf, ScalarType) and leaf.expr is not None:
+            found |= leaf.expr.free_symbols  # type: ignore[arg-type]
+    return found
+
+
+@lru_cache(maxsize=65536)
+def _fake_call(op: Op, key: tuple[Arg, ...], symbols: tuple[tuple[sympy.Symbol, SymbolInfo], ...]) -> tuple[ValueType, ...]:
+    from .fake import FakeWorld
+
+    world = FakeWorld(dict(symbols))
+    args = tuple(map_arg(_plain(a), world.lift) for a in key)
+    positional = [a for a, p in zip(args, op.params, strict=True) if not p.keyword_only]
+    named = {p.name: a for a, p in zip(args, op.params, strict=True) if p.keyword_only}
+    try:
+        with world.mode, torch.no_grad():
+            result = op.reference(*positional, **named)
+    except Exception as error:  # torch raises many classes here; all mean "these types are refused"
+        raise InferenceFailed(op=op.name, why=str(error).split("\n")[0]) from error
+    if world.assumed():
+        raise NeedsSizeFact(op=op.name, fact=world.assumed())
+    results = result if isinstance(result, tuple | list) else (result,)
+    return tuple(type_of(r) for r in results)
+
+
+def type_of(value: Any) -> ValueType:
+    """Plait type of a (fake) tensor, number, symbolic number or None. Anything else is opaque."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or type(value).__name__ == "NestedTensor":
+            return OpaqueType(str(value.layout).removeprefix("torch."))
+        return TensorType(
+            tuple(dim(s) for s in value.shape), value.dtype, str(value.device), tuple(dim(s) for s in value.stride())
+        )
+    if isinstance(value, torch.SymInt):
+        return ScalarType("int", sympy.sympify(dim(value)))
+    if isinstance(value, torch.SymFloat | float):
+        return ScalarType("float")
+    if isinstance(value, torch.SymBool | bool):
+        return ScalarType("bool")
+    if isinstance(value, int):
+        return ScalarType("int", sympy.Integer(value))
+    return OpaqueType("none" if value is None else type(value).__name__)
+
+
+__all__ = ["RULES", "effect_of", "infer", "rule", "type_of"]

@@ -1,0 +1,276 @@
+"""Rewriting: a builder that makes a new graph from an old one, and rules that fire or say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import NoFixpoint
+from .fx import advance, order_after
+from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind, flatten, map_arg
+from .infer import effect_of, infer, type_of
+from .op import Op, op
+from .types import Symbols, TokenType
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a rule did not fire: words, and the value that stood in the way."""
+
+    why: str
+    value: Value | None = None
+
+    def __str__(self) -> str:
+        return self.why
+
+
+class Builder:
+    """Appends nodes to a graph under construction; types are inferred, tokens are threaded."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.source = graph
+        self.nodes: list[Node] = []
+        self.producers: dict[Value, Node] = {}
+        self.subst: dict[Value, Arg] = {}
+        self.tokens: dict[str, Value] = {}
+        self.constants: dict[str, torch.Tensor] = dict(graph.constants)
+        self.loc: Loc = NOWHERE
+
+    @property
+    def symbols(self) -> Symbols:
+        """Size symbols of the graph."""
+        return self.source.symbols
+
+    def call(self, name: str | Op, *args: Arg, hint: str = "", loc: Loc | None = None, **kwargs: Arg) -> Any:
+        """Append an application; returns its value, or a tuple of values. Arguments are values of the new graph."""
+        found = op(name) if isinstance(name, str) else name
+        bound = bind(found, args, kwargs)
+        types = infer(found, bound, self.symbols)
+        base = hint or found.name.split(".")[1]
+        outs = tuple(Value(t, "t" if isinstance(t, TokenType) else base) for t in types)
+        node = self.append(Node(found, bound, outs, (), self.loc if loc is None else loc))
+        results = node.results
+        return results[0] if found.returns == 1 else results
+
+    def append(self, node: Node) -> Node:
+        """Append a node whose arguments are already values of the new graph; its place in the effect order is set here."""
+        effect = effect_of(node.op, node.args)
+        if effect is not None:
+            after = order_after(effect, self.tokens)
+            if after != node.after:
+                node = node.with_args(node.args, after)
+            assert node.token is not None, f"{node.op.name} needs a token output"
+            advance(effect, node.token, self.tokens)
+        self.nodes.append(node)
+        for v in node.outputs:
+            self.producers[v] = node
+        return node
+
+    def constant(self, tensor: torch.Tensor, hint: str = "constant") -> Value:
+        """A new constant of the graph."""
+        name, i = hint, 0
+        while name in self.constants:
+            i += 1
+            name = f"{hint}_{i}"
+        self.constants[name] = tensor
+        value = Value(type_of(tensor), name)
+        self.append(Node(op("plait.constant"), (name,), (value,), loc=self.loc))
+        return value
+
+    def resolve(self, arg: Arg) -> Arg:
+        """An argument of the old graph in terms of the new one."""
+        return map_arg(arg, lambda a: self.subst.get(a, a) if isinstance(a, Value) else a)
+
+    def resolved(self, node: Node) -> Node:
+        """An old node with its arguments in terms of the new graph; the same object where nothing changed."""
+        if not self.subst or not any(v in self.subst for v in node.inputs):
+            return node
+        return node.with_args(tuple(self.resolve(a) for a in node.args))
+
+    def finish(self, **changes: Any) -> Graph:
+        """The new graph. Unused constants are dropped."""
+        outputs = self.resolve(self.source.outputs)
+        writes = tuple((i, self.resolve(v)) for i, v in self.source.writes)
+        named = {n.args[0] for n in self.nodes if n.op.name == "plait.constant"}
+        constants = {k: t for k, t in self.constants.items() if k in named}
+        fields: dict[str, Any] = {"nodes": tuple(self.nodes), "outputs": outputs, "writes": writes, "constants": constants}
+        fields.update(changes)
+        return self.source.replace(**fields)
+
+
+# -- patterns ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Var:
+    """Matches any argument; the same name must match the same thing twice."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Matches a value produced by one of `ops` whose leading arguments match `args` (fewer patterns than arguments: the
+    rest is free). `name` makes the node available to check and build. `sole` demands that nobody else reads the value."""
+
+    ops: tuple[str, ...]
+    args: tuple[Any, ...] = ()
+    name: str = ""
+    sole: bool = False
+
+
+def pattern(ops: str | Sequence[str], *args: Any, name: str = "", sole: bool = False) -> Pattern:
+    """Shorthand for `Pattern`."""
+    return Pattern((ops,) if isinstance(ops, str) else tuple(ops), args, name, sole)
+
+
+@dataclass(slots=True)
+class Match:
+    """What a pattern matched: the anchor node, named nodes, variables, and the graph being built."""
+
+    node: Node
+    builder: Builder
+    graph: Graph
+    vars: dict[str, Arg] = field(default_factory=dict[str, Arg])
+    nodes: dict[str, Node] = field(default_factory=dict[str, Node])
+
+    def __getitem__(self, name: str) -> Arg:
+        return self.vars[name]
+
+    def producer(self, value: Arg) -> Node | None:
+        """The node of the new graph that defines `value`."""
+        return self.builder.producers.get(value) if isinstance(value, Value) else None
+
+    def users(self, value: Value) -> int:
+        """How many nodes of the old graph read `value`, plus one where it leaves the graph."""
+        return len(self.graph.users.get(value, ())) + (value in self.graph.results)
+
+
+Check = Callable[[Match], Reason | None]
+Build = Callable[[Match, Builder], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rewrite: `pattern` anchors it, `check` returns why not, `build` returns the replacement of the anchor's results
+    (one argument, or a tuple of one for each)."""
+
+    name: str
+    pattern: Pattern
+    build: Build
+    check: Check | None = None
+
+
+@dataclass(slots=True)
+class RuleLog:
+    """What rules did in one pass: firings by rule, and refusals as (rule, node, reason)."""
+
+    fired: dict[str, int] = field(default_factory=dict[str, int])
+    refused: list[tuple[str, Node, Reason]] = field(default_factory=list[tuple[str, Node, Reason]])
+
+    def fire(self, rule: str, count: int = 1) -> None:
+        """Count firings of a rule."""
+        self.fired[rule] = self.fired.get(rule, 0) + count
+
+    def refuse(self, rule: str, node: Node, reason: Reason) -> None:
+        """Remember why a rule did not fire at a node."""
+        self.refused.append((rule, node, reason))
+
+
+def _match_arg(want: Any, got: Arg, m: Match) -> bool:
+    if isinstance(want, Var):
+        if want.name in m.vars:
+            known = m.vars[want.name]
+            return known is got or (not isinstance(known, Value) and not isinstance(got, Value) and bool(known == got))
+        m.vars[want.name] = got
+        return True
+    if isinstance(want, Pattern):
+        node = m.producer(got)
+        if node is None or node.op.name not in want.ops:
+            return False
+        if want.sole and m.users(got) != 1:
+            return False
+        return _match_node(want, node, m)
+    return not isinstance(got, Value) and type(want) is type(got) and bool(want == got)
+
+
+def _match_node(want: Pattern, node: Node, m: Match) -> bool:
+    if want.name:
+        m.nodes[want.name] = node
+    return len(want.args) <= len(node.args) and all(_match_arg(w, g, m) for w, g in zip(want.args, node.args, strict=False))
+
+
+def match(rule: Rule, node: Node, builder: Builder, graph: Graph) -> Match | Reason | None:
+    """Try a rule at a node: None where the pattern does not match, a Reason where the check refuses, else the match."""
+    if node.op.name not in rule.pattern.ops:
+        return None
+    m = Match(node, builder, graph)
+    if not _match_node(rule.pattern, node, m):
+        return None
+    reason = rule.check(m) if rule.check is not None else None
+    return m if reason is None else reason
+
+
+def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 8,
+            allow: Callable[[str], bool] | None = None) -> Graph:  # fmt: skip
+    """Apply rules until none fires. Dead nodes are left for `prune`.
+
+    `allow(rule)` is asked before each firing (bisection counts and stops there). Raises `NoFixpoint` where rules keep
+    firing after `rounds` sweeps.
+    """
+    by_op: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for name in rule.pattern.ops:
+            by_op.setdefault(name, []).append(rule)
+    last = ""
+    for _ in range(rounds):
+        graph, last = _sweep(graph, by_op, log, allow)
+        if not last:
+            return graph
+    raise NoFixpoint(rule=last, rounds=rounds)
+
+
+def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
+           allow: Callable[[str], bool] | None) -> tuple[Graph, str]:  # fmt: skip
+    builder = Builder(graph)
+    fired = ""
+    for old in graph.nodes:
+        node = builder.resolved(old)
+        for rule in by_op.get(node.op.name, ()):
+            found = match(rule, node, builder, graph)
+            if isinstance(found, Reason):
+                log.refuse(rule.name, old, found)
+            elif found is not None and (allow is None or allow(rule.name)):
+                builder.loc = node.loc.by(rule.name)
+                replacement = rule.build(found, builder)
+                replacements = replacement if isinstance(replacement, tuple) else (replacement,)
+                builder.subst.update(zip(node.results, replacements, strict=True))
+                log.fire(rule.name)
+                fired = rule.name
+                break
+        else:
+            builder.append(node)
+    return (builder.finish(), fired) if fired else (graph, "")
+
+
+def prune(graph: Graph) -> Graph:
+    """Drop pure nodes whose results nobody reads; the same object where there are none."""
+    live: set[Value] = set(graph.results)
+    keep: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.token is not None or any(v in live for v in node.outputs):
+            live.update(node.inputs)
+            live.update(node.after)
+            keep.append(node)
+    if len(keep) == len(graph.nodes):
+        return graph
+    keep.reverse()
+    named = {n.args[0] for n in keep if n.op.name == "plait.constant"}
+    return graph.replace(nodes=tuple(keep), constants={k: t for k, t in graph.constants.items() if k in named})
+
+
+__all__ = ["Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Var", "flatten", "match", "pattern", "prune",
+           "rewrite"]  # fmt: skip
