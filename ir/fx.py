@@ -264,8 +264,9 @@ def from_fx(gm: GraphModule, name: str = "forward") -> Graph:
 class _Exporter:
     """One Graph on its way to a GraphModule."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, bare: bool = False) -> None:
         self.graph = graph
+        self.bare = bare  # return the one output itself, not a tuple: what torch wants of a loop's condition
         self.fx = torch.fx.Graph()
         self.root = torch.nn.Module()
         self.env: dict[Value, FxNode] = {}
@@ -281,7 +282,8 @@ class _Exporter:
             self.node(node)
         for i, v in self.graph.writes:
             self.fx.call_function(torch.ops.aten.copy_.default, (self.env[self.graph.inputs[i]], self.env[v]))
-        self.fx.output(tuple(self.arg(a) for a in self.graph.outputs))
+        outputs = tuple(self.arg(a) for a in self.graph.outputs)
+        self.fx.output(outputs[0] if self.bare else outputs)
         return GraphModule(self.root, self.fx, self.graph.name)
 
     def bind_sizes(self, v: Value) -> None:
@@ -318,10 +320,13 @@ class _Exporter:
         if isinstance(a, tuple):
             return [self.arg(x) for x in a]  # pyright: ignore
         if isinstance(a, Graph):
-            name = self.free_name(a.name)
-            setattr(self.root, name, to_fx(a))
-            return self.fx.get_attr(name)
+            return self.region(a)
         return a
+
+    def region(self, graph: Graph, bare: bool = False) -> FxNode:
+        name = self.free_name(graph.name)
+        setattr(self.root, name, _Exporter(graph, bare).run())
+        return self.fx.get_attr(name)
 
     def free_name(self, hint: str) -> str:
         name = "".join(c if c.isalnum() else "_" for c in hint)
@@ -336,7 +341,11 @@ class _Exporter:
             self.root.register_buffer(name, self.graph.constants[node.args[0]])
             self.env[node.out] = self.fx.get_attr(name)
             return
-        positional = [self.arg(a) for a, p in zip(node.args, node.op.params, strict=True) if not p.keyword_only]
+        positional = [
+            self.region(a, bare=True) if p.name == "condition" else self.arg(a)
+            for a, p in zip(node.args, node.op.params, strict=True)
+            if not p.keyword_only
+        ]
         named = {
             p.name: self.arg(a)
             for a, p in zip(node.args, node.op.params, strict=True)
