@@ -15,7 +15,7 @@ class PlaitError(Exception):
     def __init__(self, *, source: str | None = None, **fields: object) -> None:
         self.fields = fields
         self.source = source
-        text = f"[{self.code}] " + self.message.format(**fields)
+        text = f"[{self.code}] " + self.message.format(source=source, **fields)
         if source:
             text += f"\n  at {source}"
         if self.fix:
@@ -255,3 +255,86 @@ class NoFixpoint(PlaitError):
     code = "P0107"
     message = "rule {rule} still fires after {rounds} sweeps"
     fix = "two rules of the pass contradict each other; disable the pass and report it"
+
+
+class InvalidKernel(PlaitError):
+    """A kernel's tree breaks a rule of kernel IR, so that no printer can give it a meaning."""
+
+    code = "P0301"
+    message = "kernel {kernel} is invalid: {why}"
+    fix = "this is a bug of the lowering that built it; report it with the kernel's origin"
+
+
+class IndexNotPrintable(PlaitError):
+    """An index expression holds a function that is not integer arithmetic."""
+
+    code = "P0302"
+    message = "cannot print index {expr}: {what} is not integer arithmetic"
+    fix = "write the index with +, *, FloorDiv, Mod, ModularIndexing, Min and Max"
+
+
+class NoCompiler(PlaitError):
+    """There is no C++ compiler to build kernels with."""
+
+    code = "P0303"
+    message = "no C++ compiler found: tried {tried}"
+    fix = "install g++ 12 or newer, or set CXX to its path"
+
+
+class UnknownPass(PlaitError):
+    """A pipeline, an option or the command line names a pass that does not exist."""
+
+    code = "P0201"
+    message = "there is no pass called {name!r}; near names: {near}"
+    fix = "`plait passes` lists all passes with their options"
+
+
+class UnknownPassOption(PlaitError):
+    """A pass was given an option that it does not have."""
+
+    code = "P0202"
+    message = "pass {name} has no option {option!r}; it has: {known}"
+    fix = "`plait passes` lists all passes with their options"
+
+
+class BadPassOption(PlaitError):
+    """An option of a pass has a value of the wrong kind."""
+
+    code = "P0203"
+    message = "option {option!r} of pass {name} must be {expected}, not {value!r}"
+    fix = "give a value of that kind; `plait passes` lists all options"
+
+
+class MissingPassOption(PlaitError):
+    """A pass has an option without a default, and it was not given."""
+
+    code = "P0204"
+    message = "pass {name} needs the option {option!r} ({expected}): {doc}"
+    fix = "give it: {name}:{option}=..."
+
+
+class PassFailed(PlaitError):
+    """A pass raised an error or left an invalid graph.
+
+    The error's `fields["before"]` holds the text of the graph that the pass was given, so that it can be run again.
+    """
+
+    code = "P0205"
+    message = "pass {name}{rule} failed: {why}{context}"
+    fix = "disable the pass with disable_passes, and report it with the graph's text"
+
+
+class MissingFact(PlaitError):
+    """A pass needs something to hold that no earlier pass of the pipeline has established."""
+
+    code = "P0206"
+    message = "pass {name} requires {fact!r}, which does not hold here (holding: {held})"
+    fix = "run {makers} before it"
+
+
+class WrongCapturePoint(PlaitError):
+    """A pass runs at another capture point than the graph comes from."""
+
+    code = "P0207"
+    message = "pass {name} works on {at} graphs, this one is a {here} graph"
+    fix = "put the pass into the {at} pipeline"

@@ -166,10 +166,14 @@ class Rule:
 
 @dataclass(slots=True)
 class RuleLog:
-    """What rules did in one pass: firings by rule, and refusals as (rule, node, reason)."""
+    """What rules did in one pass: firings by rule, and refusals as (rule, node, reason).
+
+    `trying` is the rule at work, its node and the graph it is in: what an error message names when the rule raises.
+    """
 
     fired: dict[str, int] = field(default_factory=dict[str, int])
     refused: list[tuple[str, Node, Reason]] = field(default_factory=list[tuple[str, Node, Reason]])
+    trying: tuple[str, Node, Graph] | None = None
 
     def fire(self, rule: str, count: int = 1) -> None:
         """Count firings of a rule."""
@@ -240,6 +244,7 @@ def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
     for old in graph.nodes:
         node = builder.resolved(old)
         for rule in by_op.get(node.op.name, ()):
+            log.trying = (rule.name, old, graph)
             found = match(rule, node, builder, graph)
             if isinstance(found, Reason):
                 log.refuse(rule.name, old, found)
@@ -253,6 +258,7 @@ def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
                 break
         else:
             builder.append(node)
+    log.trying = None
     return (builder.finish(), fired) if fired else (graph, "")
 
 

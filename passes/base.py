@@ -1,0 +1,260 @@
+"""Passes: what one is, how it is made from options, and how a list of them runs over a graph.
+
+A pass is a frozen dataclass. Its fields are its options, and that one declaration is the `torch.compile` option, the
+command-line flag and the documentation. `run` never mutates its input; it returns a new graph, or the same object where
+nothing changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+from ..errors import InvalidGraph, MissingFact, PassFailed, PlaitError, WrongCapturePoint
+from ..ir import Graph, Node, Reason, Rule, RuleLog
+from ..ir import rewrite as rewrite_graph
+from ..ir import verify as verify_graph
+from ..ir.verify import around
+
+CapturePoint = Literal["forward", "joint", "split", "any"]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What a pass promises about results: `exact` (bit-equal when both graphs are interpreted by the op references on
+    CPU), `reassociates` (equal up to the order of sums), or `approximate` (within the relative `bound`)."""
+
+    kind: Literal["exact", "reassociates", "approximate"]
+    bound: float = 0.0
+
+
+def exact() -> Numerics:
+    """Results are bit-equal."""
+    return Numerics("exact")
+
+
+def reassociates() -> Numerics:
+    """Results differ by the order of sums only; bit-equal on integer-valued floats."""
+    return Numerics("reassociates")
+
+
+def approximate(bound: float) -> Numerics:
+    """Results are within the relative error `bound`."""
+    return Numerics("approximate", bound)
+
+
+def option(default: Any = MISSING, *, doc: str) -> Any:
+    """A field of a pass that is an option: its default (none: the option must be given) and its one line of docs."""
+    return field(metadata={"doc": doc}) if default is MISSING else field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses are frozen dataclasses registered by `@register`.
+
+    `requires` names facts that must hold before, `establishes` facts that hold after, `preserves` facts that survive
+    when the pass changes the graph; all other facts are dropped then.
+    """
+
+    name: ClassVar[str]
+    at: ClassVar[CapturePoint] = "any"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    preserves: ClassVar[frozenset[str]] = frozenset()
+
+    def numerics(self) -> Numerics:
+        """What the pass promises about results."""
+        return exact()
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        """The rewritten graph; the same object where nothing changed."""
+        raise NotImplementedError(type(self).__name__)
+
+    def options(self) -> dict[str, Any]:
+        """Options by name, as this instance holds them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        """The pass as a command line writes it: `fold`, `fold:max_elements=16`."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        texts = [f"{k}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in given.items()]  # pyright: ignore
+        return f"{self.name}:{','.join(texts)}" if texts else self.name
+
+
+def _always(_pass: str, _rule: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may look at besides the graph. Size symbols live on the graph.
+
+    `at` is the capture point of the graph, `devices` are the targets, `allow(pass, rule)` is asked before each firing
+    (bisection counts there), `current` is the pass that runs, `log` collects its firings and refusals.
+    """
+
+    at: CapturePoint = "any"
+    devices: tuple[str, ...] = ("cpu",)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    allow: Callable[[str, str], bool] = _always
+    current: str = ""
+    log: RuleLog = field(default_factory=RuleLog)
+
+    def allowed(self, rule: str) -> bool:
+        """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`."""
+        return self.allow(self.current, rule)
+
+    def rewrite(self, graph: Graph, rules: Iterable[Rule]) -> Graph:
+        """Apply rules to the graph and to every region inside it until none fires."""
+        rules = tuple(rules)
+        graph = map_regions(graph, lambda region: self.rewrite(region, rules))
+        return rewrite_graph(graph, rules, self.log, allow=self.allowed)
+
+
+def map_regions(graph: Graph, fn: Callable[[Graph], Graph]) -> Graph:
+    """The graph with `fn` applied to each region directly inside it; the same object where nothing changed."""
+    if not any(n.op.has("control_flow") for n in graph.nodes):
+        return graph
+    done: dict[int, Graph] = {}
+
+    def new(arg: Any) -> Any:
+        if not isinstance(arg, Graph):
+            return arg
+        if id(arg) not in done:
+            done[id(arg)] = fn(arg)
+        return done[id(arg)]
+
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        args = tuple(new(a) for a in node.args) if node.op.has("control_flow") else node.args
+        changed = any(a is not b for a, b in zip(args, node.args, strict=True))
+        nodes.append(node.with_args(args) if changed else node)
+    if all(a is b for a, b in zip(nodes, graph.nodes, strict=True)):
+        return graph
+    return graph.replace(nodes=tuple(nodes))
+
+
+PASSES: dict[str, type[Pass]] = {}
+
+P = TypeVar("P", bound=type[Pass])
+
+
+def register(cls: P) -> P:
+    """Class decorator: enter a pass under its name. Raises ValueError for a bad or taken name."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cls.name):
+        raise ValueError(f"the name of a pass is kebab-case, not {cls.name!r}")
+    if cls.name in PASSES:
+        raise ValueError(f"there are two passes called {cls.name!r}")
+    PASSES[cls.name] = cls
+    return cls
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass as it ran: its options, the graph before and after, firings by rule, refusals, wall time."""
+
+    pass_name: str
+    options: Mapping[str, Any]
+    numerics: Numerics
+    before: Graph
+    after: Graph
+    fired: Mapping[str, int]
+    refused: tuple[tuple[str, Node, Reason], ...]
+    seconds: float
+
+    @property
+    def changed(self) -> bool:
+        """True where the pass returned another graph."""
+        return self.after is not self.before
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+Verify = Literal["off", "structure", "each-pass"]
+
+
+def run_pipeline(
+    graph: Graph,
+    passes: Iterable[Pass],
+    ctx: Context,
+    *,
+    verify: Verify = "off",
+    on_step: Callable[[Step], None] | None = None,
+    facts: Iterable[str] = (),
+) -> tuple[Graph, list[Step]]:
+    """Run passes in order; returns the last graph and one `Step` for each pass.
+
+    `verify="each-pass"` verifies the graph that comes in and the graph after each pass; `"structure"` verifies the last
+    graph only and looks for the culprit among the steps where it is broken. `facts` hold for the graph that comes in.
+
+    Raises `WrongCapturePoint`, `MissingFact`, and `PassFailed` for a pass that raises or breaks the graph (its fields
+    carry `before`, the text of the graph that the pass was given, for a reproducer).
+    """
+    held = frozenset(facts)
+    steps: list[Step] = []
+    if verify == "each-pass":
+        verify_graph(graph)
+    for one in passes:
+        _check_place(one, ctx, held)
+        step = _run_pass(one, graph, ctx)
+        if verify == "each-pass" and step.changed:
+            _verify_step(step)
+        steps.append(step)
+        graph = step.after
+        held = ((held & one.preserves) if step.changed else held) | one.establishes
+        if on_step is not None:
+            on_step(step)
+    if verify == "structure":
+        _verify_end(steps, graph)
+    return graph, steps
+
+
+def _check_place(one: Pass, ctx: Context, held: frozenset[str]) -> None:
+    if "any" not in (one.at, ctx.at) and one.at != ctx.at:
+        raise WrongCapturePoint(name=one.name, at=one.at, here=ctx.at)
+    for fact in sorted(one.requires - held):
+        makers = sorted(p.name for p in PASSES.values() if fact in p.establishes)
+        raise MissingFact(name=one.name, fact=fact, makers=" or ".join(makers) or "no pass", held=sorted(held))
+
+
+def _run_pass(one: Pass, graph: Graph, ctx: Context) -> Step:
+    log = RuleLog()
+    start = time.perf_counter()
+    try:
+        after = one.run(graph, dataclasses.replace(ctx, current=one.name, log=log))
+    except Exception as error:  # re-raised with the pass, the rule and the place
+        raise _failure(one, graph, log, error) from error
+    seconds = time.perf_counter() - start
+    return Step(one.name, one.options(), one.numerics(), graph, after, log.fired, tuple(log.refused), seconds)
+
+
+def _failure(one: Pass, graph: Graph, log: RuleLog, error: Exception) -> PassFailed:
+    why = str(error) if isinstance(error, PlaitError) else f"{type(error).__name__}: {error}"
+    rule, context, source = "", "", None
+    if log.trying is not None:
+        name, node, within = log.trying
+        rule, source = f", rule {name}", node.loc.short or None
+        context = "\n" + around(within, within.nodes.index(node))
+    return PassFailed(name=str(one), rule=rule, why=why, context=context, source=source, before=str(graph))
+
+
+def _verify_step(step: Step) -> None:
+    try:
+        verify_graph(step.after, after_pass=step.pass_name)
+    except InvalidGraph as error:
+        raise PassFailed(
+            name=step.pass_name, rule="", why=f"it left an invalid graph: {error}", context="", before=str(step.before)
+        ) from error
+
+
+def _verify_end(steps: list[Step], last: Graph) -> None:
+    try:
+        verify_graph(last)
+    except InvalidGraph:
+        for step in steps:
+            _verify_step(step)
+        raise
