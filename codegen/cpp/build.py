@@ -1,0 +1,158 @@
+"""Building shared objects from generated C++: one per distinct source, several compilers side by side."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ...errors import KernelBuildFailed, NoCompiler
+
+HEADER_DIR = Path(__file__).parent
+HEADERS = ("vec.h", "vops.h", "vmath.h")
+
+# No -ffast-math: inf, NaN and the order of sums are the kernel's meaning. -fno-math-errno and -fno-trapping-math only give
+# up C's error reporting. -ffp-contract=off because GCC contracts a * b + c per instance of the code: a full tile and a
+# partial tile of one loop, or the same expression beside other code, could round differently; where one rounding is wanted
+# the source says fma(). -fwrapv: integer overflow wraps, as in torch.
+FLAGS = (
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fwrapv",
+    "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
+)  # fmt: skip
+
+ISAS = {
+    "native": ("-march=native",),
+    "x86-64-v3": ("-march=x86-64-v3",),
+    "x86-64-v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "aarch64": ("-march=armv8.2-a",),
+}
+
+
+def compiler() -> str:
+    """Path of the C++ compiler: $CXX, else g++, else c++. Raises NoCompiler."""
+    tried = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
+    for name in tried:
+        if found := shutil.which(name):
+            return found
+    raise NoCompiler(tried=", ".join(tried))
+
+
+@functools.cache
+def _version_of(path: str) -> str:
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()[0]
+
+
+def compiler_version() -> str:
+    """First line of `compiler --version`. Raises NoCompiler."""
+    return _version_of(compiler())
+
+
+def host_isa() -> str:
+    """The richest artifact instruction set that this machine runs: "x86-64-v4", "x86-64-v3" or "aarch64".
+
+    An x86 machine below v3 gives "x86-64", for which artifacts carry no binary.
+    """
+    machine = platform.machine()
+    if machine in ("aarch64", "arm64"):
+        return "aarch64"
+    flags = _cpu_flags()
+    if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+        return "x86-64-v4"
+    if {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"} <= flags:
+        return "x86-64-v3"
+    return "x86-64"
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    info = Path("/proc/cpuinfo")
+    rows = info.read_text().splitlines() if info.exists() else []
+    return frozenset(next((r.split(":", 1)[1].split() for r in rows if r.startswith("flags")), ()))
+
+
+def command(isa: str = "native", flags: Sequence[str] = ()) -> list[str]:
+    """The compiler's command line for `isa` (a key of ISAS), without sources and output."""
+    return [compiler(), *FLAGS, *ISAS[isa], *flags, f"-I{HEADER_DIR}"]
+
+
+def content_hash(source: str, isa: str = "native", flags: Sequence[str] = ()) -> str:
+    """Name of the binary that `source` builds to: covers headers, flags, compiler and, for "native", this machine."""
+    digest = hashlib.sha256(_toolchain(isa, tuple(flags)).encode())
+    digest.update(source.encode())
+    return digest.hexdigest()[:32]
+
+
+def _toolchain(isa: str, flags: tuple[str, ...]) -> str:
+    machine = " ".join(sorted(_cpu_flags())) if isa == "native" else ""
+    headers = [hashlib.sha256((HEADER_DIR / h).read_bytes()).hexdigest() for h in HEADERS]
+    return "\n".join([compiler_version(), *FLAGS, *ISAS[isa], *flags, machine, *headers])
+
+
+def build(
+    sources: Mapping[str, str],
+    out_dir: str | os.PathLike[str],
+    *,
+    isa: str = "native",
+    flags: Sequence[str] = (),
+    jobs: int | None = None,
+) -> dict[str, Path]:
+    """Compile kernels; returns, for each name of `sources`, the shared object that holds its function.
+
+    Equal sources compile once; sources already built in `out_dir` are not built again. The rest is dealt to `jobs` groups
+    (default: the CPUs this process may use), one compiler process and one shared object per group, so function names must
+    differ between distinct sources. Safe to call from several processes on one `out_dir`.
+    Raises NoCompiler, and KernelBuildFailed with the compiler's output.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    hashes = {name: content_hash(source, isa, flags) for name, source in sources.items()}
+    missing = {h: sources[n] for n, h in sorted(hashes.items()) if not (out / f"{h}.so").exists()}
+    jobs = jobs or len(os.sched_getaffinity(0))
+    groups = _deal(missing, jobs)
+    with ThreadPoolExecutor(max(1, len(groups))) as pool:
+        for done in [pool.submit(_build_group, group, out, isa, flags) for group in groups]:
+            done.result()
+    return {name: (out / f"{h}.so").resolve() for name, h in hashes.items()}
+
+
+def _deal(sources: Mapping[str, str], groups: int) -> list[dict[str, str]]:
+    """Split into at most `groups` parts of about equal text, longest source first."""
+    parts: list[dict[str, str]] = [{} for _ in range(min(groups, len(sources)))]
+    for name in sorted(sources, key=lambda n: (-len(sources[n]), n)):
+        min(parts, key=lambda p: sum(map(len, p.values())))[name] = sources[name]
+    return parts
+
+
+def _build_group(group: Mapping[str, str], out: Path, isa: str, flags: Sequence[str]) -> None:
+    """One shared object for `group` (hash -> source), and a link to it under each hash."""
+    for h, source in group.items():
+        _write(out / f"{h}.cpp", source)
+    name = hashlib.sha256("".join(group).encode()).hexdigest()[:32]
+    unit = out / f"group-{name}.cpp"
+    _write(unit, "".join(f'#include "{h}.cpp"\n' for h in group))
+    target = unit.with_suffix(".so")
+    scratch = out / f"group-{name}.{os.getpid()}.tmp"
+    argv = [*command(isa, flags), "-o", str(scratch), str(unit), "-lm"]
+    run = subprocess.run(argv, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise KernelBuildFailed(source=str(unit), compiler=argv[0], output=run.stderr[-4000:], command=shlex.join(argv))
+    os.replace(scratch, target)
+    for h in group:
+        link = out / f"{h}.{os.getpid()}.link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        os.replace(link, out / f"{h}.so")
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)

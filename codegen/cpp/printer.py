@@ -1,0 +1,465 @@
+"""Kernel IR to C++: one standalone translation unit per kernel.
+
+The text is a table's output: nothing here changes what is computed. A scalar that varies over the vector axis prints as
+`vec<T>` (W lanes), every other one as a plain C++ scalar; the vector loop's body is one generic lambda that the compiler
+instantiates for full tiles and for the partial tile at the end. Sums over the vector axis go to per-lane partial
+accumulators and meet in a fixed tree, so results depend on the lane count but never on threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from ...errors import InvalidKernel
+from ..kernel_ir import Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
+from .index import Affine, affine, index_text
+from .ops import ARG_OPS, CTYPE, HEAVY, HEAVY_WEIGHT, REDUCER, compute_text, identifier, literal
+
+_PARTIALS = 4  # independent accumulators per lane in a light reduction; `tiles` and `reduce` in the headers know 1 and 4
+_UNKNOWN_EXTENT = 64
+
+
+def print_kernel(kernel: Kernel) -> str:
+    """C++ source of `extern "C" void NAME(void* const* bufs, const int64_t* sizes, int nthreads)`.
+
+    `bufs` and `sizes` come in the order of `kernel.buffers` and `kernel.sizes`. The text includes vmath.h of this package
+    and nothing else; equal kernels print equal text. Raises InvalidKernel where the tree breaks a rule of kernel IR, and
+    IndexNotPrintable for an index that is not integer arithmetic.
+    """
+    return _Printer(kernel).run()
+
+
+@dataclass
+class _Lanes:
+    """The vector loop being printed: its axis, what varies over it, and where outer accumulators keep their lanes."""
+
+    axis: sympy.Symbol
+    varying: frozenset[str]
+    partial: dict[str, str]
+
+
+class _Printer:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.lines: list[str] = []
+        self.depth = 0
+        self.dtype: dict[str, str] = {s.name: "int64" for s in kernel.sizes}
+        self.accs: dict[str, Acc] = {}
+        self.axes: frozenset[sympy.Symbol] = frozenset(s.axis for s in walk(kernel.body) if isinstance(s, Loop))
+        self.lanes: _Lanes | None = None
+
+    # ---- text ----------------------------------------------------------------------------------------------------
+
+    def line(self, text: str) -> None:
+        self.lines.append("  " * self.depth + text if text else "")
+
+    def open(self, text: str) -> None:
+        self.line(text)
+        self.depth += 1
+
+    def close(self, text: str = "}") -> None:
+        self.depth -= 1
+        self.line(text)
+
+    def run(self) -> str:
+        kernel = self.kernel
+        self.line(f"// {kernel.name}")
+        for origin in kernel.origin:
+            for row in origin.splitlines():
+                self.line(f"//   {row}".rstrip())
+        self.line('#include "vmath.h"')
+        self.line("using namespace plait;")
+        self.line("")
+        self.open(f'extern "C" void {kernel.name}(void* const* bufs, const int64_t* sizes, int nthreads) {{')
+        for i, buffer in enumerate(kernel.buffers):
+            const = "const " if buffer.access == "read" else ""
+            ctype = f"{const}{CTYPE[buffer.dtype]}*"
+            self.line(f"{ctype} const {identifier(buffer.name)} = static_cast<{ctype}>(bufs[{i}]);")
+        for i, size in enumerate(kernel.sizes):
+            self.line(f"const int64_t {identifier(size.name)} = sizes[{i}];")
+        for stmt in kernel.body:
+            if isinstance(stmt, Loop) and stmt.kind == "parallel":
+                self.parallel(stmt)
+            else:
+                self.stmt(stmt)
+        self.close()
+        return "\n".join(self.lines) + "\n"
+
+    # ---- names ---------------------------------------------------------------------------------------------------
+
+    def varies(self, name: str) -> bool:
+        return self.lanes is not None and name in self.lanes.varying
+
+    def ref(self, name: str) -> str:
+        """How the value of scalar `name` is read."""
+        acc = self.accs.get(name)
+        return f"{identifier(name)}.index" if acc is not None and acc.op in ARG_OPS else identifier(name)
+
+    def spread(self, name: str) -> str:
+        """Scalar `name` as lanes."""
+        return self.ref(name) if self.varies(name) else f"vec<{CTYPE[self.dtype[name]]}>({self.ref(name)})"
+
+    def ctype(self, dtype: str, varying: bool) -> str:
+        return f"vec<{CTYPE[dtype]}>" if varying else CTYPE[dtype]
+
+    def define(self, name: str, dtype: str, text: str) -> None:
+        self.dtype[name] = dtype
+        self.line(f"const {self.ctype(dtype, self.varies(name))} {identifier(name)} = {text};")
+
+    # ---- indices -------------------------------------------------------------------------------------------------
+
+    def text(self, expr: sympy.Expr) -> str:
+        return index_text(expr, self.symbol, self.axes)
+
+    def symbol(self, symbol: sympy.Symbol) -> str:
+        if symbol in self.axes or self.dtype.get(symbol.name) == "int64":
+            return self.ref(symbol.name)
+        if symbol.name not in self.dtype:
+            raise InvalidKernel(kernel=self.kernel.name, why=f"index reads {symbol.name}, which is not defined there")
+        return f"int64_t({self.ref(symbol.name)})"
+
+    def lane_symbol(self, symbol: sympy.Symbol) -> str:
+        """A symbol inside `per_lane`, where `l` is the lane."""
+        if self.lanes is not None and symbol == self.lanes.axis:
+            return f"({identifier(symbol.name)} + l)"
+        if self.varies(symbol.name):
+            lane = f"{self.ref(symbol.name)}[l]"
+            return lane if self.dtype[symbol.name] == "int64" else f"int64_t({lane})"
+        return self.symbol(symbol)
+
+    def moving(self, expr: sympy.Expr) -> frozenset[sympy.Symbol]:
+        """The symbols of `expr` that vary over the lanes."""
+        if self.lanes is None:
+            return frozenset()
+        return frozenset(s for s in expr.free_symbols if s == self.lanes.axis or s.name in self.lanes.varying)
+
+    def offset(self, base: str, expr: sympy.Expr) -> str:
+        return identifier(base) if expr == 0 else f"{identifier(base)} + {self.text(expr)}"
+
+    def index_lanes(self, expr: sympy.Expr) -> str:
+        """`expr` as vec<int64_t>."""
+        moving = self.moving(expr)
+        split = affine(expr, moving)
+        if split is None:
+            text = index_text(expr, self.lane_symbol, self.axes)
+            return f"per_lane([&](int64_t l) -> int64_t {{ return {text}; }})"
+        parts = [self.term(symbol, coefficient) for symbol, coefficient in split.terms]
+        if split.rest != 0 or not parts:
+            parts.append(f"vec<int64_t>({self.text(split.rest)})")
+        return " + ".join(parts)
+
+    def term(self, symbol: sympy.Symbol, coefficient: sympy.Expr) -> str:
+        assert self.lanes is not None
+        if symbol == self.lanes.axis:
+            text = f"({identifier(symbol.name)} + iota<int64_t>())"
+        elif self.dtype[symbol.name] == "int64":
+            text = self.ref(symbol.name)
+        else:
+            text = f"cast<int64_t>({self.ref(symbol.name)})"
+        return text if coefficient == 1 else f"{text} * int64_t({self.text(coefficient)})"
+
+    def along_axis(self, expr: sympy.Expr) -> tuple[Affine, sympy.Expr] | None:
+        """(split, stride) if `expr` moves along the vector axis by a stride that is the same in every lane."""
+        assert self.lanes is not None
+        split = affine(expr, self.moving(expr))
+        if split is None or len(split.terms) != 1 or split.terms[0][0] != self.lanes.axis:
+            return None
+        return split, split.terms[0][1]
+
+    # ---- statements ----------------------------------------------------------------------------------------------
+
+    def stmt(self, stmt: Stmt) -> None:
+        match stmt:
+            case Const(name, dtype, value):
+                self.define(name, dtype, literal(value, dtype))
+            case Index(name, expr, dtype):
+                self.define(name, dtype, self.index_lanes(expr) if self.varies(name) else self.text(expr))
+            case Load():
+                self.load(stmt)
+            case Compute(name, dtype, op, args):
+                texts, varying = [self.ref(a) for a in args], [self.varies(a) for a in args]
+                operand = self.dtype[args[-1] if op == "where" else args[0]]
+                self.define(name, dtype, compute_text(op, operand, dtype, texts, varying=varying))
+            case Acc():
+                self.acc(stmt)
+            case Accumulate():
+                self.accumulate(stmt)
+            case Store():
+                self.store(stmt)
+            case Loop():
+                self.loop(stmt)
+
+    def body(self, body: tuple[Stmt, ...]) -> None:
+        for stmt in body:
+            self.stmt(stmt)
+
+    def load(self, load: Load) -> None:
+        base, mask = load.buffer, load.mask
+        other = literal(load.other, load.dtype)
+        if not self.varies(load.name):
+            text = f"{identifier(base)}[{self.text(load.index)}]"
+            self.define(load.name, load.dtype, text if mask is None else f"{self.ref(mask)} ? {text} : {other}")
+            return
+        step = self.along_axis(load.index)
+        if mask is not None:
+            other = f"{CTYPE[load.dtype]}({other})"
+            if step and step[1] == 1:
+                text = f"load_if({self.spread(mask)}, {self.offset(base, load.index)}, lanes, {other})"
+            else:
+                at = self.index_lanes(load.index)
+                text = f"gather_if({self.spread(mask)}, {identifier(base)}, {at}, lanes, {other})"
+        elif step and step[1] == 1:
+            text = f"load({self.offset(base, load.index)}, lanes)"
+        elif step:
+            text = f"load_strided({self.offset(base, load.index)}, {self.text(step[1])}, lanes)"
+        else:
+            text = f"gather({identifier(base)}, {self.index_lanes(load.index)}, lanes)"
+        self.define(load.name, load.dtype, text)
+
+    def store(self, store: Store) -> None:
+        base, mask = identifier(store.buffer), store.mask
+        if self.lanes is None or not (store.atomic or self.moving(store.index) or self.any_varies(store.value, mask)):
+            at = self.text(store.index)
+            value = self.ref(store.value)
+            text = f"atomic_add({base} + {at}, {value});" if store.atomic else f"{base}[{at}] = {value};"
+            self.line(text if mask is None else f"if ({self.ref(mask)}) {text}")
+            return
+        value = self.spread(store.value)
+        if store.atomic:
+            guard = "vec<bool>(true)" if mask is None else self.spread(mask)
+            self.line(f"atomic_scatter_if({guard}, {base}, {self.index_lanes(store.index)}, {value}, lanes);")
+            return
+        step = self.along_axis(store.index)
+        contiguous = step is not None and step[1] == 1
+        if mask is not None and contiguous:
+            self.line(f"store_if({self.spread(mask)}, {self.offset(store.buffer, store.index)}, {value}, lanes);")
+        elif mask is not None:
+            at = self.index_lanes(store.index)
+            self.line(f"scatter_if({self.spread(mask)}, {base}, {at}, {value}, lanes);")
+        elif contiguous:
+            self.line(f"store({self.offset(store.buffer, store.index)}, {value}, lanes);")
+        elif step:
+            stride = self.text(step[1])
+            self.line(f"store_strided({self.offset(store.buffer, store.index)}, {stride}, {value}, lanes);")
+        else:
+            self.line(f"scatter({base}, {self.index_lanes(store.index)}, {value}, lanes);")
+
+    def any_varies(self, *names: str | None) -> bool:
+        return any(n is not None and self.varies(n) for n in names)
+
+    # ---- accumulators --------------------------------------------------------------------------------------------
+
+    def acc(self, acc: Acc) -> None:
+        self.accs[acc.name] = acc
+        self.dtype[acc.name] = acc.dtype
+        ctype = self.ctype(_value_dtype(acc), self.varies(acc.name))
+        if acc.op in ARG_OPS:
+            self.line(f"Arg<{ctype}> {identifier(acc.name)}({_identity(acc)});")
+        else:
+            self.line(f"{ctype} {identifier(acc.name)} = {_identity(acc)};")
+
+    def accumulate(self, stmt: Accumulate) -> None:
+        acc = self.accs[stmt.acc]
+        partial = self.lanes.partial.get(stmt.acc) if self.lanes else None
+        spread = partial is not None or self.varies(stmt.acc)
+        into = partial or identifier(stmt.acc)
+        args = [into, self.spread(stmt.value) if spread else self.ref(stmt.value)]
+        if acc.op in ARG_OPS:
+            if stmt.index is None:
+                raise InvalidKernel(kernel=self.kernel.name, why=f"{acc.op} into {acc.name} has no index")
+            args.append(self.spread(stmt.index) if spread else self.ref(stmt.index))
+        if partial is not None:
+            args.append("lanes")
+        self.line(f"{_accumulate(acc, self.ctype(_value_dtype(acc), spread))}({', '.join(args)});")
+
+    # ---- loops ---------------------------------------------------------------------------------------------------
+
+    def loop(self, loop: Loop) -> None:
+        if loop.vector:
+            self.vector_loop(loop, "0", self.text(loop.extent))
+            return
+        self.count(loop, "0", self.text(loop.extent))
+        self.body(loop.body)
+        self.close()
+
+    def count(self, loop: Loop, first: str, end: str) -> None:
+        axis = identifier(loop.axis.name)
+        self.open(f"for (int64_t {axis} = {first}; {axis} < {end}; {axis}++) {{")
+
+    def vector_loop(self, loop: Loop, first: str, end: str, inner: tuple[Loop, str, str] | None = None) -> None:
+        """Tiles over [first, end); `inner` is a loop that runs inside each tile, with its own bounds, around the body."""
+        if self.lanes is not None:
+            raise InvalidKernel(kernel=self.kernel.name, why=f"vector loop {loop.axis} inside vector loop {self.lanes.axis}")
+        declared = {s.name for s in walk(loop.body) if isinstance(s, Acc)}
+        updated = dict.fromkeys(s.acc for s in walk(loop.body) if isinstance(s, Accumulate) and s.acc not in declared)
+        accs = [self.accs[name] for name in updated]
+        partials = _PARTIALS if accs and _is_light(loop.body) else 1
+        for acc in accs:
+            lanes, ctype = identifier(acc.name + "_lanes"), f"vec<{CTYPE[_value_dtype(acc)]}>"
+            if acc.op in ARG_OPS:
+                self.line(f"Arg<{ctype}> {lanes}({_identity(acc)});")
+            else:
+                self.line(f"{ctype} {lanes}[{partials}];")
+                self.line(f"fill({lanes}, {_identity(acc)});")
+        axis = identifier(loop.axis.name)
+        part = "auto part" if any(a.op not in ARG_OPS for a in accs) else "auto"
+        self.open(f"tiles<{partials}>({first}, {end}, [&](int64_t {axis}, auto lanes, {part}) PLAIT_BODY {{")
+        partial = {a.name: identifier(a.name + "_lanes") + ("" if a.op in ARG_OPS else "[part]") for a in accs}
+        self.lanes = _Lanes(loop.axis, _varying(loop), partial)
+        if inner is not None:
+            self.count(*inner)
+            self.body(inner[0].body)
+            self.close()
+        else:
+            self.body(loop.body)
+        self.lanes = None
+        self.close("});")
+        for acc in accs:
+            name, lanes = identifier(acc.name), identifier(acc.name + "_lanes")
+            if acc.op in ARG_OPS:
+                self.line(f"accumulate_lanes<{ARG_OPS[acc.op]}>({name}, {lanes});")
+            else:
+                reducer = REDUCER[acc.op]
+                self.line(f"accumulate<{reducer}>({name}, reduce<{reducer}>({lanes}));")
+
+    # ---- threads -------------------------------------------------------------------------------------------------
+
+    def parallel(self, loop: Loop) -> None:
+        """A root nest: its leading parallel loops become one range of units, which threads split evenly.
+
+        A unit of a vector loop is one tile, so that threads meet at tile boundaries and each value is computed in the
+        same tile, full or partial, whatever the thread count.
+        """
+        nest = [loop]
+        while len(nest[-1].body) == 1 and isinstance(nest[-1].body[0], Loop) and nest[-1].body[0].kind == "parallel":
+            nest.append(nest[-1].body[0])
+        for inner in nest:
+            if inner.extent.free_symbols & self.axes:
+                raise InvalidKernel(kernel=self.kernel.name, why=f"the extent of parallel loop {inner.axis} is not uniform")
+        total = sympy.Mul(*(n.extent for n in nest))
+        work = self.text(self.work_estimate(total * _work(nest[-1].body)))
+        units = [self.units(n) for n in nest]
+        for n, unit in zip(nest[1:], units[1:], strict=True):
+            self.line(f"const int64_t {identifier(n.axis.name + '_count')} = {unit};")
+        counts = [units[0], *(identifier(n.axis.name + "_count") for n in nest[1:])]
+        self.open(f"parallel({' * '.join(counts)}, {work}, nthreads, [=](int64_t begin, int64_t end) {{")
+        if len(nest) == 1:
+            self.span(nest, "begin", "end")
+        else:
+            self.open("for (int64_t at = begin; at < end;) {")
+            last = nest[-1]
+            first, run = identifier(last.axis.name + "_first"), identifier(last.axis.name + "_end")
+            self.line(f"const int64_t {first} = at % {counts[-1]};")
+            self.line(f"const int64_t {run} = min_of({first} + (end - at), {counts[-1]});")
+            divisor = counts[-1]
+            for k in range(len(nest) - 2, -1, -1):
+                axis = identifier(nest[k].axis.name + ("_tile" if nest[k].vector else ""))
+                text = f"at / {divisor}" if divisor == counts[-1] else f"at / ({divisor})"
+                self.line(f"const int64_t {axis} = {text if k == 0 else f'{text} % {counts[k]}'};")
+                divisor = f"{counts[k]} * {divisor}"
+            self.line(f"at += {run} - {first};")
+            self.span(nest, first, run)
+            self.close()
+        self.close("});")
+
+    def work_estimate(self, work: sympy.Expr) -> sympy.Expr:
+        """`work` in sizes alone: an axis counts as its extent, a loaded extent as _UNKNOWN_EXTENT iterations."""
+        extents = {s.axis: s.extent for s in walk(self.kernel.body) if isinstance(s, Loop)}
+        while inner := work.free_symbols - set(self.kernel.sizes):
+            work = work.subs({s: extents.get(s, sympy.Integer(_UNKNOWN_EXTENT)) for s in inner})
+        return work
+
+    def units(self, loop: Loop) -> str:
+        extent = self.text(loop.extent)
+        return f"tile_count({extent})" if loop.vector else extent if loop.extent.is_Atom else f"({extent})"
+
+    def span(self, nest: list[Loop], first: str, end: str) -> None:
+        """The units [first, end) of the last loop of `nest`; the axes of the others are set."""
+        last = nest[-1]
+        vector = next((n for n in nest if n.vector), None)
+        if vector is None:
+            self.count(last, first, end)
+            self.body(last.body)
+            self.close()
+        elif vector is last:
+            extent = self.text(last.extent)
+            self.vector_loop(last, f"{first} * W", f"min_of({end} * W, {extent})")
+        else:
+            tile = identifier(vector.axis.name + "_tile")
+            bound = f"min_of(({tile} + 1) * W, {self.text(vector.extent)})"
+            self.vector_loop(vector, f"{tile} * W", bound, inner=(last, first, end))
+
+
+def _value_dtype(acc: Acc) -> str:
+    return acc.value_dtype or acc.dtype if acc.op in ARG_OPS else acc.dtype
+
+
+def _identity(acc: Acc) -> str:
+    dtype = _value_dtype(acc)
+    match acc.op:
+        case "sum":
+            return literal(0, dtype)
+        case "prod":
+            return literal(1, dtype)
+        case "max" | "argmax":
+            return f"lowest<{CTYPE[dtype]}>()"
+        case "min" | "argmin":
+            return f"highest<{CTYPE[dtype]}>()"
+        case "any":
+            return "false"
+        case _:
+            return "true"
+
+
+def _accumulate(acc: Acc, ctype: str) -> str:
+    if acc.op in ARG_OPS:
+        return f"accumulate_arg<{ARG_OPS[acc.op]}, {ctype}>"
+    return f"accumulate<{REDUCER[acc.op]}, {ctype}>"
+
+
+def _is_light(body: tuple[Stmt, ...]) -> bool:
+    """Whether the latency of the accumulators is what a tile waits for: few cheap statements and no inner loop."""
+    for stmt in walk(body):
+        if isinstance(stmt, Loop) or (isinstance(stmt, Compute) and stmt.op in HEAVY):
+            return False
+        if isinstance(stmt, Accumulate) and stmt.index is not None:
+            return False
+    return sum(1 for _ in walk(body)) <= 16
+
+
+def _work(body: tuple[Stmt, ...]) -> sympy.Expr:
+    """Scalar statements that one run of `body` executes, as an expression over sizes."""
+    total: sympy.Expr = sympy.Integer(0)
+    for stmt in body:
+        if isinstance(stmt, Loop):
+            inner = _work(stmt.body)
+            extent = stmt.extent
+            total += (extent * inner) if extent.is_Integer or extent.is_Symbol else sympy.Mul(extent, inner, evaluate=False)
+        else:
+            total += HEAVY_WEIGHT if isinstance(stmt, Compute) and stmt.op in HEAVY else 1
+    return total
+
+
+def _varying(loop: Loop) -> frozenset[str]:
+    """Names defined in vector `loop` whose value differs between lanes."""
+    varying: set[str] = set()
+    while True:
+        before = len(varying)
+        for stmt in walk(loop.body):
+            match stmt:
+                case Index(name, expr):
+                    reads = {s.name for s in expr.free_symbols}
+                case Load(name, _, _, expr, mask):
+                    reads = {s.name for s in expr.free_symbols} | ({mask} if mask else set())
+                case Compute(name, _, _, args):
+                    reads = set(args)
+                case Accumulate(name, value, index):
+                    reads = {value} | ({index} if index else set())
+                case _:
+                    continue
+            if loop.axis.name in reads or reads & varying:
+                varying.add(name)
+        if len(varying) == before:
+            return frozenset(varying)

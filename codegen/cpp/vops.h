@@ -1,0 +1,307 @@
+// The non-transcendental operations of kernel IR on scalars and vec alike: casts, minima, rounding, division by every
+// rule, shifts, and reductions over lanes in a fixed tree. One template serves both, so the bits agree.
+#pragma once
+#include "vec.h"
+
+namespace plait {
+
+// ---- numeric limits ----------------------------------------------------------------------------------------------
+
+template <class T> constexpr T highest() {
+  if constexpr (same<T, float>) return __builtin_inff();
+  else if constexpr (same<T, double>) return __builtin_inf();
+  else if constexpr (same<T, bool>) return true;
+  else if constexpr (T(-1) > T(0)) return T(-1);
+  else return T((uint64_t(1) << (sizeof(T) * 8 - 1)) - 1);
+}
+template <class T> constexpr T lowest() {
+  if constexpr (is_float<T>) return -highest<T>();
+  else if constexpr (same<T, bool> || T(-1) > T(0)) return T(0);
+  else return T(-highest<T>() - 1);
+}
+
+// ---- half precision ----------------------------------------------------------------------------------------------
+
+template <class V> PLAIT_FN auto bits_to_float(bf16, V h) {  // h: uint32 lanes
+  return bitcast<float>(V(h << lane_t<V>(16)));
+}
+template <class V> PLAIT_FN auto bits_to_float(f16, V h) {
+  using F = rebind_t<V, float>;
+  const V payload = V((h & lane_t<V>(0x7fff)) << lane_t<V>(13));
+  const V scaled = bitcast<uint32_t>(F(bitcast<float>(payload) * 0x1p112f));  // rebiases, subnormals too
+  const V wide = where((h & lane_t<V>(0x7c00)) == lane_t<V>(0x7c00), V(payload | lane_t<V>(0x7f800000)), scaled);
+  return bitcast<float>(V(wide | ((h & lane_t<V>(0x8000)) << lane_t<V>(16))));
+}
+template <class V> PLAIT_FN auto float_to_bits(bf16, V x) {  // round to nearest even; NaN stays NaN
+  using U = rebind_t<V, uint32_t>;
+  const U u = bitcast<uint32_t>(x);
+  const U rounded = U((u + uint32_t(0x7fff) + ((u >> uint32_t(16)) & uint32_t(1))) >> uint32_t(16));
+  return where(x != x, U((u >> uint32_t(16)) | uint32_t(0x40)), rounded);
+}
+template <class V> PLAIT_FN auto float_to_bits(f16, V x) {
+  using U = rebind_t<V, uint32_t>;
+  const U u = bitcast<uint32_t>(x), twice = U(u + u);
+  const V magnitude = bitcast<float>(U(u & uint32_t(0x7fffffff)));
+  const V overflowed = (magnitude * 0x1p112f) * 0x1p-110f;  // past the largest half this is inf
+  const U exponent = U(twice & uint32_t(0xff000000));
+  const U bias = where(exponent < uint32_t(0x71000000), U(uint32_t(0x71000000)), exponent);
+  const U sum = bitcast<uint32_t>(V(bitcast<float>(U((bias >> uint32_t(1)) + uint32_t(0x07800000))) + overflowed));
+  const U finite = U(((sum >> uint32_t(13)) & uint32_t(0x7c00)) + (sum & uint32_t(0xfff)));
+  const U half = where(twice > uint32_t(0xff000000), U(uint32_t(0x7e00)), finite);
+  return U(((u & uint32_t(0x80000000)) >> uint32_t(16)) | half);
+}
+
+// ---- casts -------------------------------------------------------------------------------------------------------
+
+template <class D, class S> PLAIT_FN rebind_t<S, D> number_cast(S x) {  // between arithmetic types
+  if constexpr (is_vec<S>) return convert<D>(x);
+  else return D(x);
+}
+
+// float -> int truncates (8 and 16 bits by way of int32, and wrap); -> bool is != 0; halves go by way of float.
+template <class D, class S> PLAIT_FN rebind_t<S, D> cast(S x) {
+  using T = lane_t<S>;
+  using R = rebind_t<S, D>;
+  if constexpr (same<D, T>) return x;
+  else if constexpr (is_half<T>) {
+    rebind_t<S, uint16_t> half = x.bits;
+    return cast<D>(bits_to_float(T{}, number_cast<uint32_t>(half)));
+  } else if constexpr (is_half<D>) {
+    return R{number_cast<uint16_t>(float_to_bits(D{}, cast<float>(x)))};
+  } else if constexpr (same<D, bool>) return x != T(0);
+  else if constexpr (same<T, bool>) return where(x, R(D(1)), R(D(0)));
+  else if constexpr (is_float<T> && !is_float<D> && sizeof(D) < 4) return number_cast<D>(number_cast<int32_t>(x));
+  else return number_cast<D>(x);
+}
+
+// ---- order -------------------------------------------------------------------------------------------------------
+
+template <class V> PLAIT_FN auto isnan(V x) { return x != x; }
+template <class V> PLAIT_FN auto isinf(V x) {
+  using T = lane_t<V>;
+  if constexpr (is_float<T>) return (x == highest<T>()) | (x == lowest<T>());
+  else return x != x;
+}
+template <class V> PLAIT_FN V maximum(V a, V b) { return where((a > b) | (a != a), a, b); }
+template <class V> PLAIT_FN V minimum(V a, V b) { return where((a < b) | (a != a), a, b); }
+template <class V> PLAIT_FN V sign(V x) {
+  using T = lane_t<V>;
+  return where(x > T(0), V(T(1)), where(x < T(0), V(T(-1)), V(T(0))));
+}
+template <class V> PLAIT_FN V abs(V x) {
+  using T = lane_t<V>;
+  if constexpr (same<T, float>) {
+    return bitcast<float>(rebind_t<V, int32_t>(bitcast<int32_t>(x) & int32_t(0x7fffffff)));
+  } else if constexpr (same<T, double>) {
+    return bitcast<double>(rebind_t<V, int64_t>(bitcast<int64_t>(x) & int64_t(0x7fffffffffffffff)));
+  } else {
+    return where(x < T(0), V(-x), x);
+  }
+}
+template <class V> PLAIT_FN V copysign(V magnitude, V sign_of) {
+  using T = lane_t<V>;
+  using I = typename sized_int<sizeof(T)>::type;
+  using VI = rebind_t<V, I>;
+  return bitcast<T>(VI((bitcast<I>(magnitude) & highest<I>()) | (bitcast<I>(sign_of) & lowest<I>())));
+}
+
+// ---- float arithmetic --------------------------------------------------------------------------------------------
+
+template <class V> PLAIT_FN V fma(V a, V b, V c) {  // one rounding on floats
+  using T = lane_t<V>;
+  const auto one = [] [[gnu::always_inline]] (T x, T y, T z) -> T {
+    if constexpr (same<T, float>) return __builtin_fmaf(x, y, z);
+    else if constexpr (same<T, double>) return __builtin_fma(x, y, z);
+    else return T(x * y + z);
+  };
+  if constexpr (is_vec<V>) return lanewise(one, a, b, c);
+  else return one(a, b, c);
+}
+template <class V> PLAIT_FN V sqrt(V x) {
+  using T = lane_t<V>;
+  const auto one = [] [[gnu::always_inline]] (T s) -> T {
+    if constexpr (same<T, float>) return __builtin_sqrtf(s);
+    else return __builtin_sqrt(s);
+  };
+  if constexpr (is_vec<V>) return lanewise(one, x);
+  else return one(x);
+}
+template <class V> PLAIT_FN V rsqrt(V x) { return lane_t<V>(1) / sqrt(x); }
+template <class V> PLAIT_FN V reciprocal(V x) { return lane_t<V>(1) / x; }
+
+// Half to even. Adding and removing 1.5 * 2^p drops the fraction in the current (default) rounding mode.
+template <class V> PLAIT_FN V round(V x) {
+  using T = lane_t<V>;
+  if constexpr (is_float<T>) {
+    const T whole_from = same<T, float> ? T(0x1p23) : T(0x1p52);
+    const V big = copysign(V(whole_from), x);
+    const V r = copysign(V((x + big) - big), x);
+    return where(abs(x) < whole_from, r, x);  // else x is an integer, inf or NaN already
+  } else {
+    return x;
+  }
+}
+template <class V> PLAIT_FN V floor(V x) {
+  using T = lane_t<V>;
+  if constexpr (is_float<T>) {
+    const V r = round(x);
+    return copysign(V(r - where(r > x, V(T(1)), V(T(0)))), x);
+  } else return x;
+}
+template <class V> PLAIT_FN V ceil(V x) {
+  using T = lane_t<V>;
+  if constexpr (is_float<T>) {
+    const V r = round(x);
+    return copysign(V(r + where(r < x, V(T(1)), V(T(0)))), x);
+  } else return x;
+}
+template <class V> PLAIT_FN V trunc(V x) {
+  if constexpr (is_float<lane_t<V>>) return copysign(floor(abs(x)), x);
+  else return x;
+}
+
+// ---- division and remainder --------------------------------------------------------------------------------------
+// Integers: a zero divisor gives 0, and lowest / -1 wraps (both trap in hardware).
+
+template <class T> PLAIT_FN T int_div(T a, T b) {
+  if (b == 0) return 0;
+  if constexpr (T(-1) < T(0)) {
+    if (b == T(-1)) return T(0 - uint64_t(a));
+  }
+  return T(a / b);
+}
+template <class T> PLAIT_FN T int_rem(T a, T b) { return b == 0 ? T(0) : T(a - int_div(a, b) * b); }
+
+template <class T> PLAIT_FN T float_rem(T a, T b) {
+  if constexpr (same<T, float>) return __builtin_fmodf(a, b);
+  else return __builtin_fmod(a, b);
+}
+
+template <class V> PLAIT_FN V trunc_div(V a, V b) {
+  using T = lane_t<V>;
+  if constexpr (is_float<T>) return trunc(V(a / b));
+  else if constexpr (is_vec<V>) return calls([](T x, T y) { return int_div(x, y); }, a, b);
+  else return int_div(a, b);
+}
+template <class V> PLAIT_FN V fmod(V a, V b) {
+  using T = lane_t<V>;
+  const auto one = [](T x, T y) -> T {
+    if constexpr (is_float<T>) return float_rem(x, y);
+    else return int_rem(x, y);
+  };
+  if constexpr (is_vec<V>) return calls(one, a, b);
+  else return one(a, b);
+}
+template <class V> PLAIT_FN V mod(V a, V b) {  // Python's: the sign of the divisor
+  using T = lane_t<V>;
+  const V r = fmod(a, b);
+  return where((r != T(0)) & ((r < T(0)) != (b < T(0))), V(r + b), r);
+}
+template <class V> PLAIT_FN V floordiv(V a, V b) {
+  using T = lane_t<V>;
+  const V r = fmod(a, b);
+  const auto away = (r != T(0)) & ((r < T(0)) != (b < T(0)));
+  if constexpr (is_float<T>) {  // as torch: exact where a / b would round up to the next integer
+    const V whole_part = V(a - r) / b;
+    const V q = where(away, V(whole_part - T(1)), whole_part);
+    const V down = floor(q);
+    const V near = where(q - down > T(0.5), V(down + T(1)), down);
+    const V quotient = a / b;
+    return where(b == T(0), quotient, where(q == T(0), copysign(V(T(0)), quotient), near));
+  } else {
+    const V q = trunc_div(a, b);
+    return where(away, V(q - T(1)), q);
+  }
+}
+template <class V> PLAIT_FN V div(V a, V b) {
+  if constexpr (is_float<lane_t<V>>) return a / b;
+  else return trunc_div(a, b);
+}
+
+// ---- shifts: a count that is negative or too large shifts everything out -----------------------------------------
+
+template <class V> PLAIT_FN V shl(V a, V count) {
+  using T = lane_t<V>;
+  const T width = T(sizeof(T) * 8);
+  const auto ok = (count >= T(0)) & (count < width);
+  return where(ok, V(a << where(ok, count, V(T(0)))), V(T(0)));
+}
+template <class V> PLAIT_FN V shr(V a, V count) {
+  using T = lane_t<V>;
+  const T width = T(sizeof(T) * 8);
+  const auto ok = (count >= T(0)) & (count < width);
+  return V(a >> where(ok, count, V(T(width - 1))));
+}
+
+// ---- reductions over lanes ---------------------------------------------------------------------------------------
+// Lane l meets lane l + n/2, then n/4, ...: the same tree for every register width.
+
+struct Sum {
+  template <class V> PLAIT_FN static V join(V a, V b) { return V(a + b); }
+};
+struct Prod {
+  template <class V> PLAIT_FN static V join(V a, V b) { return V(a * b); }
+};
+struct Max {
+  template <class V> PLAIT_FN static V join(V a, V b) { return maximum(a, b); }
+};
+struct Min {
+  template <class V> PLAIT_FN static V join(V a, V b) { return minimum(a, b); }
+};
+struct Any {
+  template <class V> PLAIT_FN static V join(V a, V b) { return V(a | b); }
+};
+struct All {
+  template <class V> PLAIT_FN static V join(V a, V b) { return V(a & b); }
+};
+
+template <class Op, class T, int N> PLAIT_FN T reduce_lanes(vec<T, N> x) {
+  if constexpr (N == 2) return Op::join(T(x[0]), T(x[1]));
+  else return reduce_lanes<Op>(vec<T, N / 2>(Op::join(low(x), high(x))));
+}
+template <class Op, class V, int K> PLAIT_FN lane_t<V> reduce(const V (&partial)[K]) {
+  if constexpr (K == 1) return reduce_lanes<Op>(partial[0]);
+  else return reduce_lanes<Op>(Op::join(Op::join(partial[0], partial[1]), Op::join(partial[2], partial[3])));
+}
+template <class V, int K> PLAIT_FN void fill(V (&partial)[K], lane_t<V> identity) {
+  for (int k = 0; k < K; k++) partial[k] = identity;
+}
+template <class Op, class V> PLAIT_FN void accumulate(V& into, V value) { into = Op::join(into, value); }
+template <class Op, class V, class L> PLAIT_FN void accumulate(V& into, V value, L lanes) {  // dead lanes keep theirs
+  into = blend(lanes, V(Op::join(into, value)), into);
+}
+
+// The best value so far and where it stood: ties keep the lowest index, NaN beats everything.
+template <class V> struct Arg {
+  V value;
+  rebind_t<V, int64_t> index;
+  PLAIT_FN Arg(lane_t<V> identity) : value(identity), index(highest<int64_t>()) {}
+};
+template <class L> PLAIT_FN vec<bool> live(L lanes) { return blend(lanes, vec<bool>(true), vec<bool>(false)); }
+
+template <bool Largest, class V, class M>
+PLAIT_FN void arg_join(Arg<V>& best, V value, rebind_t<V, int64_t> index, M candidate) {
+  const auto nan = value != value, was_nan = best.value != best.value;
+  const auto beats = Largest ? value > best.value : value < best.value;
+  const auto tie = ((value == best.value) | (nan & was_nan)) & (index < best.index);
+  const auto take = candidate & (((nan | beats) & !was_nan) | tie);
+  best.value = where(take, value, best.value);
+  best.index = where(take, index, best.index);
+}
+template <bool Largest, class V> PLAIT_FN void accumulate_arg(Arg<V>& best, V value, rebind_t<V, int64_t> index) {
+  arg_join<Largest>(best, value, index, rebind_t<V, bool>(true));
+}
+template <bool Largest, class V, class L>
+PLAIT_FN void accumulate_arg(Arg<V>& best, V value, rebind_t<V, int64_t> index, L lanes) {
+  arg_join<Largest>(best, value, index, live(lanes));
+}
+template <bool Largest, class T> PLAIT_FN void accumulate_lanes(Arg<T>& best, Arg<vec<T>> partial) {
+  for (int l = 0; l < W; l++) accumulate_arg<Largest, T>(best, partial.value[l], partial.index[l]);
+}
+
+// ---- index arithmetic of int64 scalars ---------------------------------------------------------------------------
+
+PLAIT_FN int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+PLAIT_FN int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace plait
