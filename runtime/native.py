@@ -1,0 +1,120 @@
+"""The native runner: building, loading and calling it. It needs no torch headers and no state.
+
+`runner.cpp` is one generic function, so one shared object serves every plan of a machine; see its head for the program
+format. A machine without a C++ compiler gets it from an artifact.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..errors import GuardFailed, KernelBuildFailed, SizeFailed
+
+SOURCE = Path(__file__).with_name("runner.cpp")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared")
+_WHY = {
+    -1: "division by zero or a negative power",
+    -2: "a size leaves the range of 64-bit integers",
+    -3: "the native program is malformed",
+}
+END, EVAL, GUARD, LAUNCH = range(4)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler of this machine: `CXX`, else g++, else clang++; None without one."""
+    named = os.environ.get("CXX")
+    return next((found for name in ([named] if named else ["g++", "clang++"]) if (found := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where binaries of this user are kept: `PLAIT_CACHE_DIR`, else `plait` in the user's cache folder. Private (0700)."""
+    root = os.environ.get("PLAIT_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) if root else Path(base) / "plait"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def build_shared(source: str, target: Path, flags: Sequence[str] = FLAGS, compiler: str | None = None) -> Path:
+    """Compile C++ text into the shared object `target`, atomically. Raises KernelBuildFailed with the compiler's output."""
+    compiler = compiler or find_compiler()
+    if compiler is None:
+        raise KernelBuildFailed(compiler="no C++ compiler", source=target.stem, output="(none found)", command="g++ …")
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        text = Path(folder) / f"{target.stem}.cpp"
+        text.write_text(source)
+        out = Path(folder) / target.name
+        command = [compiler, str(text), "-o", str(out), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            shown = " ".join([compiler, text.name, "-o", out.name, *flags])
+            raise KernelBuildFailed(compiler=compiler, source=text.name, output=done.stderr[-4000:], command=shown)
+        os.replace(out, target)
+    return target
+
+
+class Runner:
+    """A loaded `runner.cpp`. `run(program, bases, slots, nthreads, times)` takes addresses and returns the status."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.library = ctypes.CDLL(str(path))  # releases the interpreter lock while kernels run
+        self.run = self.library.plait_run
+        self.run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+        self.run.restype = ctypes.c_int64
+
+
+@functools.cache
+def default_runner() -> Runner:
+    """The runner of this machine, compiled into the cache folder when it is not there yet."""
+    source = SOURCE.read_text()
+    key = hashlib.sha256("\0".join([source, *FLAGS]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"runner-{key}.so"
+    return Runner(path if path.exists() else build_shared(source, path))
+
+
+class Program:
+    """An int64 program for the runner, and the address of its first word."""
+
+    def __init__(self) -> None:
+        self._words = array("q")
+        self.launches = 0
+
+    def evaluate(self, instructions: Iterable[tuple[int, int, int, int]]) -> None:
+        """Append a slot program."""
+        for instruction in instructions:
+            self._words.extend((EVAL, *instruction))
+
+    def guard(self, slot: int, index: int) -> None:
+        """Append: stop unless slot `slot` is non-zero; `index` names the guard."""
+        self._words.extend((GUARD, slot, index))
+
+    def launch(self, function: int, buffers: Sequence[tuple[int, int]], sizes: Sequence[int]) -> None:
+        """Append a kernel call; `buffers` are (base, offset slot) pairs, `sizes` slots."""
+        self._words.extend((LAUNCH, function, len(buffers), len(sizes)))
+        for pair in buffers:
+            self._words.extend(pair)
+        self._words.extend(sizes)
+        self.launches += 1
+
+    def seal(self) -> int:
+        """Append the end and return the address; nothing may be appended afterwards. The program must be kept alive."""
+        self._words.append(END)
+        return self._words.buffer_info()[0]
+
+
+def raise_status(status: int, messages: Sequence[str]) -> None:
+    """Turn a non-zero status of the runner into its error; `messages` are the guards' texts."""
+    if status > 0:
+        raise GuardFailed(message=messages[status - 1])
+    raise SizeFailed(why=_WHY[status])
