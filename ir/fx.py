@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -43,10 +44,21 @@ for _name in ("sqrt", "sin", "cos", "tan", "exp", "log", "log2", "floor", "ceil"
             _PYTHON[getattr(torch, _home)] = f"py.{_name}"
 
 
+@dataclass
+class FxLinks:
+    """Which fx node stands for which value: `values` for each one (for several results its `getitem`), `calls` for the
+    call behind them, keyed by its first output. What fx keeps in `meta` and graphs do not travels along these links."""
+
+    values: dict[Value, FxNode] = field(default_factory=dict[Value, FxNode])
+    calls: dict[Value, FxNode] = field(default_factory=dict[Value, FxNode])
+
+
 class _Importer:
     """One GraphModule on its way into a Graph. `taken` are symbols gathered for the whole program."""
 
-    def __init__(self, gm: GraphModule, name: str, symbols: Symbols, constants: dict[str, torch.Tensor]) -> None:
+    def __init__(self, gm: GraphModule, name: str, symbols: Symbols, constants: dict[str, torch.Tensor],
+                 links: FxLinks | None = None) -> None:  # fmt: skip
+        self.links = FxLinks() if links is None else links
         self.gm = gm
         self.name = name
         self.symbols = symbols
@@ -100,6 +112,7 @@ class _Importer:
         value = Value(type_of(val), n.name)
         self.inputs.append(value)
         self.env[n] = value
+        self.links.values[value] = n
 
     def do_get_attr(self, n: FxNode) -> None:
         target: Any = self.gm
@@ -121,6 +134,7 @@ class _Importer:
         val = n.meta.get("val")
         value = Value(type_of(tensor if val is None else val), n.name)
         self.nodes.append(Node(op("plait.constant"), (key,), (value,), loc=_loc(n)))
+        self.links.values[value] = n
         return value
 
     def arg(self, a: Any) -> Arg:
@@ -161,7 +175,9 @@ class _Importer:
     def getitem(self, n: FxNode) -> Arg:
         source, i = n.args
         if isinstance(source, FxNode) and source in self.tuples:
-            return self.tuples[source][i]  # type: ignore[index]
+            got = self.tuples[source][i]  # type: ignore[index]
+            self.links.values[got] = n
+            return got
         got = self.arg(source)
         return got[i]  # type: ignore[index]
 
@@ -209,9 +225,12 @@ class _Importer:
             outs.append(Value(TokenType(effect), "t"))
             advance(effect, outs[-1], self.tokens)
         self.nodes.append(Node(found, args, tuple(outs), after, _loc(n)))
+        if outs:
+            self.links.calls[outs[0]] = n
         if many:
             self.tuples[n] = tuple(values)
             return tuple(values)
+        self.links.values.update((v, n) for v in values)
         return values[0] if values else None
 
     def do_output(self, n: FxNode) -> None:
@@ -252,19 +271,20 @@ def _source(n: FxNode) -> str | None:
     return _loc(n).short or None
 
 
-def from_fx(gm: GraphModule, name: str = "forward") -> Graph:
+def from_fx(gm: GraphModule, name: str = "forward", links: FxLinks | None = None) -> Graph:
     """Import a functional fx graph (ATen ops, types in `meta["val"]`) as a tensor-level graph.
 
     `copy_` onto a placeholder becomes a write of that input; sizes become expressions; control flow keeps its regions.
-    Raises `CannotImport` naming the fx node and the user's line.
+    `links` is filled with the fx node of each value. Raises `CannotImport` naming the fx node and the user's line.
     """
-    return _Importer(gm, name, {}, {}).run()
+    return _Importer(gm, name, {}, {}, links).run()
 
 
 class _Exporter:
     """One Graph on its way to a GraphModule."""
 
-    def __init__(self, graph: Graph, bare: bool = False) -> None:
+    def __init__(self, graph: Graph, bare: bool = False, links: FxLinks | None = None) -> None:
+        self.links = FxLinks() if links is None else links
         self.graph = graph
         self.bare = bare  # return the one output itself, not a tuple: what torch wants of a loop's condition
         self.fx = torch.fx.Graph()
@@ -282,6 +302,7 @@ class _Exporter:
             self.node(node)
         for i, v in self.graph.writes:
             self.fx.call_function(torch.ops.aten.copy_.default, (self.env[self.graph.inputs[i]], self.env[v]))
+        self.links.values.update(self.env)
         outputs = tuple(self.arg(a) for a in self.graph.outputs)
         self.fx.output(outputs[0] if self.bare else outputs)
         return GraphModule(self.root, self.fx, self.graph.name)
@@ -353,6 +374,8 @@ class _Exporter:
         }
         call = self.fx.call_function(node.op.reference, *_call_args(node, positional, named))
         call.meta["stack_trace"] = node.loc.stack or None
+        if node.outputs:
+            self.links.calls[node.outputs[0]] = call
         results = node.results
         if node.op.returns == 1 and len(results) == 1:
             self.env[results[0]] = call
@@ -382,9 +405,9 @@ def _size_function(kind: type) -> Callable[..., Any]:
     return found
 
 
-def to_fx(graph: Graph) -> GraphModule:
+def to_fx(graph: Graph, links: FxLinks | None = None) -> GraphModule:
     """A runnable GraphModule that computes the graph; inputs named in `writes` are mutated.
 
-    Works at the tensor level only. Regions become nested modules.
+    Works at the tensor level only. Regions become nested modules. `links` is filled with the fx node of each value.
     """
-    return _Exporter(graph).run()
+    return _Exporter(graph, links=links).run()
