@@ -338,3 +338,134 @@ class WrongCapturePoint(PlaitError):
     code = "P0207"
     message = "pass {name} works on {at} graphs, this one is a {here} graph"
     fix = "put the pass into the {at} pipeline"
+
+
+class InvalidMatmul(PlaitError):
+    """A matmul template was asked for a combination that it does not have."""
+
+    code = "P0330"
+    message = "no matmul kernel {name}: {why}"
+    fix = "use a library call for this product, or change what is named"
+
+
+class SizeNotSupported(PlaitError):
+    """A size expression has no form that the runtime can compute with integers.
+
+    Happens for fractional powers or real-valued expressions of sizes.
+    """
+
+    code = "P0401"
+    message = "the size {expr} cannot be computed at run time"
+    fix = "make the dimension static, or compute the size outside the compiled function"
+
+
+class CannotLower(PlaitError):
+    """A node can neither be generated nor handed to torch."""
+
+    code = "P0402"
+    message = "cannot lower {what}: {why}"
+    fix = "keep this operation outside the compiled function"
+
+
+class UnknownSetting(PlaitError):
+    """`plait.config` was given a name that it does not have."""
+
+    code = "P0601"
+    message = "there is no setting {name!r}, did you mean {near!r}?"
+    fix = "the settings are: {known}"
+
+
+class BadSetting(PlaitError):
+    """A setting or its environment variable has a value of the wrong kind."""
+
+    code = "P0602"
+    message = "{name} must be {expected}, not {value!r}"
+    fix = "correct or unset it"
+
+
+class UnknownMode(PlaitError):
+    """`torch.compile(mode=...)` names a mode that plait does not have."""
+
+    code = "P0401"
+    message = "there is no mode {mode!r}"
+    fix = "the modes are: {known}"
+
+
+class UnknownOption(PlaitError):
+    """`options` has a key that plait does not know."""
+
+    code = "P0402"
+    message = "there is no option {name!r}, did you mean {near!r}?"
+    fix = "the options are: {known}; an option of a pass is written pass.option"
+
+
+class BadOption(PlaitError):
+    """An option has a value of the wrong kind."""
+
+    code = "P0403"
+    message = "option {name!r} must be {expected}, not {value!r}"
+    fix = "give a value of that kind"
+
+
+class FallbackRefused(PlaitError):
+    """With `fallback="error"`, something in the program has no generated kernel and no library call chosen by plait."""
+
+    code = "P0404"
+    message = "{what} would run in torch: {why}"
+    fix = 'allow it with options={{"fallback": "allow"}}; the coverage table lists everything that falls back'
+
+
+class TrainingMode(PlaitError):
+    """A module in training mode was given to `plait.compile`, and an op of it behaves differently then."""
+
+    code = "P0405"
+    message = "the module is in training mode, where {op} behaves differently"
+    fix = 'call model.eval() first; to train, use torch.compile(model, backend="plait")'
+
+
+class CannotExport(PlaitError):
+    """torch.export refuses the model."""
+
+    code = "P0406"
+    message = "torch.export cannot capture {what}: {why}"
+    fix = 'change the model as torch.export says, or use torch.compile(model, backend="plait"), which tolerates graph breaks'
+
+
+class InterfaceChanged(PlaitError):
+    """The passes of a pipeline changed what the graph takes or gives back."""
+
+    code = "P0407"
+    message = "the {pipeline} pipeline changed {what} of graph {graph} from {before} to {after}"
+    fix = "this is a mistake of one of its passes: {passes}; find it with verify='each-pass' or disable_passes"
+
+
+class NotANumber(PlaitError):
+    """Numerics cannot be checked on inputs that hold NaN."""
+
+    code = "P0408"
+    message = "example input {name!r} holds NaN, so that results cannot be compared"
+    fix = "give example inputs without NaN, or leave verify off"
+
+
+class UnknownStep(PlaitError):
+    """The history of a compilation has no such pass."""
+
+    code = "P0409"
+    message = "no step {name!r} in the history"
+    fix = "the steps are: {known}"
+
+
+class NotSupported(PlaitError):
+    """Something was asked for that this version of plait does not do."""
+
+    code = "P0410"
+    message = "{what} is not there: {why}"
+    fix = "{way}"
+
+
+class NoMinimax(PlaitError):
+    """No minimax polynomial was found for a function on an interval."""
+
+    code = "P0304"
+    message = "no minimax fit of {what}: {why}"
+    fix = "keep poles and kinks out of the interval, lower the degree or raise `precision`"
