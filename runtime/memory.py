@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsafePlan
+from ..errors import UnsafePlan, WrongOpResult
 from . import sizes
 from .calls import Values
 from .layout import Layout
 from .plan import Launch, ValueSpec
+
+log = logging.getLogger(__name__)
 
 Step = Callable[[Values, Any], None]
 Maker = Callable[[Values, Any], Any]
@@ -32,6 +35,20 @@ def view_of(
     return torch.empty(0, dtype=dtype, device=base.device).set_(base.untyped_storage(), start, shape, strides)
 
 
+def same_memory(t: torch.Tensor, strides: Sequence[int]) -> bool:
+    """Whether other strides address the same elements: they differ only where a dimension has one element, or none."""
+    if t.is_neg():  # negated lazily: the bits are those of another tensor
+        return False
+    return t.numel() == 0 or all(a == b or n == 1 for n, a, b in zip(t.shape, t.stride(), strides, strict=True))
+
+
+def describe(x: Any) -> str:
+    """Dtype and shape of a tensor, or the type of anything else, for messages."""
+    if isinstance(x, torch.Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    return type(x).__name__
+
+
 class Memory:
     """Bases, views and allocations of one plan, handed out in the order of its steps.
 
@@ -43,7 +60,8 @@ class Memory:
         self.layout = layout
         self.plan = layout.plan
         self._made: set[int] = set()  # views that some step has already put into the call's values
-        self._allocated: set[int] = set()
+        self._prepared: set[int] = set()
+        self.origins: dict[int, str] = {}  # handles -> the ops that made them
         self._tail: dict[int, Maker] = {}
         self.bases = self._assign_bases()
         self.base_count = 1 + len(self.bases)
@@ -139,25 +157,54 @@ class Memory:
         """(position, maker) of tensors that are made once per arena."""
         return list(self._tail.items())
 
-    def allocate(self, ids: Sequence[int]) -> Step | None:
-        """A step that allocates the fresh values among the roots of `ids` that no earlier step has."""
-        todo = []
-        for id in ids:
-            root, _ = self.layout.place(id)
+    def prepare(self, ids: Sequence[int]) -> Step | None:
+        """What must happen before a step addresses `ids`, unless an earlier step has done it: fresh values are allocated,
+        and handles that kernels or views address are checked to lie in memory as the plan says."""
+        todo: list[Step] = []
+        for root in dict.fromkeys(self.layout.place(id)[0] for id in ids):
             spec = self.value(root)
-            if spec.storage == "fresh" and root not in self._allocated:
-                self._allocated.add(root)
-                todo.append((self.layout.index[root], self.bases.get(root), self._allocator(spec)))
-        if not todo:
-            return None
+            if root in self._prepared or spec.storage not in ("fresh", "handle"):
+                continue
+            self._prepared.add(root)
+            todo.append(self._allocation(spec) if spec.storage == "fresh" else self._settling(spec))
+        if len(todo) < 2:
+            return todo[0] if todo else None
+
+        def prepare(vals: Values, frame: Any) -> None:
+            for step in todo:
+                step(vals, frame)
+
+        return prepare
+
+    def _allocation(self, spec: ValueSpec) -> Step:
+        position, base, make = self.layout.index[spec.id], self.bases.get(spec.id), self._allocator(spec)
 
         def allocate(vals: Values, frame: Any) -> None:
-            for position, base, make in todo:
-                vals[position] = t = make(frame.slots)
-                if base is not None:
-                    frame.bases[base] = t.data_ptr()
+            vals[position] = t = make(frame.slots)
+            if base is not None:
+                frame.bases[base] = t.data_ptr()
 
         return allocate
+
+    def _settling(self, spec: ValueSpec) -> Step:
+        position, base = self.layout.index[spec.id], self.bases.get(spec.id)
+        (_, shape_of), (_, strides_of) = self.sizes(spec.shape), self.sizes(spec.strides)
+        dtype, op, told = self.layout.dtype(spec.id), self.origins.get(spec.id), False
+
+        def settle(vals: Values, frame: Any) -> None:
+            nonlocal told
+            t, shape, strides = vals[position], shape_of(frame.slots), strides_of(frame.slots)
+            if not isinstance(t, torch.Tensor) or t.dtype != dtype or t.shape != shape:
+                raise WrongOpResult(op=op, got=describe(t), expected=f"{spec.dtype}{list(shape)}")
+            if (t.stride() != strides or t.is_neg()) and not same_memory(t, strides):
+                if not told:
+                    log.warning("%s returns strides %s where %s were announced: copied", op, t.stride(), strides)
+                    told = True
+                vals[position] = t = torch.empty_strided(shape, strides, dtype=dtype, device=t.device).copy_(t)
+            if base is not None:
+                frame.bases[base] = t.data_ptr()
+
+        return settle
 
     def _allocator(self, spec: ValueSpec) -> Callable[[Any], torch.Tensor]:
         dtype = self.layout.dtype(spec.id)

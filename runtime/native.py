@@ -6,9 +6,11 @@ format. A machine without a C++ compiler gets it from an artifact.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -17,9 +19,12 @@ from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import GuardFailed, KernelBuildFailed, SizeFailed
+from ..errors import GuardFailed, KernelBuildFailed, NoCompiler, SizeFailed
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("runner.cpp")
+COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared")
 _WHY = {
     -1: "division by zero or a negative power",
@@ -30,25 +35,41 @@ END, EVAL, GUARD, LAUNCH = range(4)
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler of this machine: `CXX`, else g++, else clang++; None without one."""
+    """The C++ compiler of this machine: `CXX`, else one of COMPILERS; None without one."""
     named = os.environ.get("CXX")
-    return next((found for name in ([named] if named else ["g++", "clang++"]) if (found := shutil.which(name))), None)
+    return next((found for name in ([named] if named else COMPILERS) if (found := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
-    """Where binaries of this user are kept: `PLAIT_CACHE_DIR`, else `plait` in the user's cache folder. Private (0700)."""
-    root = os.environ.get("PLAIT_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) if root else Path(base) / "plait"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    """Where native binaries of this user are kept: `native` in `PLAIT_CACHE_DIR` or in the user's cache folder for plait.
+
+    The folder is private (0700). Where none can be written, one that lives as long as the process.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(os.environ.get("PLAIT_CACHE_DIR") or os.path.join(base, "plait")) / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError as error:
+        log.debug("no cache folder: %s", error)
+    return _process_folder()
+
+
+@functools.cache
+def _process_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="plait-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def build_shared(source: str, target: Path, flags: Sequence[str] = FLAGS, compiler: str | None = None) -> Path:
-    """Compile C++ text into the shared object `target`, atomically. Raises KernelBuildFailed with the compiler's output."""
+    """Compile C++ text into the shared object `target`, atomically. Raises NoCompiler, or KernelBuildFailed with the
+    compiler's output."""
     compiler = compiler or find_compiler()
     if compiler is None:
-        raise KernelBuildFailed(compiler="no C++ compiler", source=target.stem, output="(none found)", command="g++ …")
+        raise NoCompiler(tried=os.environ.get("CXX") or ", ".join(COMPILERS))
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         text = Path(folder) / f"{target.stem}.cpp"

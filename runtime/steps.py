@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +11,10 @@ from ..errors import GuardFailed, KernelMissing, UnsafePlan, WrongOpResult
 from . import native, sizes
 from .calls import Arguments, Values, resolve_op, written_arguments
 from .layout import Layout, argument_values
-from .memory import Maker, Memory, Step
+from .memory import Maker, Memory, Step, describe
 from .plan import Call, Launch, OutputSpec
 from .regions import REGION_OPS
 from .streams import Streams
-
-log = logging.getLogger(__name__)
 
 
 class Builder:
@@ -76,10 +73,11 @@ class Builder:
                     number += 1
                 made.append(self._segment(range(first, number)))
             self.numbers.append(range(first, number))
-        unwritten = [o.ref for o in self._plan.outputs if o.kind == "value" and o.ref is not None]
-        allocate = self.memory.allocate(unwritten)  # of size zero, or else check.py refuses the plan
-        if allocate:
-            made.append(allocate)
+        returned = [o.ref for o in self._plan.outputs if o.kind == "value" and o.ref is not None]
+        # what is fresh and unwritten now has no elements, or else check.py refuses the plan
+        prepare = self.memory.prepare([id for id in returned if self.memory.value(id).storage in ("view", "fresh")])
+        if prepare:
+            made.append(prepare)
             self.numbers.append(range(len(plan), len(plan)))
         return made
 
@@ -94,13 +92,13 @@ class Builder:
             step = self._plan.steps[number]
             program.launch(self._kernel(step), self.memory.buffers(step), [self._layout.slot(e) for e in step.sizes])
             touched += step.buffers
-        allocate = self.memory.allocate(touched)
+        prepare = self.memory.prepare(touched)
         dead = self._dead(numbers)
         run, start, messages, threads = self._runner.run, program.seal(), self._messages, torch.get_num_threads
 
         def segment(vals: Values, frame: Any, program: native.Program = program) -> None:
-            if allocate is not None:
-                allocate(vals, frame)
+            if prepare is not None:
+                prepare(vals, frame)
             status = run(start, frame.bases_at, frame.slots_at, threads(), frame.times_at)
             if status:
                 native.raise_status(status, messages)
@@ -113,13 +111,13 @@ class Builder:
         """One launch from Python: on a device, or of a Python callable."""
         kernel = self._kernel(step)
         buffers, at = self.memory.buffers(step), [self._layout.slot(e) for e in step.sizes]
-        allocate = self.memory.allocate(step.buffers)
+        prepare = self.memory.prepare(step.buffers)
         dead = self._dead(range(number, number + 1))
         streams = self.streams
 
         def launch(vals: Values, frame: Any) -> None:
-            if allocate is not None:
-                allocate(vals, frame)
+            if prepare is not None:
+                prepare(vals, frame)
             slots, bases = frame.slots, frame.bases
             addresses = [bases[base] + slots[offset] for base, offset in buffers]
             numbers = [slots[slot] for slot in at]
@@ -144,15 +142,16 @@ class Builder:
         names = tuple(name for name, _ in step.kwargs)
         build_named = self._arguments.compile([template for _, template in step.kwargs])
         into = [v for v in step.outs if v is not None and self.memory.value(v).storage not in ("handle", "scalar")]
-        allocate = self.memory.allocate([*argument_values(step), *into])
-        prelude = self.memory.materialise([*argument_values(step), *into])
+        touched = [*argument_values(step), *into]
+        prepare = self.memory.prepare([id for id in touched if self.memory.value(id).storage in ("view", "fresh")])
+        prelude = self.memory.materialise(touched)
         store = self._store(number, step, written)
         dead = self._dead(range(number, number + 1))
         streams = self.streams
 
         def call(vals: Values, frame: Any) -> None:
-            if allocate is not None:
-                allocate(vals, frame)
+            if prepare is not None:
+                prepare(vals, frame)
             for position, make in prelude:
                 vals[position] = make(vals, frame)
             if streams is not None:
@@ -173,6 +172,7 @@ class Builder:
     def _store(self, number: int, step: Call, written: set[int]) -> Callable[[Any, Values, Any], None]:
         """A function that puts the results of a call where the plan wants them."""
         kinds = {"handle": self._store_handle, "scalar": self._store_scalar}
+        self.memory.origins.update({id: step.op for id in step.outs if id is not None})
         stores: list[tuple[int, Callable[[Any, Values, Any], None]]] = []
         for position, id in enumerate(step.outs):
             if id is not None and id not in written:
@@ -199,32 +199,12 @@ class Builder:
         return store_all
 
     def _store_handle(self, number: int, op: str, id: int) -> Callable[[Any, Values, Any], None]:
-        """Keep the result; where kernels read it, make sure that it lies in memory as they expect."""
-        position, base = self._layout.index[id], self.memory.bases.get(id)
+        position = self._layout.index[id]
 
         def keep(result: Any, vals: Values, frame: Any) -> None:
             vals[position] = result
 
-        if base is None:
-            return keep
-        spec, dtype = self.memory.value(id), self._layout.dtype(id)
-        (_, shape_of), (_, strides_of) = self.memory.sizes(spec.shape), self.memory.sizes(spec.strides)
-        told = False
-
-        def keep_native(result: Any, vals: Values, frame: Any) -> None:
-            nonlocal told
-            shape, strides = shape_of(frame.slots), strides_of(frame.slots)
-            if not isinstance(result, torch.Tensor) or result.dtype != dtype or result.shape != shape:
-                raise WrongOpResult(op=op, got=_describe(result), expected=f"{spec.dtype}{list(shape)}")
-            if (result.stride() != strides or result.is_neg()) and not same_memory(result, strides):
-                if not told:
-                    log.warning("%s returns strides %s where %s were announced: copied", op, result.stride(), strides)
-                    told = True
-                result = torch.empty_strided(shape, strides, dtype=dtype, device=result.device).copy_(result)
-            vals[position] = result
-            frame.bases[base] = result.data_ptr()
-
-        return keep_native
+        return keep
 
     def _store_scalar(self, number: int, op: str, id: int) -> Callable[[Any, Values, Any], None]:
         position, symbol = self._layout.index[id], self.memory.value(id).ref
@@ -250,7 +230,7 @@ class Builder:
 
         def copy(result: Any, vals: Values, frame: Any) -> None:
             if result.shape != vals[position].shape:
-                raise WrongOpResult(op=op, got=_describe(result), expected=_describe(vals[position]))
+                raise WrongOpResult(op=op, got=describe(result), expected=describe(vals[position]))
             vals[position].copy_(result)
 
         return copy
@@ -314,16 +294,3 @@ class Builder:
             return made
 
         return view
-
-
-def same_memory(t: torch.Tensor, strides: Sequence[int]) -> bool:
-    """Whether other strides address the same elements: they differ only where a dimension has one element, or none."""
-    if t.is_neg():  # negated lazily: the bits are those of another tensor
-        return False
-    return t.numel() == 0 or all(a == b or n == 1 for n, a, b in zip(t.shape, t.stride(), strides, strict=True))
-
-
-def _describe(x: Any) -> str:
-    if isinstance(x, torch.Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-    return type(x).__name__
