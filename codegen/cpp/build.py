@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ...errors import KernelBuildFailed, NoCompiler
 
-HEADER_DIR = Path(__file__).parent
-HEADERS = ("vec.h", "vops.h", "vmath.h")
+HEADER_DIRS = (Path(__file__).parent, Path(__file__).parents[1] / "templates")
+HEADERS = tuple(sorted(header for folder in HEADER_DIRS for header in folder.glob("*.h")))
 
 # No -ffast-math: inf, NaN and the order of sums are the kernel's meaning. -fno-math-errno and -fno-trapping-math only give
 # up C's error reporting. -ffp-contract=off because GCC contracts a * b + c per instance of the code: a full tile and a
@@ -80,7 +80,7 @@ def _cpu_flags() -> frozenset[str]:
 
 def command(isa: str = "native", flags: Sequence[str] = ()) -> list[str]:
     """The compiler's command line for `isa` (a key of ISAS), without sources and output."""
-    return [compiler(), *FLAGS, *ISAS[isa], *flags, f"-I{HEADER_DIR}"]
+    return [compiler(), *FLAGS, *ISAS[isa], *flags, *(f"-I{folder}" for folder in HEADER_DIRS)]
 
 
 def content_hash(source: str, isa: str = "native", flags: Sequence[str] = ()) -> str:
@@ -92,7 +92,7 @@ def content_hash(source: str, isa: str = "native", flags: Sequence[str] = ()) ->
 
 def _toolchain(isa: str, flags: tuple[str, ...]) -> str:
     machine = " ".join(sorted(_cpu_flags())) if isa == "native" else ""
-    headers = [hashlib.sha256((HEADER_DIR / h).read_bytes()).hexdigest() for h in HEADERS]
+    headers = [hashlib.sha256(h.read_bytes()).hexdigest() for h in HEADERS]
     return "\n".join([compiler_version(), *FLAGS, *ISAS[isa], *flags, machine, *headers])
 
 

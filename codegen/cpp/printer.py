@@ -31,6 +31,13 @@ def print_kernel(kernel: Kernel) -> str:
     return _Printer(kernel).run()
 
 
+def print_body(kernel: Kernel) -> str:
+    """The statements of `kernel.body` alone, for a template that has declared its buffers and sizes under their names."""
+    printer = _Printer(kernel)
+    printer.body(kernel.body)
+    return "\n".join(printer.lines) + "\n"
+
+
 @dataclass
 class _Lanes:
     """The vector loop being printed: its axis, what varies over it, and where outer accumulators keep their lanes."""

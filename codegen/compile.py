@@ -1,0 +1,98 @@
+"""From a tensor-level graph to something that runs: schedule, print, build, plan."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+
+from ..ir import Graph
+from ..runtime import plan as P
+from ..runtime.executor import Executable
+from ..runtime.native import cache_folder
+from .coverage import Coverage, Reported
+from .cpp.build import build
+from .cpp.printer import print_kernel
+from .items import AliasItem, CallItem, KernelItem, Scheduled
+from .plan import build_plan
+from .schedule import schedule_calls
+
+
+@dataclass(frozen=True)
+class CodegenOptions:
+    """Choices of code generation. `generate` False runs every node through torch (a reference for debugging)."""
+
+    generate: bool = True
+    build_dir: Path | None = None
+    isa: str = "native"
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """A graph with its plan and kernels. `sources` maps kernel names to C++ text, `coverage` says what runs where."""
+
+    graph: Graph
+    scheduled: Scheduled
+    plan: P.Plan
+    sources: Mapping[str, str]
+    coverage: Coverage
+    options: CodegenOptions = field(default_factory=CodegenOptions)
+
+    @cached_property
+    def executable(self) -> Executable:
+        """The plan, ready to run on flat inputs; builds what is not built yet."""
+        return Executable(self.plan, self.addresses(), self.graph.constants, check=False)
+
+    def executable_checking(self) -> Executable:
+        """Like `executable`, but inputs are checked against the plan."""
+        return Executable(self.plan, self.addresses(), self.graph.constants, check=True)
+
+    def addresses(self) -> dict[str, int]:
+        """Address of every kernel's function, built into the cache folder."""
+        folder = self.options.build_dir or cache_folder() / "kernels"
+        found: dict[str, int] = {}
+        for name, path in build(self.sources, folder, isa=self.options.isa).items():
+            library = ctypes.CDLL(str(path))
+            address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+            assert address is not None
+            found[name] = address
+        return found
+
+
+def coverage_of(scheduled: Scheduled) -> Coverage:
+    """Count what runs each node of a scheduled graph."""
+    kernels = [i for i in scheduled.items if isinstance(i, KernelItem)]
+    calls = [i for i in scheduled.items if isinstance(i, CallItem)]
+    generated = len({id(n) for i in kernels for n in i.nodes})
+    reported = tuple(Reported(c.node.op.name, c.kind, c.reason, c.node.loc.short) for c in calls)
+    library = sum(c.kind == "library" for c in calls)
+    aliases = sum(isinstance(i, AliasItem) for i in scheduled.items)
+    return Coverage(generated, library, len(calls) - library, aliases, len(kernels), reported)
+
+
+def compile_graph(graph: Graph, options: CodegenOptions | None = None) -> CompiledGraph:
+    """Compile a verified tensor-level graph.
+
+    Raises `CannotLower`, `KernelBuildFailed`. What no kernel is generated for runs through torch and is in `coverage`.
+    """
+    options = options or CodegenOptions()
+    scheduled = schedule_calls(graph)
+    sources: dict[str, str] = {}
+    for item in scheduled.items:
+        if isinstance(item, KernelItem):
+            sources[item.name] = item.source if item.source is not None else print_kernel(_kernel(item))
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sources.items()}
+    plan = build_plan(scheduled, hashes)
+    return CompiledGraph(graph, scheduled, plan, sources, coverage_of(scheduled), options)
+
+
+def _kernel(item: KernelItem):
+    assert item.kernel is not None, f"kernel {item.name} has neither source nor tree"
+    return item.kernel
+
+
+__all__ = ["CodegenOptions", "CompiledGraph", "Coverage", "compile_graph", "coverage_of"]

@@ -1,0 +1,68 @@
+"""The kernel level: what a scheduled graph consists of. Plain data between the scheduler and the plan builder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..ir import Dim, Graph, Node, Value
+from .kernel_ir import Kernel
+
+
+@dataclass(frozen=True)
+class KernelItem:
+    """Launch of a generated kernel. `buffers` are the values bound to its parameters, in order; `reads` and `writes` among
+    them. `source` is C++ text where a template made it (None: printed from `kernel`). `sizes` are its size arguments.
+    `workspace` is a scratch value (bytes) that the kernel wants, `nodes` what it computes."""
+
+    name: str
+    buffers: tuple[Value, ...]
+    access: tuple[str, ...]
+    sizes: tuple[Any, ...]
+    nodes: tuple[Node, ...]
+    kernel: Kernel | None = None
+    source: str | None = None
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        """Values that the kernel defines or updates."""
+        return tuple(v for v, a in zip(self.buffers, self.access, strict=True) if a != "read")
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        """Values that the kernel reads."""
+        return tuple(v for v, a in zip(self.buffers, self.access, strict=True) if a != "write")
+
+
+@dataclass(frozen=True)
+class CallItem:
+    """A torch op run by the runtime: kind "library" (the best known way) or "fallback" (no lowering), with the reason."""
+
+    node: Node
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AliasItem:
+    """A value that is a view of another one: no work, only another shape, strides and offset (in elements)."""
+
+    value: Value
+    of: Value
+    offset: Dim
+
+
+Item = KernelItem | CallItem | AliasItem
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A graph at the kernel level: items in order. `scratch` are values that no node of the graph defines; `write_back`
+    maps inputs to values that still have to be copied into them at the end; `stored` maps a value to the value in whose
+    memory it lives (in-place reuse)."""
+
+    graph: Graph
+    items: tuple[Item, ...]
+    scratch: tuple[Value, ...] = ()
+    stored: Mapping[Value, Value] = field(default_factory=dict)

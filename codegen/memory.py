@@ -1,0 +1,75 @@
+"""Arena planning: which bytes of a call's arena each intermediate value occupies.
+
+Blocks whose size is a number share space by best fit over their live ranges. Blocks whose size depends on symbols lie
+behind them and share space only with blocks of the very same size expression, which holds for all sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """A value that wants arena space: bytes (int or prefix expression), first and last step that touch it (inclusive)."""
+
+    key: Any
+    nbytes: Any
+    first: int
+    last: int
+
+
+def aligned(nbytes: Any) -> Any:
+    """Bytes rounded up to the arena's alignment."""
+    if isinstance(nbytes, int):
+        return max(-(-nbytes // ALIGN) * ALIGN, ALIGN)
+    return ["mul", ["ceildiv", nbytes, ALIGN], ALIGN]
+
+
+def plan_arena(blocks: Sequence[Block]) -> tuple[dict[Any, Any], Any]:
+    """Byte offset of each block (int or prefix expression) and the arena's size. Blocks that overlap in time never
+    overlap in space."""
+    offsets: dict[Any, Any] = {}
+    static = sorted((b for b in blocks if isinstance(b.nbytes, int)), key=lambda b: (-aligned(b.nbytes), b.first))
+    placed: list[tuple[Block, int]] = []
+    top = 0
+    for block in static:
+        size = aligned(block.nbytes)
+        busy = sorted((o, o + aligned(p.nbytes)) for p, o in placed if p.first <= block.last and block.first <= p.last)
+        offset = _best_gap(busy, size)
+        placed.append((block, offset))
+        offsets[block.key] = offset
+        top = max(top, offset + size)
+    return offsets, _place_symbolic([b for b in blocks if not isinstance(b.nbytes, int)], offsets, top)
+
+
+def _best_gap(busy: list[tuple[int, int]], size: int) -> int:
+    best: tuple[int, int] | None = None
+    at = 0
+    for low, high in busy:
+        if low - at >= size and (best is None or low - at < best[0]):
+            best = (low - at, at)
+        at = max(at, high)
+    return best[1] if best is not None else at
+
+
+def _place_symbolic(blocks: list[Block], offsets: dict[Any, Any], top: int) -> Any:
+    slots: list[tuple[str, Any, int, Any]] = []  # (size as text, offset, last step that uses it, size)
+    end: Any = top
+    for block in sorted(blocks, key=lambda b: b.first):
+        size = aligned(block.nbytes)
+        text = repr(size)
+        for i, (known, offset, last, _) in enumerate(slots):
+            if known == text and last < block.first:
+                offsets[block.key] = offset
+                slots[i] = (known, offset, block.last, size)
+                break
+        else:
+            offsets[block.key] = end
+            slots.append((text, end, block.last, size))
+            end = ["add", end, size]
+    return end

@@ -1,0 +1,208 @@
+"""Minimax polynomials: the Remez exchange in multiple precision, coefficients rounded to a machine format, errors bounded.
+
+    >>> fit = minimax(mpmath.exp, -0.5, 0.5, degree=5)
+    >>> fit.coefficients, fit.error
+
+The error that is minimised is `weight(x) * (f(x) - p(x))`; weight 1 is absolute error, `1 / f` relative error. `powers`
+restricts the monomials (odd functions, a missing constant); they must form a Haar system on the interval, as any set of
+distinct powers does where the interval does not touch 0.
+
+Sources: E. Remez 1934; L. Veidinger, "On the numerical determination of the best approximations in the Chebyshev sense",
+Numer. Math. 2 (1960); H. Ehlich and K. Zeller, "Schwankung von Polynomen zwischen Gitterpunkten", Math. Z. 86 (1964).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mpmath
+from mpmath import mp, mpf
+
+from ..errors import NoMinimax
+
+Function = Callable[[mpf], mpf]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """p(x) = sum of coefficients[k] * x ** powers[k] on [low, high].
+
+    `error` is an upper bound of the weighted error of these (rounded) coefficients; `level` is the levelled error of the
+    unrounded optimum, so no polynomial with these powers is better than `level`.
+    """
+
+    powers: tuple[int, ...]
+    coefficients: tuple[mpf, ...]
+    low: mpf
+    high: mpf
+    error: float
+    level: float
+
+    def __call__(self, x: mpf) -> mpf:
+        return sum((c * x**k for c, k in zip(self.coefficients, self.powers, strict=True)), mpf(0))
+
+
+def minimax(
+    f: Function,
+    low: float,
+    high: float,
+    degree: int | None = None,
+    *,
+    powers: Sequence[int] | None = None,
+    weight: Function | None = None,
+    bits: int | Sequence[int] | None = None,
+    precision: int = 160,
+) -> Fit:
+    """Best polynomial for `f` on [low, high] with the given `degree`, or with just `powers`.
+
+    `bits` rounds coefficients to so many significant bits (24 for float32, 53 for float64; a sequence gives one per
+    coefficient), lowest power first, and fits the remaining ones again after each, which costs far less accuracy than
+    rounding all at the end. `precision` is the working precision in bits.
+    Raises NoMinimax where the exchange does not settle (a pole, too large a degree for the precision).
+    """
+    chosen = tuple(powers) if powers is not None else tuple(range((degree or 0) + 1))
+    with mp.workprec(precision):
+        a, b = mpf(low), mpf(high)
+        w = weight or _one
+        coefficients, level = _remez(f, chosen, a, b, w)
+        if bits is not None:
+            widths = (bits,) * len(chosen) if isinstance(bits, int) else tuple(bits)
+            coefficients = _round_in_turn(f, chosen, a, b, w, widths)
+        raw = Fit(chosen, tuple(coefficients), a, b, 0.0, float(level))
+        error = error_bound(lambda x: w(x) * (f(x) - raw(x)), a, b, len(chosen) + max(chosen))
+        return Fit(chosen, raw.coefficients, a, b, error, float(level))
+
+
+def error_bound(g: Function, low: float, high: float, degree: int = 16) -> float:
+    """Upper bound of |g| on [low, high], for `g` analytic there.
+
+    g is interpolated at Chebyshev points until its coefficients have decayed; between `m` Chebyshev points a polynomial of
+    degree n exceeds its largest sample by at most 1 / cos(pi n / 2m) (Ehlich and Zeller); what the interpolant leaves out
+    is bounded by the geometric decay of the coefficients. Raises NoMinimax if they do not decay (g is not analytic).
+    """
+    a, b = mpf(low), mpf(high)
+    n = max(16, degree)
+    while True:
+        coefficients = _chebyshev_coefficients(g, a, b, n)
+        largest = max(map(abs, coefficients))
+        tail = max(abs(c) for c in coefficients[-(n // 4) :]) * n
+        if tail <= largest * mpf("1e-3"):
+            break
+        if n > 512:
+            raise NoMinimax(what=f"the error on [{float(a)}, {float(b)}]", why="it is not smooth there")
+        n *= 2
+    samples = max(abs(g(x)) for x in _chebyshev_points(a, b, 12 * n))
+    return float(samples / mpmath.cos(mpmath.pi / 24) + tail)
+
+
+def _one(x: mpf) -> mpf:
+    return mpf(1)
+
+
+def _chebyshev_points(a: mpf, b: mpf, n: int) -> list[mpf]:
+    return [(a + b) / 2 + (b - a) / 2 * mpmath.cos(mpmath.pi * (2 * k + 1) / (2 * n)) for k in range(n)]
+
+
+def _chebyshev_coefficients(g: Function, a: mpf, b: mpf, n: int) -> list[mpf]:
+    values = [g(x) for x in _chebyshev_points(a, b, n)]
+    cosines = [mpmath.cos(mpmath.pi * k / (2 * n)) for k in range(4 * n)]
+    return [mpf(2) / n * mpmath.fsum(v * cosines[(2 * k + 1) * j % (4 * n)] for k, v in enumerate(values)) for j in range(n)]
+
+
+def _remez(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function) -> tuple[list[mpf], mpf]:
+    """Coefficients and levelled error of the optimum, by exchanging the whole reference at a time."""
+    n = len(powers)
+    reference = [(a + b) / 2 - (b - a) / 2 * mpmath.cos(mpmath.pi * k / n) for k in range(n + 1)]
+    if a == 0 and 0 not in powers:
+        reference[0] = reference[1] / 16
+    for _ in range(60):
+        coefficients, level = _level(f, powers, reference, w)
+
+        def error(x: mpf, c: list[mpf] = coefficients) -> mpf:
+            return w(x) * (f(x) - sum((ck * x**k for ck, k in zip(c, powers, strict=True)), mpf(0)))
+
+        reference, largest = _exchange(error, reference, a, b)
+        if largest <= abs(level) * (1 + mpf("1e-4")) or largest < mpf(2) ** (-mp.prec + 20):
+            return coefficients, abs(level)
+    raise NoMinimax(what=f"powers {powers} on [{float(a)}, {float(b)}]", why="the exchange did not settle")
+
+
+def _level(f: Function, powers: tuple[int, ...], reference: list[mpf], w: Function) -> tuple[list[mpf], mpf]:
+    """The polynomial whose weighted error alternates between +E and -E on `reference`, and E."""
+    n = len(powers)
+    matrix, right = mpmath.matrix(n + 1, n + 1), mpmath.matrix(n + 1, 1)
+    for i, x in enumerate(reference):
+        for k, power in enumerate(powers):
+            matrix[i, k] = x**power
+        matrix[i, n] = (-1) ** i / w(x)
+        right[i] = f(x)
+    try:
+        solution = mpmath.lu_solve(matrix, right)
+    except ZeroDivisionError:
+        raise NoMinimax(what=f"powers {powers}", why="they are not independent on the interval") from None
+    return [solution[k] for k in range(n)], solution[n]
+
+
+def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf) -> tuple[list[mpf], mpf]:
+    """The alternating extrema of `error` nearest the reference, one between each two of its sign changes, and the largest."""
+    signs = [mpmath.sign(error(x)) or mpf(1) for x in reference]
+    if any(s == t for s, t in zip(signs, signs[1:], strict=False)):
+        signs = [mpf((-1) ** i) * signs[0] for i in range(len(reference))]
+    roots = [a, *(_root(error, x, y) for x, y in zip(reference, reference[1:], strict=False)), b]
+    found = [_extremum(lambda x, s=s: s * error(x), lo, hi) for s, lo, hi in zip(signs, roots, roots[1:], strict=False)]
+    return found, max(abs(error(x)) for x in found)
+
+
+def _root(error: Function, lo: mpf, hi: mpf) -> mpf:
+    """A sign change between two reference points, to a thousandth of their distance (by bisection)."""
+    negative = error(lo) < 0
+    for _ in range(10):
+        middle = (lo + hi) / 2
+        lo, hi = (middle, hi) if (error(middle) < 0) == negative else (lo, middle)
+    return (lo + hi) / 2
+
+
+def _extremum(g: Function, lo: mpf, hi: mpf) -> mpf:
+    """Where g is largest on [lo, hi]: the best of eight samples, then parabolas through three points."""
+    points = [lo + (hi - lo) * k / 8 for k in range(9)]
+    values = [g(x) for x in points]
+    best = max(range(9), key=values.__getitem__)
+    if best in (0, 8):
+        return points[best]
+    x0, x1, x2 = points[best - 1 : best + 2]
+    y0, y1, y2 = values[best - 1 : best + 2]
+    for _ in range(4):
+        curve = (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0)
+        if curve == 0:
+            break
+        step = ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / (2 * curve)
+        x = x1 - step
+        if not x0 < x < x2 or x == x1:
+            break
+        y = g(x)
+        if y < y1:
+            x0, y0, x2, y2 = (x, y, x2, y2) if x < x1 else (x0, y0, x, y)
+        else:
+            x0, y0, x2, y2 = (x0, y0, x1, y1) if x < x1 else (x1, y1, x2, y2)
+            x1, y1 = x, y
+    return x1
+
+
+def _round_in_turn(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function, widths: tuple[int, ...]) -> list[mpf]:
+    fixed: list[mpf] = []
+    for i, width in enumerate(widths):
+        done = list(zip(fixed, powers, strict=False))
+
+        def rest(x: mpf, done: list[tuple[mpf, int]] = done) -> mpf:
+            return f(x) - sum((c * x**k for c, k in done), mpf(0))
+
+        coefficients, _ = _remez(rest, powers[i:], a, b, w)
+        fixed.append(round_to(coefficients[0], width))
+    return fixed
+
+
+def round_to(x: mpf, bits: int) -> mpf:
+    """`x` to the nearest number with `bits` significant bits (ties to even)."""
+    with mp.workprec(bits):
+        return +x

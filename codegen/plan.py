@@ -1,0 +1,227 @@
+"""From a scheduled graph to a plan: storage of every value, argument templates, arena, outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from ..errors import CannotLower
+from ..ir import Graph, Node, OpaqueType, ScalarType, TensorType, Value, flatten
+from ..runtime import plan as P
+from .body import dtype_name
+from .items import AliasItem, CallItem, KernelItem, Scheduled
+from .memory import Block, plan_arena
+from .size_expr import prefix, product
+
+_SCALARS = {"int": "int64", "float": "float64", "bool": "bool"}
+
+
+class _Planner:
+    def __init__(self, scheduled: Scheduled, kernels: dict[str, str]) -> None:
+        self.scheduled = scheduled
+        self.graph = scheduled.graph
+        self.hashes = kernels
+        self.ids: dict[Value, int] = {}
+        self.specs: dict[Value, P.ValueSpec] = {}
+        self.regions: list[tuple[str, P.Plan]] = []
+        self.alias = {i.value: i for i in scheduled.items if isinstance(i, AliasItem)}
+        self.returned = {self.root(v) for v in flatten(self.graph.outputs) if isinstance(v, Value)}
+
+    def root(self, value: Value) -> Value:
+        """The value whose memory `value` lives in."""
+        while True:
+            if value in self.alias:
+                value = self.alias[value].of
+            elif value in self.scheduled.stored:
+                value = self.scheduled.stored[value]
+            else:
+                return value
+
+    def id(self, value: Value) -> int:
+        if value not in self.ids:
+            self.ids[value] = len(self.ids)
+        return self.ids[value]
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def define(self, value: Value, storage: str, ref: Any = None, offset: Any = 0) -> None:
+        kind = value.type
+        if isinstance(kind, TensorType):
+            shape, strides = tuple(map(prefix, kind.shape)), tuple(map(prefix, kind.strides))
+            spec = P.ValueSpec(self.id(value), dtype_name(kind.dtype), kind.device, shape, strides, storage, ref, offset)
+        elif isinstance(kind, ScalarType):
+            name = kind.expr.name if isinstance(kind.expr, sympy.Symbol) else None
+            spec = P.ValueSpec(self.id(value), _SCALARS[kind.kind], "cpu", (), (), "scalar", name)
+        else:
+            spec = P.ValueSpec(self.id(value), "opaque", "cpu", (), (), "handle", None)
+        self.specs[value] = spec
+
+    def nbytes(self, value: Value) -> Any:
+        """Bytes from the first to past the last element, as a prefix expression."""
+        kind = value.tensor
+        if kind.is_contiguous:
+            return product([*map(prefix, kind.shape), kind.dtype.itemsize])
+        span: list[Any] = ["add", 1]
+        for n, s in zip(kind.shape, kind.strides, strict=True):
+            span.append(product([["add", prefix(n), -1] if not isinstance(n, int) else n - 1, prefix(s)]))
+        if all(isinstance(x, int) for x in span[1:]):
+            return 0 if any(n == 0 for n in kind.shape) else sum(span[1:]) * kind.dtype.itemsize
+        return product([span, kind.dtype.itemsize])
+
+    def place_values(self) -> P.SizeExpr:
+        for i, v in enumerate(self.graph.inputs):
+            if isinstance(v.type, TensorType):
+                self.define(v, "input", i)
+        for node in self.graph.nodes:
+            if node.op.name == "plait.constant":
+                self.define(node.out, "constant", node.args[0])
+        made: dict[Value, int] = {}
+        last: dict[Value, int] = {}
+        for step, item in enumerate(self.scheduled.items):
+            if isinstance(item, CallItem):
+                for v in item.node.results:
+                    if isinstance(v.type, ScalarType) or not isinstance(v.type, OpaqueType):
+                        self.define(v, "handle")
+                for v in item.node.inputs:
+                    last[self.root(v)] = step
+            elif isinstance(item, KernelItem):
+                for v in item.buffers:
+                    made.setdefault(self.root(v), step)
+                    last[self.root(v)] = step
+        blocks: list[Block] = []
+        for v, step in made.items():
+            if v in self.specs:
+                continue
+            if v in self.returned:
+                self.define(v, "fresh")
+            else:
+                blocks.append(Block(v, self.nbytes(v), step, last[v]))
+        offsets, arena = plan_arena(blocks)
+        for block in blocks:
+            self.define(block.key, "arena", None, offsets[block.key])
+        for item in self.scheduled.items:
+            if isinstance(item, AliasItem):
+                self.define_alias(item)
+        for value, home in self.scheduled.stored.items():
+            self.define(value, "view", self.id(home))
+        return arena
+
+    def define_alias(self, item: AliasItem) -> None:
+        base, offset = item.of, prefix(item.offset)
+        self.define(item.value, "view", self.id(base), offset)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def argument(self, arg: Any) -> dict[str, Any]:
+        if isinstance(arg, Value):
+            return {"v": self.id(arg)}
+        if isinstance(arg, sympy.Expr):
+            return {"e": prefix(arg)}
+        if isinstance(arg, tuple):
+            return {"l": [self.argument(a) for a in arg]}  # pyright: ignore
+        if isinstance(arg, torch.dtype):
+            return {"d": dtype_name(arg)}
+        if isinstance(arg, torch.device):
+            return {"dev": str(arg)}
+        if isinstance(arg, torch.layout):
+            return {"lay": str(arg).removeprefix("torch.")}
+        if isinstance(arg, torch.memory_format):
+            return {"mf": str(arg).removeprefix("torch.")}
+        if isinstance(arg, Graph):
+            name = f"{arg.name}.{len(self.regions)}"
+            self.regions.append((name, self.region(arg)))
+            return {"g": name}
+        if isinstance(arg, complex):
+            raise CannotLower(what=f"complex argument {arg}", why="plans hold no complex constants", source=None)
+        return {"c": arg}
+
+    def region(self, graph: Graph) -> P.Plan:
+        from .schedule import schedule_calls
+
+        return build_plan(schedule_calls(graph), self.hashes)
+
+    def step(self, item: Any) -> P.Launch | P.Call | None:
+        if isinstance(item, KernelItem):
+            return P.Launch(item.name, tuple(self.id(v) for v in item.buffers), tuple(map(prefix, item.sizes)))
+        if isinstance(item, CallItem):
+            return self.call(item.node, item.kind, item.reason)
+        return None
+
+    def call(self, node: Node, kind: str, reason: str) -> P.Call:
+        positional = tuple(self.argument(a) for a, p in zip(node.args, node.op.params, strict=True) if not p.keyword_only)
+        named = tuple(
+            (p.name, self.argument(a))
+            for a, p in zip(node.args, node.op.params, strict=True)
+            if p.keyword_only and not (a is None and p.default is None)
+        )
+        outs = tuple(None if isinstance(v.type, OpaqueType) else self.id(v) for v in node.results)
+        return P.Call(node.op.name, positional, named, outs, kind, reason, node.loc.short)
+
+    # -- the ends -----------------------------------------------------------------------------------------------------
+
+    def inputs(self) -> tuple[P.InputSpec, ...]:
+        found: list[P.InputSpec] = []
+        for i, v in enumerate(self.graph.inputs):
+            name = v.hint or f"input{i}"
+            if isinstance(v.type, TensorType):
+                kind = v.type
+                found.append(
+                    P.InputSpec(name, "tensor", dtype_name(kind.dtype), kind.device, tuple(map(prefix, kind.shape)),
+                                tuple(map(prefix, kind.strides)))
+                )  # fmt: skip
+            elif isinstance(v.type, ScalarType):
+                expr = prefix(v.type.expr) if v.type.expr is not None and v.type.kind == "int" else None
+                found.append(P.InputSpec(name, v.type.kind, expr=expr))
+            else:
+                found.append(P.InputSpec(name, "none"))
+        return tuple(found)
+
+    def symbols(self) -> tuple[P.SymbolSpec, ...]:
+        found: dict[str, P.SymbolSpec] = {}
+        ranges = self.graph.symbols
+
+        def note(symbol: Any, position: int, d: int | None) -> None:
+            if isinstance(symbol, sympy.Symbol) and symbol.name not in found:
+                info = ranges.get(symbol)
+                low, high = (info.low, info.high) if info is not None else (0, None)
+                found[symbol.name] = P.SymbolSpec(symbol.name, position, d, low, high)
+
+        for i, v in enumerate(self.graph.inputs):
+            if isinstance(v.type, ScalarType):
+                note(v.type.expr, i, None)
+        for i, v in enumerate(self.graph.inputs):
+            if isinstance(v.type, TensorType):
+                for d, n in enumerate(v.type.shape):
+                    note(n, i, d)
+        for node in self.graph.nodes:
+            for v in node.results:
+                if isinstance(v.type, ScalarType):
+                    note(v.type.expr, -1, None)
+        return tuple(found.values())
+
+    def output(self, arg: Any) -> P.OutputSpec:
+        if isinstance(arg, Value):
+            if isinstance(arg.type, ScalarType) and arg not in self.specs:
+                return P.OutputSpec("size", expr=prefix(arg.type.expr))
+            if isinstance(arg.type, OpaqueType):
+                return P.OutputSpec("none")
+            return P.OutputSpec("value", ref=self.id(arg))
+        if isinstance(arg, sympy.Expr):
+            return P.OutputSpec("size", expr=prefix(arg))
+        return P.OutputSpec("none") if arg is None else P.OutputSpec("constant", const=arg)
+
+    def run(self) -> P.Plan:
+        arena = self.place_values()
+        steps = tuple(s for s in map(self.step, self.scheduled.items) if s is not None)
+        outputs = tuple(self.output(a) for a in self.graph.outputs)
+        kernels = {i.name: i for i in self.scheduled.items if isinstance(i, KernelItem)}
+        specs = tuple(P.KernelSpec(n, "cpp", self.hashes[n], i.access) for n, i in kernels.items())
+        values = tuple(sorted(self.specs.values(), key=lambda s: s.id))
+        return P.Plan(self.inputs(), self.symbols(), values, steps, outputs, specs, arena, tuple(self.regions))
+
+
+def build_plan(scheduled: Scheduled, kernels: dict[str, str]) -> P.Plan:
+    """The plan that runs a scheduled graph. `kernels` maps kernel names to the content hash of their source."""
+    return _Planner(scheduled, kernels).run()
