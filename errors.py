@@ -354,7 +354,7 @@ class SizeNotSupported(PlaitError):
     Happens for fractional powers or real-valued expressions of sizes.
     """
 
-    code = "P0401"
+    code = "P0310"
     message = "the size {expr} cannot be computed at run time"
     fix = "make the dimension static, or compute the size outside the compiled function"
 
@@ -362,7 +362,7 @@ class SizeNotSupported(PlaitError):
 class CannotLower(PlaitError):
     """A node can neither be generated nor handed to torch."""
 
-    code = "P0402"
+    code = "P0311"
     message = "cannot lower {what}: {why}"
     fix = "keep this operation outside the compiled function"
 
@@ -469,3 +469,55 @@ class NoMinimax(PlaitError):
     code = "P0304"
     message = "no minimax fit of {what}: {why}"
     fix = "keep poles and kinks out of the interval, lower the degree or raise `precision`"
+
+
+class BadSource(PlaitError):
+    """The command line was given a SRC that names no model.
+
+    SRC is `file.pt2`, `file.plait` or `package.module:factory`; the factory takes no arguments and returns a module, or a
+    tuple of module, example inputs and (optionally) dynamic shapes.
+    """
+
+    code = "P0701"
+    message = "{src!r} is no model: {why}"
+    fix = "give file.pt2, file.plait or package.module:factory; `plait compile --help` shows examples"
+
+
+class BadShape(PlaitError):
+    """A `--shape` or `--dynamic` of the command line cannot be read, or names an input that the model does not have."""
+
+    code = "P0702"
+    message = "{option} {value!r}: {why}"
+    fix = "write name=1x3x224x224 (a dtype may follow: tokens=2x16:int64), and for --dynamic name:0 or name:0=2..512"
+
+
+class BadTarget(PlaitError):
+    """`--target` names a machine that plait does not compile for."""
+
+    code = "P0703"
+    message = "there is no target {target!r}: {why}"
+    fix = "targets are cpu (all of {isas}), cpu:{isas} and cuda:80, cuda:90 and so on, separated by commas"
+
+
+class BadInputs(PlaitError):
+    """Inputs for `plait run` cannot be read, or do not fit the artifact."""
+
+    code = "P0704"
+    message = "cannot use {path} as inputs: {why}"
+    fix = "give one .npy for each input in order, or one .safetensors with their names: {names}"
+
+
+class NoCacheEntry(PlaitError):
+    """`plait cache explain` was given a prefix that no entry, or more than one, has."""
+
+    code = "P0705"
+    message = "{count} cache entries start with {prefix!r}"
+    fix = "`plait cache ls` lists all entries"
+
+
+class MissingPackage(PlaitError):
+    """A command needs a package that is not installed."""
+
+    code = "P0706"
+    message = "{what} needs the package {package}"
+    fix = "{how}"
