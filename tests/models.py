@@ -200,7 +200,9 @@ def mlp(width: int = 32, *, activation: type[nn.Module] = nn.GELU) -> tuple[nn.M
     """Linear, activation, layer norm, linear; with a batch of four."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(width, 2 * width), activation(), nn.LayerNorm(2 * width), nn.Linear(2 * width, width))
+        model = nn.Sequential(
+            nn.Linear(width, 2 * width), activation(), nn.LayerNorm(2 * width), nn.Linear(2 * width, width)
+        )
         return model.eval(), (torch.randn(4, width),)
 
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import warnings
 
-import generate
 import pytest
 import torch
-from generate.judge import judge
-from generate.program import Input, Program, Statement
-from generate.worlds import Worlds
 from torch._dynamo.backends.common import aot_autograd
+
+from tests import generate
+from tests.generate.judge import judge
+from tests.generate.program import Input, Program, Statement
+from tests.generate.worlds import Worlds
 
 SEEDS = 60
 SHRINK_BUDGET = 40
