@@ -1,0 +1,292 @@
+"""The CPU matmul template: a `MatmulSpec` in, C++ out.
+
+`C[m, n] = epilogue(sum over k of prologue(A[m, k]) * B[k, n])`, over up to two batch axes or over groups of rows. One kernel
+serves every shape: sizes and strides are runtime values; what the spec fixes is dtypes, which axis is contiguous, which
+operands are addressed through tables, and the fused scalar code. The order of each k-sum is part of the contract, see
+`matmul.h`: chunks of rows, permuted rows and any number of threads give the same bits as the whole.
+
+Prologue and epilogue are kernel-IR statements (`codegen/kernel_ir.py`) whose index expressions read the axes below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, Min
+
+from ...errors import InvalidMatmul
+from ..cpp.ops import CTYPE, identifier
+from ..cpp.printer import print_body
+from ..kernel_ir import Buffer, Compute, Index, Kernel, Load, Loop, Stmt, Store, walk
+
+M, N, K, B0, B1, GROUP = (
+    sympy.Symbol(name, integer=True, nonnegative=True) for name in ("mm_m", "mm_n", "mm_k", "mm_b0", "mm_b1", "mm_group")
+)
+"""Axes of prologue (m, k) and epilogue (m, n): indices into the whole matrix, batch indices and the number of the group."""
+
+ACC, A_VALUE = "acc", "a"
+"""Scalars that are given: the finished sum in the epilogue, the loaded element of A in the prologue."""
+
+# These mirror constants of matmul.h.
+PANEL, _ROW_UNIT, _K_BLOCK, _ROW_BLOCK, _COLUMN_BLOCK = 32, 12, 256, 240, 2048
+
+_LOCALS = ("mm_m0", "mm_rows", "mm_n0", "mm_cols", "mm_k0", "mm_depth")
+_M0, _ROWS, _N0, _COLS, _K0, _DEPTH = (sympy.Symbol(n, integer=True, nonnegative=True) for n in _LOCALS)
+_I, _J = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("mm_i", "mm_j"))
+
+Size = int | sympy.Expr
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """What one matmul kernel is compiled for. See `buffer_names` and `size_names` for its arguments.
+
+    dtype: of the sums and of packed operands ("float32" or "float64"). `a_dtype`, `b_dtype`: of A and B in memory, "" for
+    the same; others are converted on the way into the packed block.
+    a: contiguous axis of A, "k" (rows of m) or "m" (rows of k: A is a transposed view). b: contiguous axis of B, "k"
+    (linear's weight [N, K]), "n" ([K, N]), or "packed" (`generate_pack` laid it out; for weights that the caller owns).
+    batch: number of batch axes, 0 to 2, each with a stride for A and B (0 broadcasts).
+    a_ids, b_ids: the rows in memory of A, or of B, are looked up in an int64 table: row i of the matrix is row ids[i].
+    group: "" or the axis that int64 offsets[0 : groups + 1] cut. "m": rows offsets[g] to offsets[g + 1] meet matrix g of
+    B, or matrix group_ids[g] with `group_ids`. "k": group g is the product over that range of k (weight gradients).
+    buffers: what prologue and epilogue read and write, besides A and B. sizes: the symbols that they read.
+    prologue: computes `prologue_out` from `a` and loads at (m, k). epilogue: stores what it makes of `acc` at (m, n).
+    """
+
+    name: str
+    epilogue: tuple[Stmt, ...]
+    buffers: tuple[Buffer, ...]
+    sizes: tuple[sympy.Symbol, ...] = ()
+    dtype: str = "float32"
+    a_dtype: str = ""
+    b_dtype: str = ""
+    a: str = "k"
+    b: str = "k"
+    batch: int = 0
+    a_ids: bool = False
+    b_ids: bool = False
+    group: str = ""
+    group_ids: bool = False
+    prologue: tuple[Stmt, ...] = ()
+    prologue_out: str = A_VALUE
+    origin: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        fields = {"dtype": ("float32", "float64"), "a": ("k", "m"), "b": ("k", "n", "packed"), "batch": (0, 1, 2),
+                  "group": ("", "m", "k")}  # fmt: skip
+        for field, allowed in fields.items():
+            if getattr(self, field) not in allowed:
+                raise InvalidMatmul(name=self.name, why=f"{field} is {getattr(self, field)!r}, not one of {allowed}")
+        if self.b == "packed" and (self.b_ids or self.b_dtype not in ("", self.dtype) or self.group == "k"):
+            raise InvalidMatmul(name=self.name, why="a packed B has no row ids, no groups along k and the dtype of the sums")
+        if self.group and self.batch:
+            raise InvalidMatmul(name=self.name, why="groups and batch axes exclude each other")
+        if self.group_ids and self.group != "m":
+            raise InvalidMatmul(name=self.name, why="group_ids choose matrices for groups along m")
+        if not any(isinstance(s, Store) for s in walk(self.epilogue)):
+            raise InvalidMatmul(name=self.name, why="the epilogue stores nothing")
+
+    @property
+    def buffer_names(self) -> tuple[str, ...]:
+        """Names of the kernel's buffers, in the order of `bufs`."""
+        tables = {"a_ids": self.a_ids, "b_ids": self.b_ids, "offsets": bool(self.group), "group_ids": self.group_ids}
+        return ("A", "B", *(n for n, used in tables.items() if used), *(b.name for b in self.buffers), "workspace")
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """Names of the kernel's sizes, in the order of `sizes`.
+
+        lda, ldb: elements from one row in memory to the next, of A and B (0 for packed). slots: threads that the
+        workspace has room for. batch0, a_batch0, b_batch0: extent and strides of the first batch axis. groups, b_group:
+        number of groups and elements from one matrix of B to the next. Then the spec's own symbols.
+        """
+        batch = [f"{part}batch{i}" for i in range(self.batch) for part in ("", "a_", "b_")]
+        group = ["groups", "b_group"] if self.group else []
+        return ("M", "N", "K", "lda", "ldb", "slots", *batch, *group, *(s.name for s in self.sizes))
+
+
+def workspace_elements(spec: MatmulSpec, m: Size, n: Size, k: Size, slots: Size) -> Size:
+    """Elements of `spec.dtype` that the workspace of an M x N x K product must hold for `slots` threads.
+
+    Sizes may be sympy expressions; the result is then one, an upper bound. Each slot is at most about 2.5 MB of float32.
+    """
+    rows = _up(_least(m, _ROW_BLOCK), _ROW_UNIT)
+    panel = 0 if spec.b == "packed" else _K_BLOCK * PANEL
+    several = not isinstance(k, int) or k > _K_BLOCK
+    sums = rows * _up(_least(n, _COLUMN_BLOCK), PANEL) if several else 0
+    return (rows * (_K_BLOCK + 16) + panel + sums) * slots
+
+
+def packed_elements(n: Size, k: Size) -> Size:
+    """Elements of B [N, K] packed into panels of `PANEL` columns."""
+    return _up(n, PANEL) * k
+
+
+def _least(size: Size, bound: int) -> Size:
+    return min(size, bound) if isinstance(size, int) else Min(size, bound)
+
+
+def _up(size: Size, unit: int) -> Size:
+    return -(-size // unit) * unit if isinstance(size, int) else FloorDiv(size + unit - 1, unit) * unit
+
+
+def generate(spec: MatmulSpec) -> str:
+    """C++ source of `extern "C" void NAME(void* const* bufs, const int64_t* sizes, int nthreads)`."""
+    at = {name: i for i, name in enumerate(spec.buffer_names)}
+    tables = " ".join(f"{t}_at = {at.get(t, -1)}," for t in ("a_ids", "b_ids", "offsets", "group_ids"))
+    prologue = _prologue(spec)
+    lines = [
+        f"// {spec.name}",
+        *(f"//   {row}".rstrip() for origin in spec.origin for row in origin.splitlines()),
+        '#include "matmul.h"',
+        '#include "vmath.h"',
+        "using namespace plait;",
+        "",
+        "namespace {",
+        f"struct {spec.name}_spec {{",
+        f"  using T = {CTYPE[spec.dtype]};",
+        f"  using BT = {CTYPE[spec.b_dtype or spec.dtype]};",
+        f"  static constexpr auto a = matmul::A::{spec.a};",
+        f"  static constexpr auto b = matmul::B::{spec.b};",
+        f"  static constexpr auto group = matmul::Group::{spec.group or 'none'};",
+        f"  static constexpr int A_at = 0, B_at = 1, {tables} workspace_at = {at['workspace']}, batch = {spec.batch};",
+        f"  static constexpr bool has_prologue = {str(bool(prologue)).lower()};",
+        *(f"  {line}".rstrip() for line in (*prologue, *_epilogue(spec))),
+        "};",
+        "}  // namespace",
+        "",
+        f'extern "C" void {spec.name}(void* const* bufs, const int64_t* sizes, int nthreads) {{',
+        "  matmul::Dims d;",
+        *(f"  d.{_FIELDS[name]} = sizes[{i}];" for i, name in enumerate(spec.size_names) if name in _FIELDS),
+        f"  matmul::Driver<{spec.name}_spec>{{bufs, sizes, d}}(nthreads);",
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_FIELDS = {n: n for n in ("M", "N", "K", "lda", "ldb", "slots", "groups")} | {
+    "batch0": "batch[0]", "a_batch0": "a_step[0]", "b_batch0": "b_step[0]",
+    "batch1": "batch[1]", "a_batch1": "a_step[1]", "b_batch1": "b_step[1]", "b_group": "group_step",
+}  # fmt: skip
+
+
+def _fragment(spec: MatmulSpec, kernel: Kernel) -> list[str]:
+    """`kernel`'s nest as lines, after the declarations of what it reads of buffers, sizes and the task."""
+    used = {s.buffer for s in walk(kernel.body) if isinstance(s, Load | Store)}
+    read = {symbol.name for stmt in walk(kernel.body) for symbol in _symbols(stmt)}
+    lines = []
+    for i, name in enumerate(spec.buffer_names):
+        if name in used:
+            buffer = kernel.buffer(name)
+            ctype = ("const " if buffer.access == "read" else "") + CTYPE[buffer.dtype] + "*"
+            lines.append(f"  {ctype} const {identifier(name)} = static_cast<{ctype}>(bufs[{i}]);")
+    for i, name in enumerate(spec.size_names):
+        if name in read and name not in _FIELDS:
+            lines.append(f"  const int64_t {identifier(name)} = sizes[{i}];")
+    for symbol, member in ((B0, "b0"), (B1, "b1"), (GROUP, "group")):
+        if symbol.name in read:
+            lines.append(f"  const int64_t {symbol.name} = t.{member};")
+    return lines + [f"  {line}" for line in print_body(kernel).splitlines()]
+
+
+def _substitute(stmt: Stmt, to: dict[sympy.Symbol, sympy.Expr]) -> Stmt:
+    """`stmt`, which holds no loop, with symbols of its index expressions replaced."""
+    match stmt:
+        case Load() | Store():
+            return replace(stmt, index=sympy.sympify(stmt.index).subs(to))
+        case Index():
+            return replace(stmt, expr=sympy.sympify(stmt.expr).subs(to))
+    return stmt
+
+
+def _symbols(stmt: Stmt) -> set[sympy.Symbol]:
+    match stmt:
+        case Load() | Store():
+            return stmt.index.free_symbols
+        case Index():
+            return stmt.expr.free_symbols
+        case Loop():
+            return stmt.extent.free_symbols
+    return set()
+
+
+def _scope(spec: MatmulSpec) -> tuple[sympy.Symbol, ...]:
+    return (*spec.sizes, _M0, _ROWS, _N0, _COLS, _K0, _DEPTH, B0, B1, GROUP)
+
+
+def _epilogue(spec: MatmulSpec) -> list[str]:
+    """The function that finishes a tile of sums, stored [rows][PANEL]."""
+    body = tuple(_substitute(s, {M: _M0 + _I, N: _N0 + _J}) for s in spec.epilogue)
+    load = Load(ACC, spec.dtype, "mm_tile", _I * PANEL + _J)
+    nest = Loop(_I, _ROWS, (Loop(_J, _COLS, (load, *body), vector=True),))
+    buffers = (*spec.buffers, Buffer("mm_tile", spec.dtype, "read"))
+    kernel = Kernel(spec.name, buffers, _scope(spec), (nest,))
+    return [
+        "static void epilogue(void* const* bufs, const int64_t* sizes, const matmul::Task& t, int64_t mm_m0,",
+        "                     int64_t mm_rows, int64_t mm_n0, int64_t mm_cols, const T* mm_tile) {",
+        *_fragment(spec, kernel),
+        "}",
+    ]
+
+
+def _prologue(spec: MatmulSpec) -> list[str]:
+    """The function that fills a packed block of A, or nothing where A is copied as it is."""
+    a_dtype = spec.a_dtype or spec.dtype
+    if not spec.prologue and a_dtype == spec.dtype:
+        return []
+    row, inner = (M, K) if spec.a == "k" else (K, M)
+    stride = {name: sympy.Symbol(f"mm_{name}", integer=True) for name in ("lda", "a_step0", "a_step1")}
+    which: sympy.Expr = row
+    body: list[Stmt] = []
+    if spec.a_ids:
+        body.append(Load("mm_row", "int64", "a_ids", row))
+        which = sympy.Symbol("mm_row", integer=True)
+    offset = which * stride["lda"] + inner
+    for axis, name in ((B0, "a_step0"), (B1, "a_step1"))[: spec.batch]:
+        offset += axis * stride[name]
+    if a_dtype == spec.dtype:
+        body.append(Load(A_VALUE, spec.dtype, "A", offset))
+    else:
+        body += [Load("mm_a", a_dtype, "A", offset), Compute(A_VALUE, spec.dtype, "cast", ("mm_a",))]
+    body += spec.prologue
+    place = _I * (_K_BLOCK + 16) + _J if spec.a == "k" else _J * sympy.Symbol("mm_unit", integer=True) + _I
+    body.append(Store("mm_block", place, spec.prologue_out))
+    statements = tuple(_substitute(s, {M: _M0 + _I, K: _K0 + _J}) for s in body)
+    if spec.a == "k":
+        nest = Loop(_I, _ROWS, (Loop(_J, _DEPTH, statements, vector=True),))
+    else:
+        nest = Loop(_J, _DEPTH, (Loop(_I, _ROWS, statements, vector=True),))
+    buffers = (Buffer("A", a_dtype, "read"), Buffer("a_ids", "int64", "read"), *spec.buffers,
+               Buffer("mm_block", spec.dtype, "write"))  # fmt: skip
+    scope = (*_scope(spec), *stride.values(), sympy.Symbol("mm_unit", integer=True))
+    strides = {"mm_lda": "lda", "mm_a_step0": "a_batch0", "mm_a_step1": "a_batch1"}
+    at = {name: i for i, name in enumerate(spec.size_names)}
+    return [
+        "static void prologue(void* const* bufs, const int64_t* sizes, const matmul::Task& t, int64_t mm_m0,",
+        "                     int64_t mm_rows, int64_t mm_k0, int64_t mm_depth, T* mm_block) {",
+        "  const int64_t mm_unit = matmul::MR;",
+        *(f"  const int64_t {n} = sizes[{at[size]}];" for n, size in strides.items() if size in at),
+        *_fragment(spec, Kernel(spec.name, buffers, scope, (nest,))),
+        "}",
+    ]
+
+
+def generate_pack(name: str, dtype: str = "float32", b: str = "k") -> str:
+    """C++ source of the kernel that packs B for specs with b="packed".
+
+    Buffers: B, packed. Sizes: N, K, ldb, count, step: `count` matrices, `step` elements apart; the panels of each follow
+    those of the one before, so that `b_group` or `b_batch0` of the packed form is `packed_elements(N, K)`.
+    """
+    t = CTYPE[dtype]
+    return "\n".join([
+        f"// {name}: B [N, K] to panels of {PANEL} columns",
+        '#include "matmul.h"',
+        "using namespace plait;",
+        "",
+        f'extern "C" void {name}(void* const* bufs, const int64_t* sizes, int nthreads) {{',
+        f"  matmul::pack<{t}, matmul::B::{b}>(static_cast<const {t}*>(bufs[0]), static_cast<{t}*>(bufs[1]), sizes[0],",
+        "      sizes[1], sizes[2], sizes[3], sizes[4], nthreads);",
+        "}",
+        "",
+    ])  # fmt: skip
