@@ -363,7 +363,7 @@ class _Exporter:
             self.env[node.out] = self.fx.get_attr(name)
             return
         positional = [
-            self.region(a, bare=True) if p.name == "condition" else self.arg(a)
+            self.region(a, bare=True) if isinstance(a, Graph) and p.name == "condition" else self.arg(a)
             for a, p in zip(node.args, node.op.params, strict=True)
             if not p.keyword_only
         ]
