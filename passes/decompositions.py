@@ -1,0 +1,152 @@
+"""The decomposition policy: which ATen ops AOTAutograd breaks into simpler ones, and which it leaves whole.
+
+The start is torch's own table of core ATen decompositions. An op stays whole where plait has something better for it
+than the fused sum of its parts (a template, a two-pass kernel) or where its parts would be slower or different from the
+library's kernel; it is decomposed further where its parts are elementwise, views or reductions, which fuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import core_aten_decompositions, decomposition_table, get_decompositions
+from torch._ops import OpOverload
+
+aten: Any = torch.ops.aten
+
+Table = dict[OpOverload, Callable[..., Any]]
+
+#: Ops that core ATen would decompose and plait keeps, by reason. Names of packets; every overload is kept.
+WHOLE: dict[str, tuple[str, ...]] = {
+    # matmul with its bias is one kernel: the template adds it in the epilogue
+    "matmul template": ("linear", "addmm", "mm", "bmm", "baddbmm", "matmul"),
+    # never materialise the score matrix
+    "attention template": (
+        "scaled_dot_product_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    # one kernel with a two-pass variance in registers
+    "norm kernels": ("native_layer_norm", "_fused_rms_norm"),
+    # elementwise already; their one expression is better known to the printer than its parts
+    "elementwise": ("silu", "gelu"),
+    # one store of the changed part into a copy; as index arithmetic it would touch every element with a branch
+    "partial writes": ("select_scatter", "slice_scatter"),
+    # the library sorts or owns rows; index_put(accumulate=True) on CPU adds serially
+    "accumulating scatters": ("embedding_dense_backward", "index_add"),
+    # interpolation and pooling: gathers with several taps, which the library vectorises over channels
+    "sampling": (
+        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
+        "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+        "_upsample_nearest_exact3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "max_unpool2d", "max_unpool3d", "im2col",
+        "col2im", "grid_sampler_2d",
+    ),
+    # their parts would draw other numbers than eager does for the same seed
+    "random": ("bernoulli", "rrelu_with_noise", "rrelu_with_noise_functional", "native_dropout", "normal", "uniform"),
+}  # fmt: skip
+
+#: Ops outside core ATen's table that decompose into elementwise ops, views and reductions, from torch's full table.
+FURTHER: tuple[str, ...] = (
+    # activations with a plain formula
+    "elu", "hardtanh", "leaky_relu",
+    # training-mode norms: a reduction and an elementwise part, which fuse with what surrounds them
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_with_update_functional",
+    "_batch_norm_no_update", "batch_norm_backward", "native_group_norm",
+    # norms of vectors: pow, sum, root
+    "linalg_vector_norm", "dist",
+    # matrix times vector through the matmul family
+    "addmv",
+    # views
+    "permute_copy", "unbind_copy.int",
+)  # fmt: skip
+
+
+def nll_loss_backward(
+    grad_output: Tensor, self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
+    total_weight: Tensor,
+) -> Tensor:  # fmt: skip
+    """Gradient of the negative log likelihood, (N, C) or (C,), as a comparison instead of a scatter into zeros.
+
+    Elementwise, so that it fuses into the gradient of log-softmax and the (N, C) zeros are never stored.
+    """
+    classes = torch.arange(self.shape[-1], device=target.device)
+    chosen = target.unsqueeze(-1)
+    hit = (classes == chosen) & (chosen != ignore_index)
+    grad = grad_output / total_weight if reduction == 1 else grad_output
+    if reduction == 0 and self.dim() == 2:
+        grad = grad.unsqueeze(-1)
+    value = -grad if weight is None else -grad * weight
+    return torch.where(hit, value, torch.zeros((), dtype=self.dtype, device=self.device)).to(self.dtype)
+
+
+def repeat(self: Tensor, repeats: list[int]) -> Tensor:
+    """Tiles of a tensor: broadcast along new dimensions, then one copy."""
+    sizes = [1] * (len(repeats) - self.dim()) + list(self.shape)
+    x = self
+    for _ in range(len(repeats) - self.dim()):
+        x = x.unsqueeze(0)
+    for i in range(len(repeats)):
+        x = x.unsqueeze(2 * i)
+    tiled = [d for count, size in zip(repeats, sizes, strict=True) for d in (count, size)]
+    x = x.expand(tiled).clone(memory_format=torch.contiguous_format)
+    return x.view([count * size for count, size in zip(repeats, sizes, strict=True)])
+
+
+def split_with_sizes(self: Tensor, split_sizes: list[int], dim: int = 0) -> list[Tensor]:
+    """Pieces as slices. torch's own goes through as_strided, whose index arithmetic fuses with nothing."""
+    out: list[Tensor] = []
+    start = 0
+    for size in split_sizes:
+        out.append(aten.slice.Tensor(self, dim, start, start + size))
+        start += size
+    return out
+
+
+def unbind(self: Tensor, dim: int = 0) -> list[Tensor]:
+    """Rows as selects."""
+    return [aten.select.int(self, dim, i) for i in range(self.shape[dim])]
+
+
+#: Decompositions of plait's own.
+OWN: dict[str, Callable[..., Any]] = {
+    "nll_loss_backward.default": nll_loss_backward,
+    "repeat.default": repeat,
+    "split_with_sizes.default": split_with_sizes,
+    "unbind.int": unbind,
+}
+
+
+def _overloads(packet: str) -> list[OpOverload]:
+    name, _, overload = packet.partition(".")
+    found = getattr(aten, name, None)
+    if found is None:
+        return []
+    return [getattr(found, o) for o in ([overload] if overload else found.overloads())]
+
+
+@cache
+def _base() -> Table:
+    table: Table = {k: v for k, v in core_aten_decompositions().items() if isinstance(k, OpOverload)}
+    further = [o for name in FURTHER for o in _overloads(name) if o in decomposition_table]
+    table.update({k: v for k, v in get_decompositions(further).items() if isinstance(k, OpOverload)})
+    for packets in WHOLE.values():
+        for packet in packets:
+            for overload in _overloads(packet):
+                table.pop(overload, None)
+    for name, fn in OWN.items():
+        table.update({o: fn for o in _overloads(name)})
+    return table
+
+
+def table(keep: Iterable[str] = ()) -> Table:
+    """Decompositions to hand to AOTAutograd. `keep` names further ops to leave whole, such as `aten.hardswish` (every
+    overload) or `aten.hardswish.default`, for passes that match them."""
+    kept = set(keep)
+    return {k: v for k, v in _base().items() if str(k) not in kept and str(k).rpartition(".")[0] not in kept}
