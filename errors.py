@@ -521,3 +521,94 @@ class MissingPackage(PlaitError):
     code = "P0706"
     message = "{what} needs the package {package}"
     fix = "{how}"
+
+
+class InterpretationFailed(PlaitError):
+    """A printed Triton kernel raised in Triton's interpreter, or touched memory outside its buffers."""
+
+    code = "P0341"
+    message = "interpreting kernel {kernel} failed: {why}\n{details}"
+    fix = "this is a bug of the printer or of the lowering that built the kernel; report it with the kernel's text"
+
+
+class InterpretationTimedOut(PlaitError):
+    """A printed Triton kernel ran too long in Triton's interpreter, which is thousands of times slower than a device."""
+
+    code = "P0342"
+    message = "interpreting kernel {kernel} took more than {seconds} s"
+    fix = "interpret with smaller sizes, or give the Interpreter a longer timeout"
+
+
+class NoTriton(PlaitError):
+    """Triton is not installed, or cannot compile in this process."""
+
+    code = "P0343"
+    message = "cannot compile Triton kernels: {why}"
+    fix = "{how}"
+
+
+class CrossCompilationFailed(PlaitError):
+    """Triton refused a printed kernel for a target."""
+
+    code = "P0344"
+    message = "Triton cannot compile kernel {kernel} for {target}: {why}"
+    fix = "if the tile sizes are yours, try smaller ones; otherwise report it with the kernel's text, {path}"
+
+
+class UnknownTarget(PlaitError):
+    """A device target is not one that kernels can be compiled for."""
+
+    code = "P0345"
+    message = "unknown target {target!r}"
+    fix = "write cuda:SM (cuda:80, cuda:90) or hip:ARCHITECTURE (hip:gfx942)"
+
+
+class NoCudaDriver(PlaitError):
+    """A kernel for an NVIDIA GPU is to run, but this machine has no driver."""
+
+    code = "P0541"
+    message = "no CUDA driver: {why}"
+    fix = "install the NVIDIA driver, or run the model's CPU plan"
+
+
+class NoBinaryForDevice(PlaitError):
+    """An artifact's kernels were not compiled for this GPU."""
+
+    code = "P0542"
+    message = "kernel {kernel} has no binary for {device} (compute capability {capability}); it has: {targets}"
+    fix = "compile the artifact again with this GPU's target"
+
+
+class CudaCallFailed(PlaitError):
+    """The CUDA driver returned an error."""
+
+    code = "P0543"
+    message = "{call} of kernel {kernel} failed: {name} ({what})"
+    fix = "if memory or launch resources ran out, use smaller sizes; otherwise report it with the kernel's name"
+
+
+class MisalignedBuffer(PlaitError):
+    """A kernel that was compiled for 16-byte aligned buffers got another address."""
+
+    code = "P0544"
+    message = "kernel {kernel} needs {buffer} at a multiple of 16 bytes, got address {address:#x}"
+    fix = "clone the tensor, or compile the kernel without this assumption"
+
+
+class CannotCapture(PlaitError):
+    """A program has no functional form before autograd, where passes that change what is computed must see it.
+
+    Under torch.compile this is reported and the program is compiled without those passes.
+    """
+
+    code = "P0411"
+    message = "the graph cannot be captured before autograd: {why}"
+    fix = "passes at the forward capture point are left out for this graph; change that place of the model to have them"
+
+
+class WrongInputStructure(PlaitError):
+    """A compiled model was called with arguments nested in another way than at capture."""
+
+    code = "P0412"
+    message = "the arguments must have the structure {expected}, got {got}"
+    fix = "call the model as it was captured"

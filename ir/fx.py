@@ -47,10 +47,12 @@ for _name in ("sqrt", "sin", "cos", "tan", "exp", "log", "log2", "floor", "ceil"
 @dataclass
 class FxLinks:
     """Which fx node stands for which value: `values` for each one (for several results its `getitem`), `calls` for the
-    call behind them, keyed by its first output. What fx keeps in `meta` and graphs do not travels along these links."""
+    call behind them, keyed by its first output; `writes` for the `copy_` onto each written input. What fx keeps in `meta`
+    and graphs do not travels along these links."""
 
     values: dict[Value, FxNode] = field(default_factory=dict[Value, FxNode])
     calls: dict[Value, FxNode] = field(default_factory=dict[Value, FxNode])
+    writes: dict[int, FxNode] = field(default_factory=dict[int, FxNode])
 
 
 class _Importer:
@@ -190,6 +192,7 @@ class _Importer:
             value = self.emit(n, op("aten.copy.default"), (target, value, False), n.meta["val"])
         self.writes[i] = value
         self.env[n] = value
+        self.links.writes[i] = n
         return True
 
     def resolve(self, n: FxNode) -> tuple[Op | None, tuple[Arg, ...]]:
@@ -301,7 +304,8 @@ class _Exporter:
         for node in self.graph.nodes:
             self.node(node)
         for i, v in self.graph.writes:
-            self.fx.call_function(torch.ops.aten.copy_.default, (self.env[self.graph.inputs[i]], self.env[v]))
+            target = self.env[self.graph.inputs[i]]
+            self.links.writes[i] = self.fx.call_function(torch.ops.aten.copy_.default, (target, self.env[v]))
         self.links.values.update(self.env)
         outputs = tuple(self.arg(a) for a in self.graph.outputs)
         self.fx.output(outputs[0] if self.bare else outputs)

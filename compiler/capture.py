@@ -1,0 +1,281 @@
+"""Capture: from what torch hands over to graphs, and back.
+
+`forward` is functional ATen before autograd, for passes that change what is computed: the result goes back into torch,
+which differentiates it. `joint` is forward and backward in one graph, as AOTAutograd's partitioner sees it. What is
+compiled (a forward, a backward, an inference graph) is imported by `ir.from_fx` as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx import GraphModule, Interpreter
+from torch.fx import Node as FxNode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from ..errors import CannotCapture, NeedsSizeFact, PlaitError
+from ..ir import Graph, Node, TensorType, Value, from_fx
+from ..ir.fake import FakeWorld
+from ..ir.fx import FxLinks, to_fx
+
+aten: Any = torch.ops.aten
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+
+#: Control flow that keeps its meaning before autograd; every other higher-order op brings its own or loses it there.
+_REGION_OPS = ("cond", "while_loop", "scan", "invoke_subgraph")
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Compilation handles real weights and runs real kernels while torch may be tracing with fake tensors around it."""
+    with unset_fake_temporarily():
+        yield
+
+
+# -- before autograd --------------------------------------------------------------------------------------------------
+
+
+class _Probe(Interpreter):
+    """Runs a graph on fake tensors and looks for what a functional graph before autograd would silently lose."""
+
+    def run_node(self, n: FxNode) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        watched = [(t, t._version) for t in _tensors((args, kwargs))] if n.op.startswith("call") else []
+        result = super().run_node(n)
+        for t, version in watched:
+            if t._version == version:
+                continue
+            if t.requires_grad and not torch.is_grad_enabled():
+                # eager keeps the gradient of the old value; a functional graph would cut it
+                raise CannotCapture(why=f"{n.name} changes a value that carries gradients while no_grad holds")
+            self.written.add(t.untyped_storage()._cdata)
+        return result
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        self.written: set[int] = set()
+        mine = {t.untyped_storage()._cdata for t in _tensors(inputs)}
+        for t in _tensors(self.run(*inputs)):
+            if t.untyped_storage()._cdata in mine & self.written:
+                raise CannotCapture(why="an output is a view of an input that the program writes to")
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _refuse_unknown(gm: GraphModule) -> None:
+    """Raise CannotCapture for what loses its meaning when it is traced before autograd."""
+    if torch._C._is_any_autocast_enabled():
+        raise CannotCapture(why="autocast is on, and its casts are only known after autograd")
+    if next(gm.named_parameters(), None) is not None:
+        raise CannotCapture(why="the graph holds parameters of its own")
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for n in module.graph.nodes:
+            name = n.target.name() if isinstance(n.target, HigherOrderOperator) else None
+            if name is not None and name not in _REGION_OPS:
+                raise CannotCapture(why=f"{name} has its own rule of differentiation")
+            if getattr(n.target, "__name__", "") == "_enter_autocast":
+                raise CannotCapture(why="it switches autocast on, and its casts are only known after autograd")
+
+
+def _probe_inputs(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Fake stand-ins for the inputs, fresh, so that probing leaves no trace on Dynamo's own."""
+    found: list[Any] = []
+    for n, given in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        fake = n.meta.get("example_value", given)
+        if isinstance(fake, torch.Tensor):
+            if not isinstance(fake, FakeTensor):
+                raise CannotCapture(why=f"input {n.name} came without a fake tensor")
+            with fake.fake_mode:
+                leaf = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device)
+                leaf.requires_grad_(fake.requires_grad)
+                fake = leaf if fake.is_leaf else leaf.clone()
+        found.append(fake)
+    return found
+
+
+def _probe(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    fakes = _probe_inputs(gm, inputs)
+    mode = detect_fake_mode(fakes)
+    if mode is None:
+        return
+    with mode, torch.random.fork_rng(devices=()):
+        if mode.shape_env is None:
+            _Probe(gm).check(fakes)
+            return
+        with mode.shape_env.ignore_fresh_unbacked_symbols():
+            _Probe(gm).check(fakes)
+
+
+def capture_forward(gm: GraphModule, inputs: Sequence[Any]) -> Graph:
+    """The functional graph of a Dynamo graph before autograd, on the same flat inputs.
+
+    Values that leave a no_grad span are detached; mutation of inputs becomes `writes`. Raises CannotCapture where torch
+    cannot trace the graph so, or where gradients would come out different.
+    """
+    _refuse_unknown(gm)
+    try:
+        _probe(gm, inputs)
+        traced, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
+        _write_back(traced, signature)
+        _detach_spans(traced)
+        return from_fx(traced, "forward")
+    except PlaitError:
+        raise
+    except Exception as error:  # tracing raises many classes; all mean that this graph has no functional form
+        raise CannotCapture(why=str(error).split("\n")[0] or type(error).__name__) from error
+
+
+def _write_back(gm: GraphModule, signature: Any) -> None:
+    """The leading outputs that are new values of inputs, as `copy_` before the output."""
+    writes = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
+    results = gm.graph.output_node().args[0]
+    count = len(results) - len(signature.user_outputs)
+    if count != len(writes) or signature.buffers or signature.parameters:
+        raise CannotCapture(why="two inputs get the same new value, or the graph holds state of its own")
+    places = {n.name: n for n in gm.graph.find_nodes(op="placeholder")}
+    outputs_to_writes(gm, [(places[writes[v.name]], v) for v in results[:count]], results[count:])
+
+
+def outputs_to_writes(gm: GraphModule, writes: Sequence[tuple[FxNode, FxNode]], outputs: Sequence[Any]) -> None:
+    """Let the graph write values onto placeholders at its end, and return `outputs`."""
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        for target, value in writes:
+            gm.graph.call_function(aten.copy_.default, (target, value)).meta["val"] = target.meta["val"]
+    output.args = (tuple(outputs),)
+    gm.recompile()
+
+
+def _detach_spans(gm: GraphModule) -> None:
+    """Drop the markers of no_grad spans and detach the values that leave them."""
+    enabled = torch.is_grad_enabled()
+    cut = enabled  # without gradients around, nothing is to be cut
+    inside: dict[FxNode, bool] = {}
+    for n in list(gm.graph.nodes):
+        if n.target is torch._C._set_grad_enabled:
+            enabled = bool(n.args[0])
+            gm.graph.erase_node(n)
+            continue
+        tuple_part = n.op == "call_function" and getattr(n.target, "__name__", "") == "getitem"
+        inside[n] = inside[n.args[0]] if tuple_part else not enabled and n.op == "call_function"  # type: ignore[index]
+    for n in [n for n, quiet in inside.items() if cut and quiet and isinstance(n.meta.get("val"), torch.Tensor)]:
+        outside = [u for u in n.users if not inside.get(u, False)]
+        if outside and (n.meta["val"].is_floating_point() or n.meta["val"].is_complex()):
+            with gm.graph.inserting_after(n):
+                quiet = gm.graph.call_function(aten.detach.default, (n,))
+            quiet.meta.update(n.meta)
+            for u in outside:
+                u.replace_input_with(n, quiet)
+    gm.recompile()
+
+
+def restore_forward(graph: Graph, gm: GraphModule) -> GraphModule:
+    """The graph as a module that takes the place of the Dynamo graph it was captured from."""
+    made = to_fx(graph)
+    for new, old in zip(made.graph.find_nodes(op="placeholder"), gm.graph.find_nodes(op="placeholder"), strict=True):
+        new.meta.update(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # AOTAutograd's guards speak of it
+    made.meta.update(gm.meta)
+    return made
+
+
+# -- forward and backward in one ----------------------------------------------------------------------------------------
+
+
+def capture_joint(gm: GraphModule) -> tuple[Graph, FxLinks]:
+    """The joint graph, and which fx node each value came from. Raises CannotImport."""
+    links = FxLinks()
+    return from_fx(gm, "joint", links), links
+
+
+def restore_joint(graph: Graph, links: FxLinks, gm: GraphModule) -> GraphModule:
+    """The joint graph as fx again, with the metadata that torch's partitioner reads.
+
+    Nodes that survived keep theirs (recomputation tags, places in forward or backward); new nodes are typed anew.
+    """
+    here = FxLinks()
+    made = to_fx(graph, here)
+    came: dict[FxNode, FxNode] = {n: links.calls[v] for v, n in here.calls.items() if v in links.calls}
+    came.update({n: links.values[v] for v, n in here.values.items() if v in links.values})
+    came.update({n: links.writes[i] for i, n in here.writes.items() if i in links.writes})
+    came[made.graph.output_node()] = gm.graph.output_node()
+    mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")])
+    for n in made.graph.nodes:
+        if n in came:
+            n.meta = dict(came[n].meta)
+        elif n.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((n.args, n.kwargs), lambda a: _value(made, a))  # type: ignore[misc]
+            with mode or real_tensors(), torch.no_grad():
+                n.meta["val"] = n.target(*args, **kwargs)  # type: ignore[operator]
+    return made
+
+
+def _value(gm: GraphModule, n: FxNode) -> Any:
+    return n.meta["val"] if "val" in n.meta else getattr(gm, str(n.target))
+
+
+# -- lowering -----------------------------------------------------------------------------------------------------------
+
+
+def lower(graph: Graph, decompositions: Decompositions, name: str = "") -> Graph:
+    """The graph traced again below autograd: composite ops and those of the table are replaced by their parts.
+
+    Raises NeedsSizeFact where a decomposition would hold for some sizes only.
+    """
+    constants = [n for n in graph.nodes if n.op.name == "plait.constant"]
+    lifted = graph.replace(
+        inputs=(*graph.inputs, *(n.out for n in constants)),
+        nodes=tuple(n for n in graph.nodes if n.op.name != "plait.constant"),
+        outputs=(*graph.outputs, *(v for _, v in graph.writes)),
+        writes=(),
+        constants={},
+    )
+    links = FxLinks()
+    gm = to_fx(lifted, links)
+    for node in graph.nodes:
+        if node.loc.module and node.outputs and node.outputs[0] in links.calls:
+            links.calls[node.outputs[0]].meta["nn_module_stack"] = {node.loc.module: (node.loc.module, "")}
+    used = {s for v in lifted.inputs for s in _symbols(v)}
+    world = FakeWorld({s: info for s, info in graph.symbols.items() if s in used})
+    fakes = [world.lift(v.type) for v in lifted.inputs]
+
+    def run(*args: Any) -> Any:
+        with preserve_node_meta():
+            return Interpreter(gm).run(*args)
+
+    with world.mode, torch.no_grad():
+        traced = make_fx(run, decomposition_table=dict(decompositions), _allow_non_fake_inputs=True)(*fakes)
+    if world.assumed():
+        raise NeedsSizeFact(op="a decomposition", fact=world.assumed())
+    places = traced.graph.find_nodes(op="placeholder")
+    for n, v in zip(places, lifted.inputs, strict=True):
+        n.name = n.target = traced.graph._graph_namespace.create_name(v.hint or "x", n)
+    results = traced.graph.output_node().args[0]
+    written = [(places[i], v) for (i, _), v in zip(graph.writes, results[len(graph.outputs) :], strict=True)]
+    outputs_to_writes(traced, written, results[: len(graph.outputs)])
+    done = from_fx(traced, name or graph.name)
+    count = len(graph.inputs)
+    loads = tuple(Node(n.op, n.args, (v,), loc=n.loc) for v, n in zip(done.inputs[count:], constants, strict=True))
+    return done.replace(
+        inputs=done.inputs[:count], nodes=(*loads, *done.nodes), constants={**done.constants, **graph.constants}
+    )
+
+
+def _symbols(value: Value) -> frozenset[Any]:
+    if isinstance(value.type, TensorType):
+        return value.type.symbols()
+    expr = getattr(value.type, "expr", None)
+    return frozenset() if expr is None else frozenset(expr.free_symbols)

@@ -1,0 +1,139 @@
+"""The pipelines: which passes run at each capture point, in order, as plain lists; and how one is run and observed.
+
+`forward` and `joint` hold what was asked for; the ground passes run on what is compiled: the forward and the backward of
+a training step (`split`), or a graph without autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch._logging import trace_structured
+
+from ..errors import InterfaceChanged
+from ..ir import Graph, TensorType, Value
+from ..passes.base import CapturePoint, Context, Pass, Step, run_pipeline
+from ..passes.prune import Prune
+
+if TYPE_CHECKING:
+    from .options import Options
+
+log = logging.getLogger(__name__)
+
+
+def ground() -> list[Pass]:
+    """Passes that every compiled graph goes through."""
+    return [
+        Prune(),
+    ]
+
+
+def passes(point: CapturePoint, options: Options) -> list[Pass]:
+    """The passes that run at a capture point: those asked for that belong there, then, on what is compiled, the ground
+    passes. A pass that can run anywhere runs on what is compiled."""
+    if point == "split":
+        found = [*(p for p in options.passes if p.at in ("split", "any")), *ground()]
+    else:
+        found = [p for p in options.passes if p.at == point]
+    return [options.apply(p) for p in found if p.name not in options.disable_passes]
+
+
+@dataclass
+class Firings:
+    """Counts rule firings of one compilation and stops them at a limit, for bisection. Thread-safe."""
+
+    limit: int | None = None
+    count: int = 0
+    last: tuple[str, str] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, name: str, rule: str) -> bool:
+        """True where one more firing is allowed, which is then counted."""
+        with self.lock:
+            if self.limit is not None and self.count >= self.limit:
+                return False
+            self.count += 1
+            self.last = (name, rule)
+            return True
+
+
+@dataclass
+class Session:
+    """One compilation: its options and what watches it. `name` labels logs and dumps."""
+
+    name: str
+    options: Options
+    firings: Firings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.firings = Firings(self.options.bisect_limit)
+
+    def run(self, graph: Graph, point: CapturePoint, devices: Sequence[str] = ("cpu",)) -> tuple[Graph, list[Step]]:
+        """Run the pipeline of a capture point over a graph. The graph's inputs and outputs keep their types.
+
+        Raises what `run_pipeline` raises, and InterfaceChanged.
+        """
+        chosen = passes(point, self.options)
+        watch = self._watch(graph)
+        ctx = Context(at=point, devices=tuple(devices), allow=self.firings)
+        verify: Any = self.options.verify
+        after, steps = run_pipeline(graph, chosen, ctx, verify=verify, on_step=watch)
+        _check_interface(graph, after, point, chosen)
+        return after, steps
+
+    def _watch(self, first: Graph) -> Callable[[Step], None]:
+        label = f"{self.name}_{first.name}"
+        folder = Path(self.options.dump_dir) / label if self.options.dump_dir else None
+        count = 0
+
+        def show(name: str, graph: Graph) -> None:
+            nonlocal count
+            trace_structured(
+                "artifact",
+                metadata_fn=lambda: {"name": f"plait_{label}_{count:03d}_{name}", "encoding": "string"},
+                payload_fn=lambda: str(graph),
+            )
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{count:03d}_{name}.txt").write_text(str(graph))
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s after %s:\n%s", label, name, graph)
+            count += 1
+
+        def on_step(step: Step) -> None:
+            log.info(
+                "%s: %s %d -> %d nodes, %.1f ms%s", label, step.pass_name, len(step.before.nodes), len(step.after.nodes),
+                1e3 * step.seconds, "".join(f", {rule} x{n}" for rule, n in sorted(step.fired.items())),
+            )  # fmt: skip
+            show(step.pass_name, step.after)
+            if step.pass_name in self.options.print_after or "all" in self.options.print_after:
+                print(f"# {label} after {step.pass_name}\n{step.after}", file=sys.stderr)
+
+        show("captured", first)
+        return on_step
+
+
+def _check_interface(before: Graph, after: Graph, point: str, chosen: Sequence[Pass]) -> None:
+    """Callers were promised shapes, dtypes and strides at capture: a pass must not change them."""
+    for what, old, new in (
+        ("the inputs", before.inputs, after.inputs),
+        ("the outputs", before.outputs, after.outputs),
+        ("the written inputs", [v for _, v in before.writes], [v for _, v in after.writes]),
+    ):
+        was, now = ([v.type if _is_tensor(v) else None for v in vs] for vs in (old, new))
+        if was != now:
+            raise InterfaceChanged(
+                pipeline=point, what=what, graph=before.name,
+                before=", ".join(map(str, was)), after=", ".join(map(str, now)),
+                passes=", ".join(p.name for p in chosen),
+            )  # fmt: skip
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Value) and isinstance(x.type, TensorType)
