@@ -29,6 +29,8 @@ from pathlib import Path
 import filelock
 import platformdirs
 
+from .. import config
+
 log = logging.getLogger(__name__)
 
 FORMAT = "v1"
@@ -49,8 +51,8 @@ def sha256(data: bytes | str) -> str:
 
 
 def default_root() -> Path:
-    """The per-user cache folder; the environment variable PLAIT_CACHE_DIR overrides it."""
-    return Path(os.environ.get("PLAIT_CACHE_DIR") or platformdirs.user_cache_dir("plait", appauthor=False))
+    """The setting `cache_dir` (environment variable PLAIT_CACHE_DIR), else the user's cache folder."""
+    return Path(config.current().cache_dir or platformdirs.user_cache_dir("plait", appauthor=False))
 
 
 @dataclass(frozen=True)

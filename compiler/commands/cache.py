@@ -1,0 +1,87 @@
+"""`plait cache`: look at and clean the disk cache."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from ...codegen.cache import Cache
+from ...errors import NoCacheEntry
+from ..terminal import emit, fields, size, table
+from .shared import common
+
+
+@click.group()
+def cache() -> None:
+    """Look at and clean the disk cache."""
+
+
+@cache.command("path")
+@common
+def cache_path(as_json: bool) -> None:
+    """Print the cache's folder."""
+    found = Cache()
+    emit({"path": str(found.root), "off": found.off}, as_json, lambda: str(found.root))
+
+
+@cache.command("ls")
+@click.option("--kind", default=None, help="Only entries of this kind (kernel, graph).")
+@common
+def cache_ls(kind: str | None, as_json: bool) -> None:
+    """List entries, most recently used first."""
+    entries = Cache().entries(kind)
+    rows = [(e.key.digest[:12], e.key.kind, e.size, ", ".join(n for n, _ in e.key.parts)) for e in entries]
+
+    def render() -> str:
+        total = f"{len(entries)} entries, {size(sum(e.size for e in entries))}"
+        return f"{table(('digest', 'kind', 'bytes', 'key'), rows)}\n{total}" if rows else total
+
+    data = [
+        {"digest": e.key.digest, "kind": e.key.kind, "bytes": e.size, "used": e.used, "key": dict(e.key.parts)}
+        for e in entries
+    ]
+    emit(data, as_json, render)
+
+
+@cache.command("verify")
+@common
+def cache_verify(as_json: bool) -> None:
+    """Check every entry's checksums and remove the damaged ones. Exit code 1 where there were any."""
+    bad = Cache().verify()
+    data = [{"digest": d, "damage": why} for d, why in bad]
+    emit(data, as_json, lambda: "\n".join(f"removed {d[:12]}: {why}" for d, why in bad) or "all entries are whole")
+    sys.exit(1 if bad else 0)
+
+
+@cache.command("prune")
+@click.option("--limit", type=click.IntRange(min=0), default=0, show_default=True, metavar="BYTES", help="Bytes to keep.")
+@common
+def cache_prune(limit: int, as_json: bool) -> None:
+    """Remove least recently used entries until at most BYTES are left (0: all)."""
+    gone = Cache().prune(limit, grace=0.0)
+    data = {"removed": len(gone), "bytes": sum(e.size for e in gone)}
+    emit(data, as_json, lambda: f"removed {data['removed']} entries, {size(data['bytes'])}")
+
+
+@cache.command("explain")
+@click.argument("prefix")
+@common
+def cache_explain(prefix: str, as_json: bool) -> None:
+    """Show what the entry whose digest starts with PREFIX depends on, and how the nearest other entry differs."""
+    store = Cache()
+    found = [e for e in store.entries() if e.key.digest.startswith(prefix)]
+    if len(found) != 1:
+        raise NoCacheEntry(prefix=prefix, count=len(found) or "no")
+    entry = found[0]
+    near = store.nearest(entry.key)
+    differs = {n: dict(near.key.parts).get(n) for n in entry.key.differs(near.key)} if near is not None else {}
+    data = {
+        "digest": entry.key.digest,
+        "kind": entry.key.kind,
+        "key": dict(entry.key.parts),
+        "files": dict(entry.files),
+        "nearest": None if near is None else near.key.digest,
+        "differs": differs,
+    }
+    emit(data, as_json, lambda: fields(data))

@@ -1,0 +1,70 @@
+"""What commands print: results on stdout as text or JSON, progress on stderr only where somebody watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+
+def emit(data: Any, as_json: bool, render: Callable[[], str]) -> None:
+    """Print a result: `data` as JSON, or the text that `render` makes."""
+    click.echo(json.dumps(data, indent=1, sort_keys=False, default=str) if as_json else render().rstrip("\n"))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows in aligned columns; numbers to the right."""
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def fields(data: Mapping[str, object]) -> str:
+    """One `name  value` line for each field; nested mappings are indented, empty values left out."""
+    width = max(map(len, data), default=0)
+    lines: list[str] = []
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            lines += [name, *("  " + line for line in fields(value).splitlines())] if value else []  # pyright: ignore
+        elif isinstance(value, list | tuple):
+            lines += [f"{name.ljust(width)}  {', '.join(map(str, value))}"] if value else []  # pyright: ignore
+        elif value is not None:
+            lines.append(f"{name.ljust(width)}  {value}")
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """A duration as people read it: 12.3 ms, 4.56 s."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: 512 B, 1.5 MiB."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Show that something takes a while, on stderr, where that is a terminal."""
+    if not sys.stderr.isatty() or os.environ.get("CI"):
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
