@@ -39,14 +39,19 @@ def torch_name(name: str, kind: type) -> Any:
     return found
 
 
-def call_values(templates: Any) -> Iterator[int]:
-    """The ids of the values in argument templates."""
+def template_parts(templates: Any, kind: str) -> Iterator[Any]:
+    """What the templates of one kind hold: expressions for "e", regions' names for "g", …"""
     for template in templates:
-        ((kind, x),) = template.items()
-        if kind == "v":
+        ((found, x),) = template.items()
+        if found == kind:
             yield x
-        elif kind == "l":
-            yield from call_values(x)
+        elif found == "l":
+            yield from template_parts(x, kind)
+
+
+def call_templates(step: Call) -> list[Any]:
+    """All argument templates of a step."""
+    return [*step.args, *(template for _, template in step.kwargs)]
 
 
 def _schema_arguments(op: torch._ops.OpOverload, step: Call) -> Iterator[tuple[Any, list[int]]]:
@@ -54,14 +59,19 @@ def _schema_arguments(op: torch._ops.OpOverload, step: Call) -> Iterator[tuple[A
     named = dict(step.kwargs)
     for position, argument in enumerate(op._schema.arguments):
         if position < len(step.args):
-            yield argument, list(call_values([step.args[position]]))
+            yield argument, list(template_parts([step.args[position]], "v"))
         elif argument.name in named:
-            yield argument, list(call_values([named[argument.name]]))
+            yield argument, list(template_parts([named[argument.name]], "v"))
 
 
 def written_arguments(op: torch._ops.OpOverload, step: Call) -> set[int]:
     """The ids of the arguments that the op writes, in place or as `out`."""
     return {i for a, ids in _schema_arguments(op, step) if a.alias_info and a.alias_info.is_write for i in ids}
+
+
+def out_arguments(op: torch._ops.OpOverload, step: Call) -> set[int]:
+    """The ids of the arguments that the op writes without reading them."""
+    return {i for a, ids in _schema_arguments(op, step) if a.is_out for i in ids}
 
 
 def aliased_arguments(op: torch._ops.OpOverload, step: Call) -> set[int]:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UnsafePlan
 from . import sizes
-from .calls import call_values, torch_name
+from .calls import call_templates, template_parts, torch_name
 from .plan import Call, Launch, Plan, SizeExpr, ValueSpec
 
 
@@ -23,7 +23,7 @@ def step_values(step: Launch | Call) -> list[int]:
 
 def argument_values(step: Call) -> list[int]:
     """The ids of the values that a `Call` gets as arguments."""
-    return list(call_values([*step.args, *(template for _, template in step.kwargs)]))
+    return list(template_parts(call_templates(step), "v"))
 
 
 class Layout:

@@ -1,0 +1,133 @@
+"""Which step reads and writes which memory, and which steps certainly happen before which others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from .calls import aliased_arguments, out_arguments, resolve_op, written_arguments
+from .layout import Layout, argument_values
+from .plan import Call, Launch
+from .regions import REGION_OPS
+
+
+class Dataflow:
+    """The accesses of a plan in order.
+
+    `accesses[root]` lists (step, writes). A handle that an op may have made as an alias of other values (a view, a
+    reshape) *borrows* their memory: each access to it is one to theirs. `problems` lists reads of unwritten values, arena
+    memory that leaves the call, and accesses on different streams that no wait orders.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._plan = layout.plan
+        self.accesses: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+        self.problems: list[str] = []
+        self._borrowed: dict[int, set[int]] = {}
+        self._written = {v.id for v in layout.specs.values() if v.storage in ("input", "constant")}
+        self._access = {k.name: k.access for k in self._plan.kernels}
+        self._clocks = self._make_clocks()
+        for number, step in enumerate(self._plan.steps):
+            if isinstance(step, Launch):
+                self._launch(number, step)
+            else:
+                self._call(number, step)
+        self._check_outputs()
+        if self.streams > 1:
+            self._check_races()
+
+    def _root(self, id: int) -> int:
+        return self._layout.place(id)[0]
+
+    def _storage(self, root: int) -> str:
+        return self._layout.specs[root].storage
+
+    def _touch(self, number: int, id: int, writes: bool) -> None:
+        root = self._root(id)
+        for owner in (root, *sorted(self._borrowed.get(root, ()))):
+            self.accesses[owner].append((number, writes))
+
+    def _need(self, number: int, id: int) -> None:
+        if self._root(id) not in self._written:
+            self.problems.append(f"step {number} reads value {id} before anything has written it")
+
+    def _launch(self, number: int, step: Launch) -> None:
+        written = []
+        for id, mode in zip(step.buffers, self._access[step.kernel], strict=True):
+            root = self._root(id)
+            if self._storage(root) == "scalar":
+                self.problems.append(f"step {number} gives the number {id} to a kernel as a buffer")
+            elif mode != "write" or self._storage(root) == "handle":
+                self._need(number, id)
+            self._touch(number, id, mode != "read")
+            if mode != "read":
+                written.append(root)
+        self._written.update(written)
+
+    def _call(self, number: int, step: Call) -> None:
+        arguments = argument_values(step)
+        if step.op in REGION_OPS:
+            written, unread, aliased = set(), set(), set()
+        else:
+            op = resolve_op(step.op)
+            written, unread, aliased = (f(op, step) for f in (written_arguments, out_arguments, aliased_arguments))
+        for id in dict.fromkeys(arguments):
+            if id not in unread or self._storage(self._root(id)) in ("handle", "scalar"):
+                self._need(number, id)
+            self._touch(number, id, id in written)
+        self._written.update(map(self._root, written))
+        for id in step.outs:
+            if id is None or id in written:
+                continue
+            root = self._root(id)
+            self._written.add(root)
+            if self._storage(id) == "handle":
+                lenders = set(map(self._root, aliased))
+                self._borrowed[id] = lenders.union(*(self._borrowed.get(r, set()) for r in lenders)) - {id}
+            self._touch(number, id, True)
+
+    def _check_outputs(self) -> None:
+        for out in self._plan.outputs:
+            if out.kind != "value" or out.ref is None:
+                continue
+            root = self._root(out.ref)
+            for owner in (root, *sorted(self._borrowed.get(root, ()))):
+                if self._storage(owner) == "arena":
+                    self.problems.append(
+                        f"output {out.ref} lies in the arena (value {owner}), which the next call overwrites"
+                    )
+            empty = 0 in self._layout.specs[root].shape
+            if root not in self._written and not empty:
+                self.problems.append(f"output {out.ref} is never written")
+
+    # Order. The clock of a step says, per stream, up to which step of it everything has happened.
+
+    def _make_clocks(self) -> list[dict[int, int]]:
+        clocks: list[dict[int, int]] = []
+        latest: dict[int, dict[int, int]] = {}
+        self._streams = [s.stream if isinstance(s, Launch) else 0 for s in self._plan.steps]
+        self.streams = len({0, *self._streams})
+        for number, step in enumerate(self._plan.steps):
+            stream = self._streams[number]
+            clock = dict(latest.get(stream, {}))
+            awaited = [clocks[w] for w in step.waits] if isinstance(step, Launch) else list(latest.values())
+            for other in awaited:
+                for s, done in other.items():
+                    clock[s] = max(clock.get(s, -1), done)
+            clock[stream] = number
+            clocks.append(clock)
+            latest[stream] = clock
+        return clocks
+
+    def before(self, first: int, second: int) -> bool:
+        """Whether step `first` has certainly ended when step `second` begins."""
+        return first < second and self._clocks[second].get(self._streams[first], -1) >= first
+
+    def _check_races(self) -> None:
+        for root, accesses in sorted(self.accesses.items()):
+            for i, (number, writes) in enumerate(accesses):
+                for earlier, wrote in accesses[:i]:
+                    if earlier != number and (writes or wrote) and not self.before(earlier, number):
+                        self.problems.append(
+                            f"steps {earlier} and {number} touch value {root} on two streams without a wait"
+                        )
