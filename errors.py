@@ -588,11 +588,11 @@ class CudaCallFailed(PlaitError):
 
 
 class MisalignedBuffer(PlaitError):
-    """A kernel that was compiled for 16-byte aligned buffers got another address."""
+    """A kernel that was compiled for 16-byte aligned buffers, or for sizes that are multiples of 16, got others."""
 
     code = "P0544"
-    message = "kernel {kernel} needs {buffer} at a multiple of 16 bytes, got address {address:#x}"
-    fix = "clone the tensor, or compile the kernel without this assumption"
+    message = "kernel {kernel} was compiled for {parameter} being a multiple of 16, got {value}"
+    fix = "clone the tensor if it is a view, or compile the kernel also without this assumption"
 
 
 class CannotCapture(PlaitError):

@@ -58,7 +58,8 @@ def minimax(
 
     `bits` rounds coefficients to so many significant bits (24 for float32, 53 for float64; a sequence gives one per
     coefficient), lowest power first, and fits the remaining ones again after each, which costs far less accuracy than
-    rounding all at the end. `precision` is the working precision in bits.
+    rounding all at the end. Where the interval holds 0, the error there is the rounded constant's: give a weight that
+    vanishes at 0, as a polynomial that is multiplied by a power of x has. `precision` is the working precision in bits.
     Raises NoMinimax where the exchange does not settle (a pole, too large a degree for the precision).
     """
     chosen = tuple(powers) if powers is not None else tuple(range((degree or 0) + 1))
@@ -68,7 +69,7 @@ def minimax(
         coefficients, level = _remez(f, chosen, a, b, w)
         if bits is not None:
             widths = (bits,) * len(chosen) if isinstance(bits, int) else tuple(bits)
-            coefficients = _round_in_turn(f, chosen, a, b, w, widths)
+            coefficients = _round_in_turn(f, chosen, a, b, w, widths, coefficients)
         raw = Fit(chosen, tuple(coefficients), a, b, 0.0, float(level))
         error = error_bound(lambda x: w(x) * (f(x) - raw(x)), a, b, len(chosen) + max(chosen))
         return Fit(chosen, raw.coefficients, a, b, error, float(level))
@@ -114,16 +115,18 @@ def _remez(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function) ->
     """Coefficients and levelled error of the optimum, by exchanging the whole reference at a time."""
     n = len(powers)
     reference = [(a + b) / 2 - (b - a) / 2 * mpmath.cos(mpmath.pi * k / n) for k in range(n + 1)]
-    if a == 0 and 0 not in powers:
-        reference[0] = reference[1] / 16
     for _ in range(60):
+        # where the weight or every monomial vanishes nothing can be levelled
+        reach = [abs(w(x) * x ** min(powers)) for x in reference]
+        floor = max(reach) * mpf("1e-9")
+        reference = [x if r > floor else x + (b - a) / (64 * n) for x, r in zip(reference, reach, strict=True)]
         coefficients, level = _level(f, powers, reference, w)
 
         def error(x: mpf, c: list[mpf] = coefficients) -> mpf:
             return w(x) * (f(x) - sum((ck * x**k for ck, k in zip(c, powers, strict=True)), mpf(0)))
 
         reference, largest = _exchange(error, reference, a, b)
-        if largest <= abs(level) * (1 + mpf("1e-4")) or largest < mpf(2) ** (-mp.prec + 20):
+        if largest <= abs(level) * (1 + mpf("1e-3")):
             return coefficients, abs(level)
     raise NoMinimax(what=f"powers {powers} on [{float(a)}, {float(b)}]", why="the exchange did not settle")
 
@@ -145,39 +148,46 @@ def _level(f: Function, powers: tuple[int, ...], reference: list[mpf], w: Functi
 
 
 def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf) -> tuple[list[mpf], mpf]:
-    """The alternating extrema of `error` nearest the reference, one between each two of its sign changes, and the largest."""
-    signs = [mpmath.sign(error(x)) or mpf(1) for x in reference]
-    if any(s == t for s, t in zip(signs, signs[1:], strict=False)):
-        signs = [mpf((-1) ** i) * signs[0] for i in range(len(reference))]
-    roots = [a, *(_root(error, x, y) for x, y in zip(reference, reference[1:], strict=False)), b]
-    found = [_extremum(lambda x, s=s: s * error(x), lo, hi) for s, lo, hi in zip(signs, roots, roots[1:], strict=False)]
-    return found, max(abs(error(x)) for x in found)
+    """A new reference: the largest extremum of `error` in each run of one sign, found on a grid and refined.
+
+    Of more runs than needed, those at the ends with the smaller extremum are dropped.
+    """
+    count = 16 * len(reference)
+    grid = sorted({*reference, *((a + b) / 2 - (b - a) / 2 * mpmath.cos(mpmath.pi * k / count) for k in range(count + 1))})
+    values = [error(x) for x in grid]
+    if max(map(abs, values)) < mpf(2) ** (-mp.prec + 20):
+        return reference, mpf(0)  # f is such a polynomial
+    runs: list[int] = []  # grid index of each run's extremum
+    for i, value in enumerate(values):
+        if value == 0:
+            continue
+        if runs and (value > 0) == (values[runs[-1]] > 0):
+            if abs(value) > abs(values[runs[-1]]):
+                runs[-1] = i
+        else:
+            runs.append(i)
+    found = []
+    for i in runs:
+        lo, hi = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+        sign = -1 if values[i] < 0 else 1
+        found.append(_extremum(lambda x, s=sign: s * error(x), lo, grid[i], hi))
+    while len(found) > len(reference):
+        found.pop(0 if abs(error(found[0])) < abs(error(found[-1])) else -1)
+    if len(found) < len(reference):
+        raise NoMinimax(what=f"a function on [{float(a)}, {float(b)}]", why="its error does not alternate often enough")
+    return found, max(map(abs, values))
 
 
-def _root(error: Function, lo: mpf, hi: mpf) -> mpf:
-    """A sign change between two reference points, to a thousandth of their distance (by bisection)."""
-    negative = error(lo) < 0
-    for _ in range(10):
-        middle = (lo + hi) / 2
-        lo, hi = (middle, hi) if (error(middle) < 0) == negative else (lo, middle)
-    return (lo + hi) / 2
-
-
-def _extremum(g: Function, lo: mpf, hi: mpf) -> mpf:
-    """Where g is largest on [lo, hi]: the best of eight samples, then parabolas through three points."""
-    points = [lo + (hi - lo) * k / 8 for k in range(9)]
-    values = [g(x) for x in points]
-    best = max(range(9), key=values.__getitem__)
-    if best in (0, 8):
-        return points[best]
-    x0, x1, x2 = points[best - 1 : best + 2]
-    y0, y1, y2 = values[best - 1 : best + 2]
+def _extremum(g: Function, x0: mpf, x1: mpf, x2: mpf) -> mpf:
+    """Where g is largest near x1, the best of three neighbours, by parabolas through three points."""
+    if x1 in (x0, x2):
+        return x1
+    y0, y1, y2 = g(x0), g(x1), g(x2)
     for _ in range(4):
         curve = (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0)
         if curve == 0:
             break
-        step = ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / (2 * curve)
-        x = x1 - step
+        x = x1 - ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / (2 * curve)
         if not x0 < x < x2 or x == x1:
             break
         y = g(x)
@@ -189,16 +199,32 @@ def _extremum(g: Function, lo: mpf, hi: mpf) -> mpf:
     return x1
 
 
-def _round_in_turn(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function, widths: tuple[int, ...]) -> list[mpf]:
+def _round_in_turn(
+    f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function, widths: tuple[int, ...], optimum: list[mpf]
+) -> list[mpf]:
+    """Round the lowest coefficient, fit the others again, and so on.
+
+    With 0 inside the interval the remaining powers are no Haar system, and an exchange need not exist; then the others stay
+    as they last were.
+    """
     fixed: list[mpf] = []
+    left = list(optimum)
     for i, width in enumerate(widths):
-        done = list(zip(fixed, powers, strict=False))
+        if i > 0:
+            done = list(zip(fixed, powers, strict=False))
 
-        def rest(x: mpf, done: list[tuple[mpf, int]] = done) -> mpf:
-            return f(x) - sum((c * x**k for c, k in done), mpf(0))
+            def rest(x: mpf, done: list[tuple[mpf, int]] = done) -> mpf:
+                return f(x) - sum((c * x**k for c, k in done), mpf(0))
 
-        coefficients, _ = _remez(rest, powers[i:], a, b, w)
-        fixed.append(round_to(coefficients[0], width))
+            # Left of 0 an odd lowest power flips the sign of the whole basis, and with it the sense of the alternation.
+            def signed(x: mpf, power: int = powers[i]) -> mpf:
+                return -w(x) if x < 0 and power % 2 else w(x)
+
+            try:
+                left, _ = _remez(rest, powers[i:], a, b, signed)
+            except NoMinimax:
+                left = left[1:]
+        fixed.append(round_to(left[0], width))
     return fixed
 
 

@@ -141,6 +141,38 @@ template <class T, int N> PLAIT_FN vec<T, 2 * N> join(vec<T, N> lo, vec<T, N> hi
   else return {lo, hi};
 }
 
+template <class D, class T, int N> vec<D, N> convert(vec<T, N> x);
+
+template <class T, int N> PLAIT_FN void to_lanes(T* p, vec<T, N> x) {
+  if constexpr (same<T, bool>) to_lanes(reinterpret_cast<uint8_t*>(p), convert<uint8_t>(x.m & 1));
+  else if constexpr (is_half<T>) to_lanes(reinterpret_cast<uint16_t*>(p), x.bits);
+  else if constexpr (whole<T, N>) __builtin_memcpy(p, &x.v, sizeof x.v);
+  else to_lanes(p, x.lo), to_lanes(p + N / 2, x.hi);
+}
+template <class T, int N> PLAIT_FN vec<T, N> from_lanes(const T* p) {
+  if constexpr (same<T, bool>) {
+    return from_lanes<uint8_t, N>(reinterpret_cast<const uint8_t*>(p)) != uint8_t(0);
+  } else if constexpr (is_half<T>) {
+    return from_lanes<uint16_t, N>(reinterpret_cast<const uint16_t*>(p));
+  } else if constexpr (whole<T, N>) {
+    vec<T, N> r;
+    __builtin_memcpy(&r.v, p, sizeof r.v);
+    return r;
+  } else {
+    return {from_lanes<T, N / 2>(p), from_lanes<T, N / 2>(p + N / 2)};
+  }
+}
+template <class T, int N> struct lane_array {
+  alignas(vec<T, N>) T lane[N];
+  PLAIT_FN lane_array(vec<T, N> x) { to_lanes(lane, x); }
+};
+template <class R, int N, class F, class... A> PLAIT_FN vec<R, N> calls_on(F f, const A&... args) {
+  alignas(vec<R, N>) R result[N];
+#pragma GCC unroll 1
+  for (int l = 0; l < N; l++) result[l] = f(args.lane[l]...);
+  return from_lanes<R, N>(result);
+}
+
 // Lane-wise function of one-instruction builtins: GCC turns the unrolled loop back into one vector instruction.
 template <class F, class T, int N, class... More> PLAIT_FN auto lanewise(F f, vec<T, N> a, More... more) {
   using R = decltype(f(T{}, more[0]...));
@@ -153,13 +185,10 @@ template <class F, class T, int N, class... More> PLAIT_FN auto lanewise(F f, ve
   return r;
 }
 
-// Lane-wise function that is a call or a long computation: a real loop, kept rolled.
+// Lane-wise function that is a call or a long computation: a real loop over memory, kept rolled.
 template <class F, class T, int N, class... More> PLAIT_FN auto calls(F f, vec<T, N> a, More... more) {
   using R = decltype(f(T{}, more[0]...));
-  vec<R, N> r;
-#pragma GCC unroll 1
-  for (int l = 0; l < N; l++) r.set(l, f(a[l], more[l]...));
-  return r;
+  return calls_on<R, N>(f, lane_array<T, N>(a), lane_array<lane_t<More>, N>(more)...);
 }
 
 // ---- operators ---------------------------------------------------------------------------------------------------
@@ -274,25 +303,8 @@ template <class V, class L> PLAIT_FN V blend(L lanes, V a, V b) {
   else return where(iota<int32_t>() < vec<int32_t>(lanes.n), a, b);
 }
 
-template <class T> PLAIT_FN vec<T> load_full(const T* p) {
-  vec<T> r;
-  if constexpr (same<T, bool>) {
-    vec<uint8_t> bytes;
-    __builtin_memcpy(&bytes, p, sizeof bytes);
-    r = bytes != uint8_t(0);
-  } else {
-    __builtin_memcpy(&r, p, sizeof(T) * W);
-  }
-  return r;
-}
-template <class T> PLAIT_FN void store_full(T* p, vec<T> x) {
-  if constexpr (same<T, bool>) {
-    vec<uint8_t> bytes = convert<uint8_t>(x.m & 1);
-    __builtin_memcpy(p, &bytes, sizeof bytes);
-  } else {
-    __builtin_memcpy(p, &x, sizeof(T) * W);
-  }
-}
+template <class T> PLAIT_FN vec<T> load_full(const T* p) { return from_lanes<T, W>(p); }
+template <class T> PLAIT_FN void store_full(T* p, vec<T> x) { to_lanes(p, x); }
 
 template <class T, class L> PLAIT_FN vec<T> load(const T* p, L lanes) {
   if constexpr (L::full) return load_full(p);
