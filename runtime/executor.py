@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import KernelMissing, UnsafePlan
+from ..errors import KernelMissing, UnsafePlan, WrongInputCount
 from . import native
 from .inputs import InputCheck
 from .layout import Layout
@@ -153,6 +153,8 @@ class Executable:
     def _run(self, args: list[Any], times: list[tuple[int, int]] | None) -> list[Any]:
         if self._check is not None:
             self._check(args)
+        elif len(args) != self._arity:
+            raise WrongInputCount(expected=self._arity, got=len(args), names=", ".join(s.name for s in self.plan.inputs))
         try:
             frame = self._idle.pop()
         except IndexError:

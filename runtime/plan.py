@@ -224,8 +224,15 @@ def _constant(x: Any, at: str) -> Any:
     if isinstance(x, dict) and x.keys() == {"float"} and x["float"] in ("inf", "-inf", "nan"):
         return float(x["float"])
     if isinstance(x, dict) and x.keys() == {"complex"} and isinstance(x["complex"], list) and len(x["complex"]) == 2:
-        return complex(*(float(_constant(v, at)) for v in x["complex"]))
+        return complex(*(_real(v, at) for v in x["complex"]))
     raise _bad(at, "a plain value", x)
+
+
+def _real(x: Any, at: str) -> float:
+    value = _constant(x, at)
+    if type(value) not in (int, float):
+        raise _bad(at, "a real number", x)
+    return float(value)
 
 
 def _number(x: Any, at: str) -> SizeExpr | float:
