@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-
 from ..ir import Graph
 from ..runtime import plan as P
 from ..runtime.executor import Executable
@@ -19,7 +18,7 @@ from .cpp.build import build
 from .cpp.printer import print_kernel
 from .items import AliasItem, CallItem, KernelItem, Scheduled
 from .plan import build_plan
-from .schedule import schedule_calls
+from .schedule import schedule
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def compile_graph(graph: Graph, options: CodegenOptions | None = None) -> Compil
     Raises `CannotLower`, `KernelBuildFailed`. What no kernel is generated for runs through torch and is in `coverage`.
     """
     options = options or CodegenOptions()
-    scheduled = schedule_calls(graph)
+    scheduled = schedule(graph, generate=options.generate)
     sources: dict[str, str] = {}
     for item in scheduled.items:
         if isinstance(item, KernelItem):

@@ -2,18 +2,132 @@
 
 from __future__ import annotations
 
-from ..ir import Graph, Node, OpaqueType
-from .items import CallItem, Item, Scheduled
+import torch
+
+from ..ir import Graph, Node, TensorType, Value, flatten, op
+from ..runtime import ops as runtime_ops
+from .analysis import Analysis
+from .emit import emit
+from .expand import expand
+from .groups import Group, Grouping
+from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
 
 
 def schedule_calls(graph: Graph) -> Scheduled:
-    """Every node as a call of its torch op: the form of regions, and of what no lowering is known for."""
-    items: list[Item] = [
-        CallItem(n, "fallback", "region bodies run op by op") for n in graph.nodes if n.op.name != "plait.constant"
-    ]
-    return Scheduled(graph, tuple(items))
+    """Every node as a call of its torch op: the form of region bodies."""
+    nodes = [n for n in graph.nodes if n.op.name != "plait.constant"]
+    return Scheduled(graph, tuple(CallItem(n, "fallback", "region bodies run op by op") for n in nodes))
 
 
-def is_opaque(node: Node) -> bool:
-    """True where a result is no strided tensor or number."""
-    return any(isinstance(v.type, OpaqueType) for v in node.results)
+def schedule(graph: Graph, *, generate: bool = True) -> Scheduled:
+    """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end."""
+    graph = _with_write_backs(expand(graph) if generate else graph)
+    analysis = Analysis(graph, generate=generate)
+    grouping = Grouping(analysis)
+    stored = _stored(analysis, grouping)
+    items: list[Item] = []
+    scratch: list[Value] = []
+    homes = dict(zip((v for _, v in graph.writes), (graph.inputs[i] for i, _ in graph.writes), strict=True))
+    status = Value(TensorType((1,), torch.int64), "status") if analysis.checks_rows else None
+    late: list[Item] = []
+    for item in grouping.ordered():
+        if isinstance(item, Group):
+            kernel = _kernel_item(analysis, item, stored, status)
+            (late if any(u.value in homes for u in item.units) else items).append(kernel)
+        else:
+            kind, reason = analysis.calls[item]
+            items.append(CallItem(item, kind, reason))
+    items += late
+    items += [AliasItem(v, m.root, m.offset) for v, m in analysis.aliases.items()]
+    if status is not None:
+        scratch.append(status)
+        items = [_clear(status), *items, _check(status)]
+    return Scheduled(graph, tuple(items), tuple(scratch), homes)
+
+
+def _with_write_backs(graph: Graph) -> Graph:
+    """The graph with every written-back value copied by a node of its own, so that it gets a kernel and an order: after
+    all other readers of the input."""
+    if not graph.writes:
+        return graph
+    nodes = list(graph.nodes)
+    roots = {v: i for i, v in enumerate(graph.inputs)}
+    writes: list[tuple[int, Value]] = []
+    written = {i for i, _ in graph.writes}
+    for i, v in graph.writes:
+        source = v
+        if _input_behind(graph, v) in {graph.inputs[j] for j in written}:
+            source = Value(v.type, v.hint)
+            nodes.append(Node(op("aten.clone.default"), (v, None), (source,)))
+        copy = Value(graph.inputs[i].type, f"{graph.inputs[i].hint}_new")
+        nodes.append(Node(op("aten.clone.default"), (source, None), (copy,)))
+        writes.append((i, copy))
+    assert len(roots) == len(graph.inputs)
+    return graph.replace(nodes=tuple(nodes), writes=tuple(writes))
+
+
+def _input_behind(graph: Graph, value: Value) -> Value:
+    """Follow views from `value` to what they view."""
+    node = graph.producers.get(value)
+    while node is not None and (node.op.has("view") or node.op.name == "aten._unsafe_view.default"):
+        value = node.args[0]
+        node = graph.producers.get(value)
+    return value
+
+
+def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
+    """Units that are read from memory: by calls, other groups, through views, or as results."""
+    found: set[Value] = set()
+
+    def note(v: Value) -> None:
+        home = analysis.memory.get(v)
+        if home is not None and home.root in analysis.units:
+            found.add(home.root)
+
+    for v in flatten(analysis.graph.outputs):
+        if isinstance(v, Value):
+            note(v)
+    for _, v in analysis.graph.writes:
+        note(v)
+    for item in grouping.items:
+        if isinstance(item, Node):
+            for v in item.inputs:
+                note(v)
+        else:
+            for u in item.units:
+                for v, _ in u.reads:
+                    if v not in item.form:
+                        note(v)
+    return found
+
+
+def _kernel_item(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> KernelItem:
+    made = emit(analysis, group, stored)
+    buffers = tuple(status if v is None else v for v in made.buffers)
+    assert all(v is not None for v in buffers)
+    access = tuple(b.access for b in made.kernel.buffers)
+    nodes = tuple(dict.fromkeys(n for u in group.units for n in _covered(analysis, u.node)))
+    return KernelItem(made.kernel.name, buffers, access, made.kernel.sizes, nodes, made.kernel)  # type: ignore[arg-type]
+
+
+def _covered(analysis: Analysis, node: Node) -> list[Node]:
+    """A unit's node and the nodes inlined into it."""
+    found = [node]
+    todo = list(node.inputs)
+    while todo:
+        inlined = analysis.inlined.get(todo.pop())
+        if inlined is not None and inlined not in found:
+            found.append(inlined)
+            todo.extend(inlined.inputs)
+    return found
+
+
+def _clear(status: Value) -> CallItem:
+    return CallItem(Node(op("plait.clear_status.default"), (status,), ()), "library", "clears the status word of row checks")
+
+
+assert runtime_ops is not None  # importing registers the ops named above
+
+
+def _check(status: Value) -> CallItem:
+    return CallItem(Node(op("plait.check_rows.default"), (status,), ()), "library", "raises where a row id was out of range")

@@ -1,0 +1,277 @@
+"""What each node of a graph is to the code generator: free view, inlined computation, unit of a kernel, or call.
+
+A *unit* is a value that a kernel computes at every point of an iteration domain: an elementwise result that is stored or
+shared, or a reduction. Other elementwise values are *inlined*: recomputed where they are read. *Aliases* are views of
+values in memory. Everything else is a call of a torch op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+from ..ir import Dim, Graph, Node, ScalarType, TensorType, TokenType, Value, dim, flatten
+from . import library
+from .body import Body, Index, dtype_name
+from .kernel_ir import DTYPES
+from .pointwise import CHEAP, POINTWISE, At
+from .reductions import ReduceSpec, reduction
+from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
+
+_HEAVY = 8
+_INLINE_BUDGET = 6
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a value lies: strides and offset (elements) in the memory of `root`."""
+
+    root: Value
+    strides: tuple[Dim, ...]
+    offset: Dim
+
+
+@dataclass(eq=False)
+class Unit:
+    """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input)."""
+
+    value: Value
+    node: Node
+    domain: tuple[Dim, ...]
+    reduce: ReduceSpec | None = None
+    reads: list[tuple[Value, Index]] = field(default_factory=list)
+    symbols: tuple[sympy.Symbol, ...] = ()
+
+
+def is_view(node: Node) -> bool:
+    """True where torch itself would return a view of the first operand."""
+    if node.op.name in SPLITS:
+        return True
+    if node.op.name not in INDEX_MAPS or node.op.name in ("aten.flip.default", "aten.repeat.default", "aten.roll.default"):
+        return False
+    source = node.args[0]
+    if node.op.name in ("aten.reshape.default", "aten.flatten.using_ints"):
+        return source.tensor.is_contiguous
+    return node.op.has("view") or node.op.name == "aten._unsafe_view.default"
+
+
+class Analysis:
+    """Decisions about every node of a graph (composites already opened)."""
+
+    def __init__(self, graph: Graph, *, generate: bool = True) -> None:
+        self.graph = graph
+        self.generate = generate
+        self.calls: dict[Node, tuple[str, str]] = {}
+        self.memory: dict[Value, Memory] = {}
+        self.aliases: dict[Value, Memory] = {}
+        self.units: dict[Value, Unit] = {}
+        self.inlined: dict[Value, Node] = {}
+        self.weight: dict[Value, int] = {}
+        self.position = {n: i for i, n in enumerate(graph.nodes)}
+        self.checks_rows = False
+        self._classify()
+        self._place()
+        for unit in self.units.values():
+            self._probe(unit)
+
+    # -- what can be generated ----------------------------------------------------------------------------------------
+
+    def _classify(self) -> None:
+        for node in self.graph.nodes:
+            if node.op.name == "plait.constant":
+                continue
+            why = self._refusal(node)
+            if why is not None:
+                self.calls[node] = library.kind_of(node, why)
+
+    def _refusal(self, node: Node) -> str | None:
+        """Why no kernel can be generated for a node; None where one can."""
+        name = node.op.name
+        if not self.generate:
+            return "code generation is switched off"
+        if name not in POINTWISE and name not in SPLITS:
+            found = reduction(node)
+            if found is None:
+                return "no kernel lowering"
+            if isinstance(found, str):
+                return found
+        for v in (*node.inputs, *node.results):
+            if not isinstance(v.type, TensorType):
+                if isinstance(v.type, ScalarType) and v.type.kind == "int" and v.type.expr is not None:
+                    continue
+                return f"operand {v.type} is no tensor"
+            if dtype_name(v.type.dtype) not in DTYPES:
+                return f"dtype {dtype_name(v.type.dtype)}"
+            if v.type.device != "cpu":
+                return f"device {v.type.device}"
+        if node.token is not None:
+            return "it has an effect"
+        return library.refusal(node)
+
+    # -- where values live --------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> set[Value]:
+        """Values that must be in memory, or be views of memory."""
+        wanted = set(self.graph.results)
+        for node in reversed(self.graph.nodes):
+            if node in self.calls:
+                wanted.update(node.inputs)
+            elif is_view(node) and any(v in wanted for v in node.outputs):
+                wanted.add(node.args[0])
+        return wanted
+
+    def _place(self) -> None:
+        wanted = self._wanted()
+        for v in self.graph.inputs:
+            self._in_memory(v)
+        for node in self.graph.nodes:
+            if node.op.name == "plait.constant" or node in self.calls:
+                for v in node.results:
+                    self._in_memory(v)
+            elif (node.op.name in INDEX_MAPS or node.op.name in SPLITS) and self._try_alias(node):
+                continue
+            else:
+                for v in node.outputs:
+                    self._compute(v, node, wanted)
+
+    def _in_memory(self, v: Value) -> None:
+        if isinstance(v.type, TensorType):
+            self.memory[v] = Memory(v, v.type.strides, 0)
+
+    def _try_alias(self, node: Node) -> bool:
+        source = self.memory.get(node.args[0])
+        if source is None or not is_view(node):
+            return False
+        for part, v in enumerate(node.outputs):
+            zero = tuple(0 for _ in v.tensor.shape)
+            at = At(Body(), node, zero, v.tensor, _no_read, _no_guard, _no_bounds)
+            index = part_of_split(at, part) if node.op.name in SPLITS else MAPS[node.op.name](at)
+            offset: Any = source.offset
+            for i, s in zip(index, source.strides, strict=True):
+                offset = offset + i * s
+            self.memory[v] = Memory(source.root, v.tensor.strides, dim(sympy.sympify(offset)))
+            self.aliases[v] = self.memory[v]
+        return True
+
+    def _compute(self, v: Value, node: Node, wanted: set[Value]) -> None:
+        spec = reduction(node)
+        if isinstance(spec, ReduceSpec):
+            self.units[v] = Unit(v, node, node.args[0].tensor.shape, spec)
+            self._in_memory(v)
+            return
+        weight = 0 if node.op.name in INDEX_MAPS or node.op.name in SPLITS else 1 if node.op.name in CHEAP else _HEAVY
+        weight += sum(self.weight.get(x, 0) for x in node.inputs)
+        users = self.graph.users.get(v, ())
+        inline = v not in wanted and (len(users) == 1 or weight * (len(users) - 1) <= _INLINE_BUDGET)
+        if inline and weight >= _HEAVY and any(self._amplifies(v, u) for u in users):
+            inline = False
+        if inline:
+            self.inlined[v] = node
+            self.weight[v] = weight
+        else:
+            self.units[v] = Unit(v, node, v.tensor.shape)
+            self._in_memory(v)
+
+    def _amplifies(self, v: Value, user: Node) -> bool:
+        """True where `user` reads elements of `v` many times over."""
+        if not user.outputs or not isinstance(user.out.type, TensorType) or reduction(user) is not None:
+            return False
+        mine, theirs = v.tensor.numel, user.out.tensor.numel
+        return bool(mine != theirs) and not (isinstance(mine, int) and isinstance(theirs, int) and theirs <= mine)
+
+    # -- what units read ----------------------------------------------------------------------------------------------
+
+    def _probe(self, unit: Unit) -> None:
+        """Find which values a unit reads, at which index, by lowering it once over symbolic positions."""
+        unit.symbols = tuple(sympy.Symbol(f"d{i}", integer=True, nonnegative=True) for i in range(len(unit.domain)))
+        probe = Evaluator(self, Body())
+        probe.leaf = lambda v, index: _record(probe, unit.reads, v, index)
+        index = tuple(0 if n == 1 and type(n) is int else s for n, s in zip(unit.domain, unit.symbols, strict=True))
+        probe.evaluate(unit, index)
+        self.checks_rows = self.checks_rows or probe.checked
+
+    def resolve(self, value: Value) -> Memory:
+        """Where `value` lies in memory."""
+        return self.memory[value]
+
+
+def _record(probe: Evaluator, reads: list[tuple[Value, Index]], v: Value, index: Index) -> str:
+    if not any(w is v and i == index for w, i in reads):
+        reads.append((v, index))
+    return probe.body.load(f"leaf{len(reads)}", dtype_name(v.tensor.dtype), 0)
+
+
+def _no_read(value: Value, index: Index) -> str:
+    raise AssertionError("index maps read nothing")
+
+
+def _no_bounds(row: str, size: Any) -> Any:
+    raise AssertionError("index maps check nothing")
+
+
+@contextmanager
+def _no_guard(mask: str) -> Iterator[None]:
+    yield
+
+
+class Evaluator:
+    """Computes elements of values into a body. `leaf(value, index)` reads what is neither inlined nor in registers."""
+
+    def __init__(self, analysis: Analysis, body: Body) -> None:
+        self.analysis = analysis
+        self.body = body
+        self.mask: str | None = None
+        self.checked = False
+        self.leaf: Any = None
+
+    def read(self, value: Value, index: Index) -> str:
+        """An element of `value` in its own dtype."""
+        node = self.analysis.inlined.get(value)
+        return self.leaf(value, index) if node is None else self.compute(value, node, index)
+
+    def compute(self, value: Value, node: Node, index: Index) -> str:
+        """Lower one elementwise node at `index`, rounded to the value's dtype."""
+        if node.op.name in SPLITS:
+            part = node.outputs.index(value)
+            at = At(self.body, node, index, value.tensor, self.read, self.guard, self.bounds)
+            return self.read(node.args[0], part_of_split(at, part))
+        at = At(self.body, node, index, value.tensor, self.read, self.guard, self.bounds)
+        return self.body.cast(POINTWISE[node.op.name](at), dtype_name(value.tensor.dtype))
+
+    def evaluate(self, unit: Unit, index: Index) -> str:
+        """A unit's value at `index` of its domain; for reductions the element that is accumulated."""
+        if unit.reduce is None:
+            return self.compute(unit.value, unit.node, index)
+        source = TensorType(unit.domain, unit.node.args[0].tensor.dtype)
+        return unit.reduce.map(At(self.body, unit.node, index, source, self.read, self.guard, self.bounds))
+
+    @contextmanager
+    def guard(self, mask: str) -> Iterator[None]:
+        """Reads inside happen only where `mask` (and every outer mask) holds."""
+        outer = self.mask
+        self.mask = mask if outer is None else self.body.op("and", outer, mask)
+        yield
+        self.mask = outer
+
+    def bounds(self, row: str, size: Any) -> Any:
+        """`row` as an index below `size`: clamped, and reported where it lies outside."""
+        self.checked = True
+        last = self.body.index(sympy.sympify(size) - 1)
+        zero = self.body.const(0, "int64")
+        self.report(self.body.op("or", self.body.op("lt", row, zero), self.body.op("gt", row, last)))
+        inside = self.body.op("maximum", self.body.op("minimum", row, last), zero)
+        return self.body.symbol(inside)
+
+    def report(self, outside: str) -> None:
+        """Called with the condition under which a row id is out of range."""
+
+
+def tensor_leaves(arg: Any) -> Iterator[Value]:
+    """Tensor values among an argument's leaves."""
+    for leaf in flatten(arg):
+        if isinstance(leaf, Value) and isinstance(leaf.type, TensorType) and not isinstance(leaf.type, TokenType):
+            yield leaf

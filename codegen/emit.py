@@ -1,0 +1,346 @@
+"""From a fusion group to kernel IR: loop order, collapsed axes, the vector axis, and the statements of every phase."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from ..ir import Dim, Value
+from . import kernel_ir as K
+from .analysis import Analysis, Evaluator, Unit
+from .body import Body, Index, dtype_name
+from .groups import Axis, Group, substitute
+
+_CHUNK = 4096  # elements of one partial sum: bounds the rounding error of long float32 sums
+_RECOMPUTE = 4  # an elementwise value of at most this weight is computed again in a later phase rather than kept
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Loops of one kernel: outer axes then reduced ones, each outermost first; `vector` is the axis over SIMD lanes."""
+
+    outer: tuple[Axis, ...]
+    reduced: tuple[Axis, ...]
+    vector: sympy.Symbol | None
+    names: Mapping[sympy.Symbol, Any]  # axes of the group in terms of these loops
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A kernel, and the values bound to its parameters; the last one is `STATUS` where it checks row ids."""
+
+    kernel: K.Kernel
+    buffers: tuple[Value | None, ...]
+
+
+def tidy(address: Any) -> Any:
+    """An address with `c*n*(x // n) + c*(x % n)` folded back into `c*x`."""
+    if isinstance(address, int) or not address.has(ModularIndexing):
+        return address
+    address = sympy.expand(address)
+    for inner in address.atoms(ModularIndexing):
+        x, divisor, n = inner.args
+        if divisor != 1:
+            continue
+        low = address.coeff(inner)
+        whole = FloorDiv(x, n)
+        if low != 0 and address.has(whole) and sympy.expand(address.coeff(whole) - low * n) == 0:
+            address = sympy.expand(address - low * inner - low * n * whole + low * x)
+    return address
+
+
+class _GroupBody(Evaluator):
+    """Emits one group, for one choice of loops."""
+
+    def __init__(self, analysis: Analysis, group: Group, stored: set[Value], order: _Order) -> None:
+        super().__init__(analysis, Body())
+        self.leaf = self.load
+        self.group = group
+        self.stored = stored
+        self.order = order
+        self.units = {u.value: u for u in group.units}
+        self.place = {v: self.at(i) for v, i in group.place.items()}
+        self.form = {v: self.at(i) for v, i in group.form.items()}
+        self.scalars: dict[Value, str] = {}
+        self.kept: dict[Value, str] = {}
+        self.params: dict[Value | None, str] = {}
+        self.now = 0
+        self.inside = False
+        self.spilled = self._spilled()
+        for v in self.spilled:
+            self.body.pinned.add(self.param(analysis.memory[v].root))
+
+    def at(self, index: Index) -> Index:
+        return tuple(substitute(i, dict(self.order.names)) for i in index)
+
+    def param(self, value: Value | None) -> str:
+        """The kernel parameter for a value's memory (None: the status word)."""
+        return self.params.setdefault(value, f"b{len(self.params)}")
+
+    def address(self, value: Value, index: Index) -> Any:
+        """Element offset of `value[index]` in the memory of its root."""
+        home = self.analysis.memory[value]
+        total: Any = home.offset
+        for i, s in zip(index, home.strides, strict=True):
+            total = total + i * s
+        return tidy(total)
+
+    def _spilled(self) -> set[Value]:
+        """Full units whose value a later phase reads and that are dearer to compute than to keep in memory."""
+        found: set[Value] = set()
+        for u in self.group.units:
+            for v, _ in u.reads:
+                if v in self.units and v not in self.group.outer and self.group.phase[u.value] > self.group.phase[v]:
+                    own = self.analysis.weight.get(v, 8)
+                    if v in self.stored or own > _RECOMPUTE or self.group.phase[v] > 0:
+                        found.add(v)
+        return found
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def load(self, value: Value, index: Index) -> str:
+        """An element of a value: a register of this kernel, or memory."""
+        unit = self.units.get(value)
+        if unit is None:
+            root = self.analysis.memory[value].root
+            return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index), self.mask)
+        if value in self.group.outer:
+            return self.scalars[value]
+        if value in self.spilled and self.group.phase[value] < self.now:
+            root = self.analysis.memory[value].root
+            return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index))
+        return self.full(unit)
+
+    def full(self, unit: Unit) -> str:
+        """The value of a full unit at the current point, computed once per phase."""
+        if unit.value not in self.kept:
+            outer, self.mask = self.mask, None
+            self.kept[unit.value] = self.evaluate(unit, self.form[unit.value])
+            self.mask = outer
+        return self.kept[unit.value]
+
+    def report(self, outside: str) -> None:
+        """Set the status word where a row id is out of range."""
+        mask = outside if self.mask is None else self.body.op("and", outside, self.mask)
+        one = self.body.const(1, "int64")
+        self.body.store(self.param(None), "int64", 0, one, mask)
+
+    # -- loops --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loops(self, axes: tuple[Axis, ...], kind: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for axis in axes:
+                vector = axis.symbol == self.order.vector
+                stack.enter_context(self.body.loop(axis.symbol, axis.extent, kind=kind, vector=vector))
+            yield
+
+    def emit(self) -> None:
+        """The whole kernel."""
+        group = self.group
+        with self.loops(self.order.outer, "parallel"):
+            for phase in range(max(group.phase.values()) + 2):
+                self.now, self.kept = phase, {}
+                self._outer_units(phase)
+                work = [u for u in group.units if self._runs_in(u, phase)]
+                if work:
+                    self._phase_loop(work)
+
+    def _runs_in(self, unit: Unit, phase: int) -> bool:
+        if self.group.phase[unit.value] != phase:
+            return False
+        if unit.reduce is not None:
+            return True
+        return unit.value not in self.group.outer and (unit.value in self.stored or unit.value in self.spilled)
+
+    def _outer_units(self, phase: int) -> None:
+        for u in self.group.units:
+            if u.reduce is None and u.value in self.group.outer and self.group.phase[u.value] == phase:
+                self.scalars[u.value] = self.evaluate(u, self.form[u.value])
+                self._store(u, self.scalars[u.value])
+
+    def _store(self, unit: Unit, value: str) -> None:
+        v = unit.value
+        if v in self.stored or v in self.spilled:
+            root = self.analysis.memory[v].root
+            self.body.store(self.param(root), dtype_name(v.tensor.dtype), self.address(v, self.place[v]), value)
+
+    def _phase_loop(self, work: list[Unit]) -> None:
+        reductions = [u for u in work if u.reduce is not None]
+        accs = {u.value: self._accumulator(u) for u in reductions}
+        axes = self.order.reduced
+        if reductions and axes and self._is_long(axes[-1].extent):
+            self._chunked(work, accs)
+        else:
+            with self.loops(axes, "serial"):
+                self._point(work, accs)
+        for u in reductions:
+            result = self.body.cast(accs[u.value], dtype_name(u.value.tensor.dtype))
+            self.scalars[u.value] = result
+            self._store(u, result)
+
+    def _accumulator(self, unit: Unit) -> str:
+        assert unit.reduce is not None
+        return self.body.accumulator(unit.reduce.op, unit.reduce.dtype, unit.reduce.value_dtype)
+
+    @staticmethod
+    def _is_long(extent: Dim) -> bool:
+        return not isinstance(extent, int) or extent > 2 * _CHUNK
+
+    def _chunked(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
+        """The innermost reduced loop in chunks, each with partial sums of its own."""
+        *lead, last = self.order.reduced
+        chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
+        inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
+        extent = sympy.sympify(last.extent)
+        with self.loops(tuple(lead), "serial"), self.body.loop(chunk, FloorDiv(extent + _CHUNK - 1, sympy.Integer(_CHUNK))):
+            sums = [u for u in work if u.reduce is not None and u.reduce.op == "sum"]
+            parts = {**accs, **{u.value: self._accumulator(u) for u in sums}}
+            saved = self.form, self.place
+            names = {last.symbol: chunk * _CHUNK + inner}
+            self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
+            self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
+            vector = last.symbol == self.order.vector
+            with self.body.loop(inner, sympy.Min(_CHUNK, extent - chunk * _CHUNK), vector=vector):
+                self._point(work, parts)
+            self.form, self.place = saved
+            for u in sums:
+                self.body.accumulate(accs[u.value], parts[u.value])
+
+    def _point(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
+        for u in work:
+            if u.reduce is None:
+                self._store(u, self.full(u))
+                continue
+            element = self.evaluate(u, self.form[u.value])
+            self.body.accumulate(accs[u.value], element, self._reduced_position(u) if u.reduce.value_dtype else None)
+        self.kept = {}
+
+    def _reduced_position(self, unit: Unit) -> str:
+        """Row-major position of the current element among the reduced dimensions."""
+        assert unit.reduce is not None
+        total: Any = 0
+        for d in unit.reduce.dims:
+            total = total * unit.domain[d] + self.form[unit.value][d]
+        return self.body.index(total)
+
+
+# -- choosing loops -----------------------------------------------------------------------------------------------------
+
+
+def _accesses(body: tuple[K.Stmt, ...]) -> tuple[list[tuple[sympy.Expr, bool]], set[sympy.Symbol]]:
+    """(address, is a store) of every access, and the axes that are used other than in addresses."""
+    found: list[tuple[sympy.Expr, bool]] = []
+    other: set[Any] = set()
+    for stmt in K.walk(body):
+        if isinstance(stmt, K.Load | K.Store):
+            found.append((stmt.index, isinstance(stmt, K.Store)))
+            for part in stmt.index.atoms(FloorDiv, ModularIndexing, sympy.Max, sympy.Min, sympy.Mod):
+                other |= part.free_symbols
+        elif isinstance(stmt, K.Index):
+            other |= stmt.expr.free_symbols
+    return found, other
+
+
+class _Strides:
+    """Coefficient of each axis in each address."""
+
+    def __init__(self, kernel_body: tuple[K.Stmt, ...], axes: tuple[Axis, ...]) -> None:
+        self.accesses, self.fixed = _accesses(kernel_body)
+        self.table = [
+            (
+                {
+                    a.symbol: sympy.expand(e).coeff(a.symbol) if a.symbol in e.free_symbols else sympy.Integer(0)
+                    for a in axes
+                },
+                st,
+            )
+            for e, st in self.accesses
+        ]
+
+    def key(self, symbol: sympy.Symbol) -> tuple[Any, ...]:
+        """For ordering loops: the axis' strides, stores first; unknown ones count as large."""
+        stores = [row[symbol] for row, st in self.table if st]
+        loads = [row[symbol] for row, st in self.table if not st]
+        return (self._size(stores), self._size(loads))
+
+    @staticmethod
+    def _size(strides: list[Any]) -> float:
+        known = [abs(int(s)) if s.is_Integer else 1 << 40 for s in strides if s != 0]
+        return max(known) if known else 0.5 if strides else 0
+
+    def contiguous(self, symbol: sympy.Symbol) -> int:
+        """How many accesses are contiguous along the axis, minus how many are strided."""
+        score = 0
+        for row, st in self.table:
+            c = row[symbol]
+            score += (2 if st else 1) * (1 if c == 1 else 0 if c == 0 else -1)
+        return score
+
+    def collapsible(self, a: Axis, b: Axis) -> bool:
+        """True where loops over `a` then `b` address memory like one loop over their product."""
+        if a.symbol in self.fixed or b.symbol in self.fixed:
+            return False
+        return all(sympy.expand(row[a.symbol] - row[b.symbol] * b.extent) == 0 for row, _ in self.table)
+
+
+def _collapse(axes: list[Axis], strides: _Strides, names: dict[sympy.Symbol, Any]) -> tuple[Axis, ...]:
+    done: list[Axis] = []
+    for axis in axes:
+        if done and strides.collapsible(done[-1], axis):
+            names[done[-1].symbol] = 0
+            extent: Any = done[-1].extent * axis.extent
+            done[-1] = Axis(axis.symbol, int(extent) if getattr(extent, "is_Integer", True) else extent)
+        else:
+            done.append(axis)
+    return tuple(done)
+
+
+def _choose(group: Group, strides: _Strides) -> _Order:
+    outer = [a for i, a in enumerate(group.axes) if i not in group.reduced]
+    reduced = [a for i, a in enumerate(group.axes) if i in group.reduced]
+    arg = any(u.reduce is not None and u.reduce.value_dtype for u in group.units)
+    outer.sort(key=lambda a: strides.key(a.symbol), reverse=True)
+    if not arg:  # argmax positions count in the order of the dimensions
+        reduced.sort(key=lambda a: strides.key(a.symbol), reverse=True)
+    names: dict[sympy.Symbol, Any] = {}
+    outer_axes, reduced_axes = _collapse(outer, strides, names), _collapse(reduced, strides, names)
+    vector: sympy.Symbol | None = None
+    if reduced_axes:
+        vector = reduced_axes[-1].symbol
+        if outer_axes and strides.contiguous(outer_axes[-1].symbol) > strides.contiguous(vector):
+            vector = outer_axes[-1].symbol
+    elif outer_axes:
+        vector = outer_axes[-1].symbol
+    return _Order(outer_axes, reduced_axes, vector, names)
+
+
+def emit(analysis: Analysis, group: Group, stored: set[Value]) -> Emitted:
+    """The kernel of a group. `stored` are the values that others read from memory."""
+    plain = _Order(
+        tuple(a for i, a in enumerate(group.axes) if i not in group.reduced),
+        tuple(a for i, a in enumerate(group.axes) if i in group.reduced),
+        None,
+        {},
+    )
+    draft = _GroupBody(analysis, group, stored, plain)
+    draft.emit()
+    order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes))
+    final = _GroupBody(analysis, group, stored, order)
+    final.emit()
+    label = "_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40]
+    kernel = final.body.kernel("", tuple(dict.fromkeys(_origin(u) for u in group.units)))
+    names = {name: value for value, name in final.params.items()}
+    digest = hashlib.sha256(repr((kernel.buffers, kernel.sizes, kernel.body)).encode()).hexdigest()[:12]
+    kernel = replace(kernel, name=f"{label}_{digest}")
+    return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers))
+
+
+def _origin(unit: Unit) -> str:
+    return f"{unit.node.op.name}  {unit.node.loc.short}".rstrip()

@@ -1,0 +1,293 @@
+"""Fusion: units that share an iteration space become one kernel.
+
+A group iterates over axes; some of them may be reduced (all reductions of a group reduce the same axes). Its units are
+computed either at every point ("full") or once per point of the axes that are not reduced ("outer"). Loops over the
+reduced axes run in *phases*: a reduction that is read by a full unit separates two phases, as in softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+from ..ir import Dim, Node, TokenType, Value
+from .analysis import Analysis, Unit
+from .body import Index
+
+_MAX_UNITS = 32
+_MAX_READS = 48
+_MAX_PHASES = 6
+_SERIAL_LIMIT = 1 << 15  # elements: above this a group keeps enough outer iterations for all cores
+_MIN_OUTER = 16
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One loop of a group."""
+
+    symbol: sympy.Symbol
+    extent: Dim
+
+
+@dataclass(eq=False)
+class Group:
+    """Units that one kernel computes. `form` gives each unit's canonical index in terms of the axes, `phase` the loop in
+    which (full) or before which (outer) it is computed, `outer` the units without reduced axes."""
+
+    id: int
+    axes: tuple[Axis, ...]
+    reduced: frozenset[int]
+    units: list[Unit] = field(default_factory=list)
+    form: dict[Value, Index] = field(default_factory=dict)
+    place: dict[Value, Index] = field(default_factory=dict)
+    phase: dict[Value, int] = field(default_factory=dict)
+    ready: dict[Value, int] = field(default_factory=dict)
+    outer: set[Value] = field(default_factory=set)
+    reads: int = 0
+
+
+def live_dims(domain: Sequence[Dim]) -> list[int]:
+    """Positions of the dimensions that need a loop."""
+    return [i for i, n in enumerate(domain) if not (type(n) is int and n == 1)]
+
+
+@dataclass
+class _Fit:
+    """How a unit would sit in a group."""
+
+    index: Index  # the unit's domain index in terms of the group's axes
+    outer: bool
+    reduced: frozenset[int]
+    phase: int
+
+
+class Grouping:
+    """Assigns every unit to a group and orders groups and calls."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.items: list[Group | Node] = []
+        self.owner: dict[Value, int] = {}
+        self.depends: list[int] = []  # per item: bitmask of all items it needs, directly or not
+        self.by_read: dict[tuple[Value, tuple[Dim, ...]], int] = {}
+        self.tokens: dict[Value, int] = {}
+        for node in analysis.graph.nodes:
+            if node in analysis.calls:
+                self._add_call(node)
+            for v in node.outputs:
+                if v in analysis.units:
+                    self._add_unit(analysis.units[v])
+
+    # -- dependences --------------------------------------------------------------------------------------------------
+
+    def _needs(self, values: Iterable[Value], besides: int = -1) -> int:
+        """Items that must run before these values can be read, item `besides` left out."""
+        mask = 0
+        for v in values:
+            home = self.analysis.memory.get(v)
+            item = self.owner.get(home.root if home is not None else v)
+            if item is not None and item != besides:
+                mask |= (1 << item) | self.depends[item]
+        return mask
+
+    def _add_call(self, node: Node) -> None:
+        mask = self._needs(v for v in node.inputs if not isinstance(v.type, TokenType))
+        for t in node.after:
+            item = self.tokens[t]
+            mask |= (1 << item) | self.depends[item]
+        here = self._append(node, mask)
+        for v in node.results:
+            self.owner[v] = here
+        if node.token is not None:
+            self.tokens[node.token] = here
+
+    def _append(self, item: Group | Node, mask: int) -> int:
+        self.items.append(item)
+        self.depends.append(mask)
+        return len(self.items) - 1
+
+    def _extend(self, item: int, mask: int) -> None:
+        """Let `item` and everything behind it depend on `mask` too."""
+        if mask & ~self.depends[item]:
+            bit = 1 << item
+            self.depends[item] |= mask
+            for other in range(len(self.items)):
+                if self.depends[other] & bit:
+                    self.depends[other] |= mask
+
+    # -- fusion -------------------------------------------------------------------------------------------------------
+
+    def _add_unit(self, unit: Unit) -> None:
+        for item in self._candidates(unit):
+            group = self.items[item]
+            assert isinstance(group, Group)
+            fit = self._fit(unit, group)
+            if fit is None:
+                continue
+            mask = self._needs((v for v, _ in unit.reads if v not in group.form), besides=item)
+            if mask >> item & 1:
+                continue
+            self._join(unit, group, fit)
+            self._extend(item, mask)
+            return
+        self._open(unit)
+
+    def _candidates(self, unit: Unit) -> list[int]:
+        found: dict[int, None] = {}
+        for v, _ in unit.reads:
+            item = self.owner.get(v)
+            if item is not None and isinstance(self.items[item], Group):
+                found[item] = None
+        order = sorted(found, reverse=True)
+        for v, _ in unit.reads:
+            sibling = self.by_read.get((self._root(v), self._shape_key(unit)))
+            if sibling is not None and sibling not in found:
+                order.append(sibling)
+        return order
+
+    def _root(self, v: Value) -> Value:
+        home = self.analysis.memory.get(v)
+        return home.root if home is not None else v
+
+    @staticmethod
+    def _shape_key(unit: Unit) -> tuple[Dim, ...]:
+        return tuple(unit.domain[i] for i in live_dims(unit.domain))
+
+    def _fit(self, unit: Unit, group: Group) -> _Fit | None:
+        if len(group.units) >= _MAX_UNITS or group.reads + len(unit.reads) > _MAX_READS:
+            return None
+        live = live_dims(unit.domain)
+        sizes = [unit.domain[i] for i in live]
+        every = list(range(len(group.axes)))
+        outside = [i for i in every if i not in group.reduced]
+        if self._same(sizes, group, every):
+            axes, outer = every, False
+        elif unit.reduce is None and group.reduced and self._same(sizes, group, outside):
+            axes, outer = outside, True
+        else:
+            return None
+        at = dict(zip(live, axes, strict=True))
+        index = tuple(group.axes[at[i]].symbol if i in at else 0 for i in range(len(unit.domain)))
+        reduced = group.reduced
+        if unit.reduce is not None:
+            wanted = frozenset(at[d] for d in unit.reduce.dims if d in at)
+            if not wanted or (group.reduced and wanted != group.reduced):
+                return None
+            if not group.reduced and not self._may_reduce(group, wanted):
+                return None
+            reduced = wanted
+        elif not outer and group.reduced and not self._may_reduce(group, group.reduced):
+            return None
+        phase = self._phase(unit, group, index, outer)
+        return None if phase is None or phase > _MAX_PHASES else _Fit(index, outer, reduced, phase)
+
+    @staticmethod
+    def _same(sizes: Sequence[Dim], group: Group, axes: Sequence[int]) -> bool:
+        return len(sizes) == len(axes) and all(n == group.axes[a].extent for n, a in zip(sizes, axes, strict=True))
+
+    @staticmethod
+    def _may_reduce(group: Group, reduced: frozenset[int]) -> bool:
+        """False where reducing would leave too few independent rows for the work of storing full values."""
+        outer: Any = 1
+        total: Any = 1
+        for i, axis in enumerate(group.axes):
+            total = total * axis.extent
+            if i not in reduced:
+                outer = outer * axis.extent
+        known = isinstance(outer, int) and isinstance(total, int)
+        return not (known and outer < _MIN_OUTER and total > _SERIAL_LIMIT)
+
+    def _phase(self, unit: Unit, group: Group, index: Index, outer: bool) -> int | None:
+        """The phase in which `unit` can be computed; None where it reads a member elsewhere than at this point."""
+        names = dict(zip(unit.symbols, index, strict=True))
+        phase = 0
+        for v, where in unit.reads:
+            if v not in group.form:
+                if self._lives_in(v, group):
+                    return None
+                continue
+            if tuple(substitute(i, names) for i in where) != group.place[v]:
+                return None
+            phase = max(phase, group.ready[v])
+            if outer and v not in group.outer:
+                return None
+        return phase
+
+    def _lives_in(self, v: Value, group: Group) -> bool:
+        """True where `v` is a view of something that this very group computes."""
+        return self._root(v) in group.form
+
+    def _join(self, unit: Unit, group: Group, fit: _Fit) -> None:
+        group.reduced = fit.reduced
+        group.units.append(unit)
+        group.reads += len(unit.reads)
+        value = unit.value
+        group.form[value] = fit.index
+        group.phase[value] = fit.phase
+        if unit.reduce is not None:
+            gone = set(unit.reduce.dims)
+            group.place[value] = tuple(
+                0 if d in gone else fit.index[d] for d in range(len(unit.domain)) if unit.reduce.keepdim or d not in gone
+            )
+            group.ready[value] = fit.phase + 1
+            group.outer.add(value)
+        else:
+            group.place[value] = fit.index
+            group.ready[value] = fit.phase
+            if fit.outer:
+                group.outer.add(value)
+        self.owner[value] = group.id
+        for v, _ in unit.reads:
+            self.by_read.setdefault((self._root(v), self._shape_key(unit)), group.id)
+
+    def _open(self, unit: Unit) -> None:
+        live = live_dims(unit.domain)
+        axes = tuple(Axis(sympy.Symbol(f"i{n}", integer=True, nonnegative=True), unit.domain[d]) for n, d in enumerate(live))
+        group = Group(len(self.items), axes, frozenset())
+        at = dict(zip(live, range(len(live)), strict=True))
+        index = tuple(axes[at[i]].symbol if i in at else 0 for i in range(len(unit.domain)))
+        reduced = frozenset(at[d] for d in unit.reduce.dims if d in at) if unit.reduce is not None else frozenset[int]()
+        self._append(group, self._needs(v for v, _ in unit.reads))
+        self._join(unit, group, _Fit(index, False, reduced, 0))
+
+    # -- order --------------------------------------------------------------------------------------------------------
+
+    def ordered(self) -> list[Group | Node]:
+        """Groups and calls in an order that respects every dependence, close to the order of the program."""
+        first = [self._first_position(item) for item in self.items]
+        done = 0
+        waiting = sorted(range(len(self.items)), key=lambda i: first[i])
+        result: list[Group | Node] = []
+        while waiting:
+            rest: list[int] = []
+            progressed = False
+            for i in waiting:
+                if self.depends[i] & ~done:
+                    rest.append(i)
+                else:
+                    result.append(self.items[i])
+                    done |= 1 << i
+                    progressed = True
+            assert progressed, "fusion made a cycle"
+            waiting = rest
+        return result
+
+    def _first_position(self, item: Group | Node) -> int:
+        if isinstance(item, Node):
+            return self.analysis.position[item]
+        return max(self.analysis.position[u.node] for u in item.units)
+
+
+def substitute(expr: Any, names: dict[sympy.Symbol, Any]) -> Any:
+    """An index with symbols replaced; plain symbols and ints take the quick way."""
+    if isinstance(expr, int):
+        return expr
+    if expr in names:
+        return names[expr]
+    if isinstance(expr, sympy.Symbol):
+        return expr
+    new = expr.xreplace({k: sympy.sympify(v) for k, v in names.items()})
+    return int(new) if new.is_Integer else new
