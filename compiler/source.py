@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,8 @@ def _exported(src: str, shapes: Sequence[str], dynamic: Sequence[str]) -> Source
         )
     if not Path(src).is_file():
         raise BadSource(src=src, why="there is no such file")
+    if not zipfile.is_zipfile(src):
+        raise BadSource(src=src, why="it is no zip file, as torch.export.save writes them")
     try:
         program = torch.export.load(src)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
