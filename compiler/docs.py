@@ -16,9 +16,10 @@ from pathlib import Path
 
 import click
 
+from .. import config
 from ..errors import PlaitError, catalogue
-from ..passes import registry
-from ..passes.base import PASSES, Numerics, Pass
+from ..passes import PASSES, Numerics, Pass, registry
+from . import options
 from .cli import main
 from .commands.shared import EXIT_CODES
 from .env import VARIABLES
@@ -39,8 +40,8 @@ def errors_page() -> str:
     lines = [
         "# Errors",
         _NOTE.format(source="errors.py"),
-        "Every error that plait raises on purpose is a `plait.PlaitError` with a stable code. The message says what is wrong",
-        "in your words and ends with the way out; where it comes from a line of your model, that line is named.",
+        "Every error that plait raises on purpose is a `plait.PlaitError` with a stable code. The message says what is",
+        "wrong in your words and ends with the way out; where it comes from a line of your model, that line is named.",
     ]
     group = ""
     for cls in catalogue():
@@ -55,8 +56,9 @@ def _error(cls: type[PlaitError]) -> Iterator[str]:
     yield f"### {cls.code} {cls.__name__}"
     yield inspect.getdoc(cls) or ""
     yield ""
-    yield f"- Message: `{' '.join(cls.message.split())}`"
-    yield f"- Way out: {cls.fix}"
+    message, fix = (text.replace("{{", "{").replace("}}", "}") for text in (cls.message, cls.fix))
+    yield f"- Message: `{' '.join(message.split())}`"
+    yield f"- Way out: {fix}"
 
 
 def passes_page() -> str:
@@ -64,9 +66,9 @@ def passes_page() -> str:
     lines = [
         "# Passes",
         _NOTE.format(source="the passes' declarations"),
-        "One declaration is the option of `torch.compile` and `plait.compile`, the command-line flag and this page. Numerics:",
-        "*exact* means bit-equal when the graph before and after is interpreted by the ops' references on the CPU,",
-        "*reassociates* means equal up to the order of sums, *approximate* names its bound.",
+        "One declaration is the option of `torch.compile` and `plait.compile`, the command-line flag and this page.",
+        "Numerics: *exact* means bit-equal when the graph before and after is interpreted by the ops' references on the",
+        "CPU, *reassociates* means equal up to the order of sums, *approximate* names its bound.",
     ]
     for name in sorted(PASSES):
         lines += ["", *_pass(PASSES[name])]
@@ -99,12 +101,37 @@ def _numerics(cls: type[Pass]) -> str:
     return f"{promise.kind} (bound {promise.bound:g})" if promise.kind == "approximate" else promise.kind
 
 
+def options_page() -> str:
+    """What can be chosen for one compilation, and what holds for the process."""
+    lines = [
+        "# Options and settings",
+        _NOTE.format(source="compiler/options.py and config.py"),
+        'Options hold for one compilation: `torch.compile(model, backend="plait", options={...})`,',
+        "`plait.compile(..., options={...})`, and `--option key=value` on the command line. An option of a pass is the key",
+        "`pass.option`; [passes](passes.md) lists them.",
+        "",
+        "| option | default | |",
+        "|---|---|---|",
+        *(f"| `{name}` | `{default!r}` | {doc} |" for name, default, doc in options.describe()),
+        "",
+        "Settings hold for the process. The environment overrides `plait.config.configure(...)` and",
+        "`plait.config.patch(...)`; an option of the same name overrides both.",
+        "",
+        "| setting | environment | default | |",
+        "|---|---|---|---|",
+        *(f"| `{name}` | `{env}` | `{default!r}` | {doc} |" for name, env, default, doc in config.describe()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def cli_page() -> str:
     """One entry for each command, with its options; exit codes; environment variables."""
     lines = [
         "# Command line",
         _NOTE.format(source="compiler/cli.py"),
         *(inspect.getdoc(main.callback) or "").splitlines(),
+        "",
+        "Every command takes `--json` (print the result as JSON), `-v` (show logs, the traceback of errors) and `--help`.",
         "",
         "## Exit codes",
         "| code | meaning |",
@@ -129,10 +156,10 @@ def _command(command: click.Command, parent: click.Context, level: int) -> Itera
     yield f"{'#' * level} {context.command_path}"
     yield from ("```text", context.command_path + " " + " ".join(command.collect_usage_pieces(context)), "```")
     yield inspect.cleandoc(command.help or "").replace("\b\n", "")
-    options = [p for p in command.params if isinstance(p, click.Option)]
-    if options:
+    own = [p for p in command.params if isinstance(p, click.Option) and p.name not in ("as_json", "verbose")]
+    if own:
         yield from ("", "| option | |", "|---|---|")
-    for option in options:
+    for option in own:
         record = option.get_help_record(context)
         if record is not None:
             yield f"| `{record[0].replace('|', ' or ')}` | {record[1]} |"
@@ -144,7 +171,17 @@ def _command(command: click.Command, parent: click.Context, level: int) -> Itera
                 yield from _command(inner, context, level + 1)
 
 
-PAGES: dict[str, Callable[[], str]] = {"errors.md": errors_page, "passes.md": passes_page, "cli.md": cli_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "errors.md": errors_page,
+    "passes.md": passes_page,
+    "options.md": options_page,
+    "cli.md": cli_page,
+}
+    "errors.md": errors_page,
+    "passes.md": passes_page,
+    "options.md": options_page,
+    "cli.md": cli_page,
+}
 
 
 def outdated(folder: Path = FOLDER) -> list[str]:

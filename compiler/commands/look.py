@@ -25,11 +25,8 @@ def env(as_json: bool) -> None:
 @common
 def passes(as_json: bool) -> None:
     """List the passes with their options."""
-    from ...passes import registry
-    from ...passes.base import PASSES
-    from ..pipelines import load_passes
+    from ...passes import PASSES, registry
 
-    load_passes()
     found = [
         {
             "name": name,
