@@ -177,11 +177,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "options.md": options_page,
     "cli.md": cli_page,
 }
-    "errors.md": errors_page,
-    "passes.md": passes_page,
-    "options.md": options_page,
-    "cli.md": cli_page,
-}
 
 
 def outdated(folder: Path = FOLDER) -> list[str]:
