@@ -33,21 +33,21 @@ def environment() -> dict[str, Any]:
         "plait": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "instruction_set": build.host_isa(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
-        "cxx": _compiler(),
-        "devices": _devices(),
+        "cxx": compiler(),
+        "devices": devices(),
         "cache": _cache(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     """A package's version, None where it is not installed. Does not import it."""
     if find_spec(package) is None:
         return None
@@ -57,7 +57,8 @@ def _version(package: str) -> str | None:
         return "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -69,14 +70,16 @@ def _memory_gib() -> float | None:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """Path and version of the C++ compiler, or why there is none."""
     try:
         return f"{build.compiler()} ({build.compiler_version()})"
     except NoCompiler as error:
         return str(error)
 
 
-def _devices() -> list[str]:
+def devices() -> list[str]:
+    """CUDA devices with name and compute capability."""
     if not torch.cuda.is_available():
         return []
     found: list[str] = []
