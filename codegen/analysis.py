@@ -18,6 +18,7 @@ from ..ir import Dim, Graph, Node, ScalarType, TensorType, TokenType, Value, dim
 from . import library
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
+from .matmul import Matmul, matmul_of
 from .pointwise import CHEAP, POINTWISE, At
 from .reductions import ReduceSpec, reduction
 from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
@@ -37,12 +38,14 @@ class Memory:
 
 @dataclass(eq=False)
 class Unit:
-    """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input)."""
+    """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input). A matmul is a
+    unit whose elements the template provides; what it reads besides its operands belongs to the epilogue."""
 
     value: Value
     node: Node
     domain: tuple[Dim, ...]
     reduce: ReduceSpec | None = None
+    matmul: Matmul | None = None
     reads: list[tuple[Value, Index]] = field(default_factory=list)
     symbols: tuple[sympy.Symbol, ...] = ()
 
@@ -71,6 +74,7 @@ class Analysis:
         self.units: dict[Value, Unit] = {}
         self.inlined: dict[Value, Node] = {}
         self.weight: dict[Value, int] = {}
+        self.streams: dict[Value, frozenset[Value]] = {}  # per inlined value: the values of its own size that it reads
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.checks_rows = False
         self._classify()
@@ -96,6 +100,8 @@ class Analysis:
         if name not in POINTWISE and name not in SPLITS:
             found = reduction(node)
             if found is None:
+                found = matmul_of(node)
+            if found is None:
                 return "no kernel lowering"
             if isinstance(found, str):
                 return found
@@ -120,6 +126,8 @@ class Analysis:
         for node in reversed(self.graph.nodes):
             if node in self.calls:
                 wanted.update(node.inputs)
+            elif isinstance(made := matmul_of(node), Matmul):
+                wanted.update((made.a, made.b))
             elif is_view(node) and any(v in wanted for v in node.outputs):
                 wanted.add(node.args[0])
         return wanted
@@ -158,23 +166,37 @@ class Analysis:
         return True
 
     def _compute(self, v: Value, node: Node, wanted: set[Value]) -> None:
-        spec = reduction(node)
-        if isinstance(spec, ReduceSpec):
-            self.units[v] = Unit(v, node, node.args[0].tensor.shape, spec)
+        spec, made = reduction(node), matmul_of(node)
+        if isinstance(spec, ReduceSpec) or isinstance(made, Matmul):
+            domain = v.tensor.shape if made is not None else node.args[0].tensor.shape
+            self.units[v] = Unit(v, node, domain, spec if isinstance(spec, ReduceSpec) else None, made)  # type: ignore[arg-type]
             self._in_memory(v)
             return
         weight = 0 if node.op.name in INDEX_MAPS or node.op.name in SPLITS else 1 if node.op.name in CHEAP else _HEAVY
         weight += sum(self.weight.get(x, 0) for x in node.inputs)
+        streams = self._streams(v, node)
         users = self.graph.users.get(v, ())
-        inline = v not in wanted and (len(users) == 1 or weight * (len(users) - 1) <= _INLINE_BUDGET)
+        again = weight * (len(users) - 1) <= _INLINE_BUDGET and len(streams) <= 1
+        inline = v not in wanted and (len(users) == 1 or again)
         if inline and weight >= _HEAVY and any(self._amplifies(v, u) for u in users):
             inline = False
         if inline:
             self.inlined[v] = node
             self.weight[v] = weight
+            self.streams[v] = streams
         else:
             self.units[v] = Unit(v, node, v.tensor.shape)
             self._in_memory(v)
+
+    def _streams(self, v: Value, node: Node) -> frozenset[Value]:
+        """Values as large as `v` that computing it reads from memory."""
+        found: set[Value] = set()
+        for x in node.inputs:
+            if x in self.inlined:
+                found |= self.streams[x]
+            elif isinstance(x.type, TensorType) and bool(x.type.numel == v.tensor.numel):
+                found.add(x)
+        return frozenset(found)
 
     def _amplifies(self, v: Value, user: Node) -> bool:
         """True where `user` reads elements of `v` many times over."""
@@ -231,6 +253,8 @@ class Evaluator:
     def read(self, value: Value, index: Index) -> str:
         """An element of `value` in its own dtype."""
         node = self.analysis.inlined.get(value)
+        if node is None and value in self.analysis.aliases and self.analysis.memory[value].root in self.analysis.units:
+            node = self.analysis.graph.producers[value]  # a view of a computed value: it may be in a register here
         return self.leaf(value, index) if node is None else self.compute(value, node, index)
 
     def compute(self, value: Value, node: Node, index: Index) -> str:
@@ -244,6 +268,8 @@ class Evaluator:
 
     def evaluate(self, unit: Unit, index: Index) -> str:
         """A unit's value at `index` of its domain; for reductions the element that is accumulated."""
+        if unit.matmul is not None:
+            return self.body.cast(unit.matmul.element(self, unit.node, index), dtype_name(unit.value.tensor.dtype))
         if unit.reduce is None:
             return self.compute(unit.value, unit.node, index)
         source = TensorType(unit.domain, unit.node.args[0].tensor.dtype)

@@ -186,6 +186,12 @@ class Body:
         """Update an accumulator in the current scope."""
         self.scopes[-1].stmts.append(K.Accumulate(acc, value, index))
 
+    def given(self, name: str, dtype: str) -> str:
+        """A scalar that the surrounding template defines."""
+        self.dtype[name] = dtype
+        self.depth[name] = len(self.scopes) - 1
+        return name
+
     def symbol(self, name: str) -> sympy.Symbol:
         """An integer scalar's name as a symbol for index expressions."""
         return sympy.Symbol(name, integer=True)

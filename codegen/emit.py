@@ -16,6 +16,10 @@ from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
 from .body import Body, Index, dtype_name
 from .groups import Axis, Group, substitute
+from .items import KernelItem
+from .matmul import matmul_source, size_arguments, workspace
+from .templates import matmul as T
+from .views import tidy, unravel
 
 _CHUNK = 4096  # elements of one partial sum: bounds the rounding error of long float32 sums
 _RECOMPUTE = 4  # an elementwise value of at most this weight is computed again in a later phase rather than kept
@@ -37,22 +41,6 @@ class Emitted:
 
     kernel: K.Kernel
     buffers: tuple[Value | None, ...]
-
-
-def tidy(address: Any) -> Any:
-    """An address with `c*n*(x // n) + c*(x % n)` folded back into `c*x`."""
-    if isinstance(address, int) or not address.has(ModularIndexing):
-        return address
-    address = sympy.expand(address)
-    for inner in address.atoms(ModularIndexing):
-        x, divisor, n = inner.args
-        if divisor != 1:
-            continue
-        low = address.coeff(inner)
-        whole = FloorDiv(x, n)
-        if low != 0 and address.has(whole) and sympy.expand(address.coeff(whole) - low * n) == 0:
-            address = sympy.expand(address - low * inner - low * n * whole + low * x)
-    return address
 
 
 class _GroupBody(Evaluator):
@@ -151,6 +139,12 @@ class _GroupBody(Evaluator):
                 work = [u for u in group.units if self._runs_in(u, phase)]
                 if work:
                     self._phase_loop(work)
+
+    def emit_points(self) -> None:
+        """The statements of one point, without loops: a template's epilogue."""
+        for u in self.group.units:
+            value = self.full(u)
+            self._store(u, value)
 
     def _runs_in(self, unit: Unit, phase: int) -> bool:
         if self.group.phase[unit.value] != phase:
@@ -340,6 +334,53 @@ def emit(analysis: Analysis, group: Group, stored: set[Value]) -> Emitted:
     digest = hashlib.sha256(repr((kernel.buffers, kernel.sizes, kernel.body)).encode()).hexdigest()[:12]
     kernel = replace(kernel, name=f"{label}_{digest}")
     return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers))
+
+
+def emit_matmul(analysis: Analysis, group: Group, stored: set[Value]) -> KernelItem:
+    """The template's kernel for a matmul and the elementwise units behind it. The last buffer is its workspace."""
+    unit = group.matmul
+    assert unit is not None and unit.matmul is not None
+    made = unit.matmul
+    axes = _matmul_axes(unit, group)
+    order = _Order((), (), None, axes)
+    body = _GroupBody(analysis, group, stored, order)
+    body.body.scopes[0].axes.update((T.M, T.N, T.B0))
+    body.emit_points()
+    kernel = body.body.kernel("epilogue")
+    spec = T.MatmulSpec(
+        name="_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40],
+        epilogue=kernel.body,
+        buffers=kernel.buffers,
+        sizes=kernel.sizes,
+        dtype=dtype_name(made.a.tensor.dtype),
+        a=made.a_layout,
+        b=made.b_layout,
+        batch=0 if made.batch is None else 1,
+        origin=tuple(dict.fromkeys(_origin(u) for u in group.units)),
+    )
+    name, source = matmul_source(made, spec)
+    values = {n: v for v, n in body.params.items()}
+    scratch = Value(workspace(made, spec), "workspace")
+    buffers = (made.a, made.b, *(values[b.name] for b in kernel.buffers), scratch)
+    access = ("read", "read", *(b.access for b in kernel.buffers), "write")
+    nodes = tuple(dict.fromkeys(u.node for u in group.units))
+    return KernelItem(name, buffers, access, size_arguments(made, spec), nodes, source=source)  # type: ignore[arg-type]
+
+
+def _matmul_axes(unit: Unit, group: Group) -> dict[sympy.Symbol, Any]:
+    """The group's axes in terms of the template's: batch, row, column."""
+    assert unit.matmul is not None
+    index = group.form[unit.value]
+    rows = unit.domain[:-1]
+    result: dict[sympy.Symbol, Any] = {}
+    if unit.matmul.batch is not None:
+        names: list[Any] = [T.B0, T.M]
+    else:
+        names = unravel(T.M, rows)
+    for at, symbol in zip(index, (*names, T.N), strict=True):
+        if isinstance(at, sympy.Symbol):
+            result[at] = symbol
+    return result
 
 
 def _origin(unit: Unit) -> str:

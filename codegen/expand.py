@@ -262,9 +262,9 @@ def _group_norm(m: Match, b: Builder) -> Any:
     scale = b.call("aten.rsqrt.default", b.call("aten.add.Tensor", var, node["eps"]))
     y = b.call("aten.mul.Tensor", b.call("aten.sub.Tensor", split, mean), scale)
     inner = tuple(1 for _ in rest)
-    for name, op in (("weight", "aten.mul.Tensor"), ("bias", "aten.add.Tensor")):
+    for name, how in (("weight", "aten.mul.Tensor"), ("bias", "aten.add.Tensor")):
         if node[name] is not None:
-            y = b.call(op, y, b.call("aten.view.default", _up(b, node[name]), (1, groups, c // groups, *inner)))
+            y = b.call(how, y, b.call("aten.view.default", _up(b, node[name]), (1, groups, c // groups, *inner)))
     y = b.call("aten.view.default", y, x.tensor.shape)
     wanted = [v.tensor.dtype for v in node.results]
     stats = [b.call("aten.view.default", s, (n, groups)) for s in (mean, scale)]

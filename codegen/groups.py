@@ -16,6 +16,7 @@ import sympy
 from ..ir import Dim, Node, TokenType, Value
 from .analysis import Analysis, Unit
 from .body import Index
+from .views import tidy, unravel
 
 _MAX_UNITS = 32
 _MAX_READS = 48
@@ -47,6 +48,11 @@ class Group:
     ready: dict[Value, int] = field(default_factory=dict)
     outer: set[Value] = field(default_factory=set)
     reads: int = 0
+
+    @property
+    def matmul(self) -> Unit | None:
+        """The matmul whose epilogue the other units are; None for loops."""
+        return self.units[0] if self.units and self.units[0].matmul is not None else None
 
 
 def live_dims(domain: Sequence[Dim]) -> list[int]:
@@ -159,22 +165,20 @@ class Grouping:
     def _fit(self, unit: Unit, group: Group) -> _Fit | None:
         if len(group.units) >= _MAX_UNITS or group.reads + len(unit.reads) > _MAX_READS:
             return None
-        live = live_dims(unit.domain)
-        sizes = [unit.domain[i] for i in live]
-        every = list(range(len(group.axes)))
-        outside = [i for i in every if i not in group.reduced]
-        if self._same(sizes, group, every):
-            axes, outer = every, False
-        elif unit.reduce is None and group.reduced and self._same(sizes, group, outside):
-            axes, outer = outside, True
-        else:
+        if unit.matmul is not None or (group.matmul is not None and unit.reduce is not None):
             return None
-        at = dict(zip(live, axes, strict=True))
-        index = tuple(group.axes[at[i]].symbol if i in at else 0 for i in range(len(unit.domain)))
+        every = list(range(len(group.axes)))
+        index, outer = match_axes(unit.domain, [group.axes[a] for a in every]), False
+        if index is None and unit.reduce is None and group.reduced:
+            index, outer = match_axes(unit.domain, [group.axes[a] for a in every if a not in group.reduced]), True
+        if index is None:
+            return None
         reduced = group.reduced
         if unit.reduce is not None:
-            wanted = frozenset(at[d] for d in unit.reduce.dims if d in at)
-            if not wanted or (group.reduced and wanted != group.reduced):
+            at = {a.symbol: i for i, a in enumerate(group.axes)}
+            gone = [index[d] for d in unit.reduce.dims if index[d] != 0]
+            wanted = frozenset(at[i] for i in gone if i in at)
+            if not wanted or len(wanted) != len(gone) or (group.reduced and wanted != group.reduced):
                 return None
             if not group.reduced and not self._may_reduce(group, wanted):
                 return None
@@ -183,10 +187,6 @@ class Grouping:
             return None
         phase = self._phase(unit, group, index, outer)
         return None if phase is None or phase > _MAX_PHASES else _Fit(index, outer, reduced, phase)
-
-    @staticmethod
-    def _same(sizes: Sequence[Dim], group: Group, axes: Sequence[int]) -> bool:
-        return len(sizes) == len(axes) and all(n == group.axes[a].extent for n, a in zip(sizes, axes, strict=True))
 
     @staticmethod
     def _may_reduce(group: Group, reduced: frozenset[int]) -> bool:
@@ -209,11 +209,13 @@ class Grouping:
                 if self._lives_in(v, group):
                     return None
                 continue
-            if tuple(substitute(i, names) for i in where) != group.place[v]:
+            if tuple(tidy(substitute(i, names)) for i in where) != group.place[v]:
                 return None
             phase = max(phase, group.ready[v])
             if outer and v not in group.outer:
                 return None
+        if group.matmul is not None and phase > 0:
+            return None
         return phase
 
     def _lives_in(self, v: Value, group: Group) -> bool:
@@ -250,7 +252,8 @@ class Grouping:
         at = dict(zip(live, range(len(live)), strict=True))
         index = tuple(axes[at[i]].symbol if i in at else 0 for i in range(len(unit.domain)))
         reduced = frozenset(at[d] for d in unit.reduce.dims if d in at) if unit.reduce is not None else frozenset[int]()
-        self._append(group, self._needs(v for v, _ in unit.reads))
+        operands = (unit.matmul.a, unit.matmul.b) if unit.matmul is not None else ()
+        self._append(group, self._needs((*operands, *(v for v, _ in unit.reads))))
         self._join(unit, group, _Fit(index, False, reduced, 0))
 
     # -- order --------------------------------------------------------------------------------------------------------
@@ -279,6 +282,43 @@ class Grouping:
         if isinstance(item, Node):
             return self.analysis.position[item]
         return max(self.analysis.position[u.node] for u in item.units)
+
+
+def match_axes(domain: Sequence[Dim], axes: Sequence[Axis]) -> Index | None:
+    """The index into `domain` at the point where the loops over `axes` stand; None where they do not correspond.
+
+    Sizes of 1 need no axis. One axis may cover several dimensions (as `x // n`, `x % n`), one dimension several axes.
+    """
+    live = live_dims(domain)
+    found: dict[int, Any] = {}
+    i = j = 0
+    while i < len(live) and j < len(axes):
+        dims = _run([domain[d] for d in live[i:]], axes[j].extent)
+        group = _run([a.extent for a in axes[j:]], domain[live[i]])
+        if not dims and not group:
+            return None
+        dims, group = (dims, 1) if dims else (1, group)
+        linear: Any = 0
+        for axis in axes[j : j + group]:
+            linear = linear * axis.extent + axis.symbol
+        covered = live[i : i + dims]
+        found.update(zip(covered, unravel(linear, [domain[d] for d in covered]), strict=True))
+        i, j = i + dims, j + group
+    if i < len(live) or j < len(axes):
+        return None
+    return tuple(found.get(d, 0) for d in range(len(domain)))
+
+
+def _run(sizes: Sequence[Dim], total: Dim) -> int:
+    """How many leading sizes multiply to `total`; 0 where none do."""
+    product: Any = 1
+    for n, size in enumerate(sizes):
+        product = product * size
+        if product == total:
+            return n + 1
+        if isinstance(product, int) and isinstance(total, int) and product > total:
+            break
+    return 0
 
 
 def substitute(expr: Any, names: dict[sympy.Symbol, Any]) -> Any:

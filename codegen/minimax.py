@@ -13,6 +13,7 @@ Numer. Math. 2 (1960); H. Ehlich and K. Zeller, "Schwankung von Polynomen zwisch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,15 +58,14 @@ def minimax(
     """Best polynomial for `f` on [low, high] with the given `degree`, or with just `powers`.
 
     `bits` rounds coefficients to so many significant bits (24 for float32, 53 for float64; a sequence gives one per
-    coefficient), lowest power first, and fits the remaining ones again after each, which costs far less accuracy than
-    rounding all at the end. Where the interval holds 0, the error there is the rounded constant's: give a weight that
-    vanishes at 0, as a polynomial that is multiplied by a power of x has. `precision` is the working precision in bits.
+    coefficient). Where the interval leaves 0 out, that goes from the lowest power up, the others being fitted again after
+    each, which costs far less accuracy. `precision` is the working precision in bits.
     Raises NoMinimax where the exchange does not settle (a pole, too large a degree for the precision).
     """
     chosen = tuple(powers) if powers is not None else tuple(range((degree or 0) + 1))
     with mp.workprec(precision):
         a, b = mpf(low), mpf(high)
-        w = weight or _one
+        f, w = functools.cache(f), functools.cache(weight or _one)  # each exchange samples the same grid
         coefficients, level = _remez(f, chosen, a, b, w)
         if bits is not None:
             widths = (bits,) * len(chosen) if isinstance(bits, int) else tuple(bits)
@@ -115,7 +115,7 @@ def _remez(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function) ->
     """Coefficients and levelled error of the optimum, by exchanging the whole reference at a time."""
     n = len(powers)
     reference = [(a + b) / 2 - (b - a) / 2 * mpmath.cos(mpmath.pi * k / n) for k in range(n + 1)]
-    for _ in range(60):
+    for _ in range(30):
         # where the weight or every monomial vanishes nothing can be levelled
         reach = [abs(w(x) * x ** min(powers)) for x in reference]
         floor = max(reach) * mpf("1e-9")
@@ -202,29 +202,17 @@ def _extremum(g: Function, x0: mpf, x1: mpf, x2: mpf) -> mpf:
 def _round_in_turn(
     f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function, widths: tuple[int, ...], optimum: list[mpf]
 ) -> list[mpf]:
-    """Round the lowest coefficient, fit the others again, and so on.
+    """Round the lowest coefficient, fit the others again, and so on; where 0 is inside, round each as it is.
 
-    With 0 inside the interval the remaining powers are no Haar system, and an exchange need not exist; then the others stay
-    as they last were.
+    At 0 the remaining powers vanish together: they are no Haar system there, and could not mend the constant either.
     """
-    fixed: list[mpf] = []
-    left = list(optimum)
-    for i, width in enumerate(widths):
-        if i > 0:
-            done = list(zip(fixed, powers, strict=False))
-
-            def rest(x: mpf, done: list[tuple[mpf, int]] = done) -> mpf:
-                return f(x) - sum((c * x**k for c, k in done), mpf(0))
-
-            # Left of 0 an odd lowest power flips the sign of the whole basis, and with it the sense of the alternation.
-            def signed(x: mpf, power: int = powers[i]) -> mpf:
-                return -w(x) if x < 0 and power % 2 else w(x)
-
-            try:
-                left, _ = _remez(rest, powers[i:], a, b, signed)
-            except NoMinimax:
-                left = left[1:]
-        fixed.append(round_to(left[0], width))
+    if a <= 0 <= b:
+        return [round_to(c, width) for c, width in zip(optimum, widths, strict=True)]
+    fixed = [round_to(optimum[0], widths[0])]
+    for i in range(1, len(powers)):
+        done = list(zip(fixed, powers, strict=False))
+        rest, _ = _remez(lambda x, d=done: f(x) - sum((c * x**k for c, k in d), mpf(0)), powers[i:], a, b, w)
+        fixed.append(round_to(rest[0], widths[i]))
     return fixed
 
 

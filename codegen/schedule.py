@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..ir import Graph, Node, TensorType, Value, flatten, op
 from ..runtime import ops as runtime_ops
 from .analysis import Analysis
-from .emit import emit
+from .emit import emit, emit_matmul
 from .expand import expand
 from .groups import Group, Grouping
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
@@ -33,6 +35,8 @@ def schedule(graph: Graph, *, generate: bool = True) -> Scheduled:
     for item in grouping.ordered():
         if isinstance(item, Group):
             kernel = _kernel_item(analysis, item, stored, status)
+            if item.matmul is not None:
+                scratch.append(kernel.buffers[-1])
             (late if any(u.value in homes for u in item.units) else items).append(kernel)
         else:
             kind, reason = analysis.calls[item]
@@ -95,6 +99,8 @@ def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
                 note(v)
         else:
             for u in item.units:
+                for v in (u.matmul.a, u.matmul.b) if u.matmul is not None else ():
+                    note(v)
                 for v, _ in u.reads:
                     if v not in item.form:
                         note(v)
@@ -102,6 +108,11 @@ def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
 
 
 def _kernel_item(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> KernelItem:
+    if group.matmul is not None:
+        item = emit_matmul(analysis, group, stored)
+        buffers = tuple(status if v is None else v for v in item.buffers)
+        nodes = tuple(dict.fromkeys(n for u in group.units for n in _covered(analysis, u.node)))
+        return replace(item, buffers=buffers, nodes=nodes)  # type: ignore[arg-type]
     made = emit(analysis, group, stored)
     buffers = tuple(status if v is None else v for v in made.buffers)
     assert all(v is not None for v in buffers)

@@ -50,6 +50,34 @@ def modulo(a: Any, b: Any) -> Any:
     return ModularIndexing(sympy.sympify(a), sympy.Integer(1), sympy.sympify(b))
 
 
+def tidy(address: Any) -> Any:
+    """An address with `c*n*(x // n) + c*(x % n)` folded back into `c*x`."""
+    if isinstance(address, int) or not address.has(ModularIndexing):
+        return address
+    address = sympy.expand(address)
+    for inner in address.atoms(ModularIndexing):
+        x, divisor, n = inner.args
+        if divisor != 1:
+            continue
+        low = address.coeff(inner)
+        whole = FloorDiv(x, n)
+        if low != 0 and address.has(whole) and sympy.expand(address.coeff(whole) - low * n) == 0:
+            address = sympy.expand(address - low * inner - low * n * whole + low * x)
+    return address
+
+
+def unravel(linear: Any, shape: Sequence[Any]) -> list[Any]:
+    """Row-major index into `shape` of position `linear`."""
+    live = [k for k, n in enumerate(shape) if n != 1]
+    step: Any = 1
+    values: dict[int, Any] = {}
+    for position, k in enumerate(reversed(live)):
+        last = position == len(live) - 1
+        values[k] = floor_div(linear, step) if last else modulo(floor_div(linear, step), shape[k])
+        step = step * shape[k]
+    return [values.get(k, 0) for k in range(len(shape))]
+
+
 def reshape_index(index: Sequence[Any], shape: Sequence[Any], source: Sequence[Any]) -> Index:
     """The index into `source` sizes of the element at `index` of a row-major reshape to `shape`.
 
@@ -90,17 +118,7 @@ def _regroup(index: Sequence[Any], shape: Sequence[Any], source: Sequence[Any]) 
     linear: Any = 0
     for i, n in kept:
         linear = linear * n + i
-    out: list[Any] = []
-    live = [k for k, n in enumerate(source) if n != 1]
-    step: Any = 1
-    values: dict[int, Any] = {}
-    for position, k in enumerate(reversed(live)):
-        last = position == len(live) - 1
-        values[k] = floor_div(linear, step) if last else modulo(floor_div(linear, step), source[k])
-        step = step * source[k]
-    for k in range(len(source)):
-        out.append(values.get(k, 0))
-    return out
+    return unravel(linear, source)
 
 
 @index_map("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints",

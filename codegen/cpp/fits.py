@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ import mpmath
 from mpmath import mpf
 
 from ..minimax import Fit, minimax
+from .ops import CTYPE, literal
 
 HEADER = Path(__file__).with_name("vcoef.h")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One table of float32 coefficients: `function` on [low, high] as a polynomial of `degree`.
+    """One table of coefficients of `dtype`: `function` on [low, high] as a polynomial of `degree`.
 
     `formula` says how vmath.h uses it, as a C++ comment. `weight` turns the error of the polynomial q into about the relative
     error of the result.
@@ -32,6 +34,7 @@ class Spec:
     high: float
     degree: int
     weight: Callable[[mpf], mpf]
+    dtype: str = "float32"
 
 
 def _rest(function: Callable[[mpf], mpf], power: int, limit: float | str) -> Callable[[mpf], mpf]:
@@ -48,6 +51,7 @@ _LN2 = "0.6931471805599453094172321214581765680755"
 _THIRD = "0.3333333333333333333333333333333333333333"
 _HALF_LN2 = 0.34664
 _QUARTER_PI = 0.7854
+_TANH_SPLIT = 0.6  # as in vmath.h
 _ERF_SPLIT = 0.9277
 
 SPECS = (
@@ -73,6 +77,10 @@ SPECS = (
         0.0, _QUARTER_PI**2, 2, weight=lambda u: u**2,
     ),
     Spec(
+        "TANH", "tanh(x) = x + x^3 q(x^2)", _of_square(lambda x: mpmath.tanh(x) - x, 3, lambda: -mpf(1) / 3),
+        0.0, _TANH_SPLIT**2, 4, weight=lambda u: u,
+    ),
+    Spec(
         "ERF", "erf(x) = x + x q(x^2)", _of_square(lambda x: mpmath.erf(x) - x, 1, lambda: 2 / mpmath.sqrt(mpmath.pi) - 1),
         0.0, _ERF_SPLIT**2, 5, weight=lambda u: mpf(1),
     ),
@@ -80,12 +88,19 @@ SPECS = (
         "ERFC", "1 - erf(t) = exp(-t - t q(t))", lambda t: -mpmath.log(mpmath.erfc(t)) / t - 1, _ERF_SPLIT, 4.0, 6,
         weight=lambda t: t * mpmath.erfc(t) / mpmath.erf(t),
     ),
+    Spec(
+        "POW_LOG2", "log2((1 + z) / (1 - z)) = z q(z^2)",
+        _of_square(lambda z: 2 * mpmath.atanh(z) / mpmath.log(2), 1, lambda: 2 / mpmath.log(2)),
+        0.0, 0.17158**2, 5, weight=lambda u: mpf(1), dtype="float64",
+    ),
+    Spec("POW_EXP2", "2^r = q(r)", lambda r: mpf(2) ** r, -0.5, 0.5, 7, weight=lambda r: mpf(2) ** -r, dtype="float64"),
 )  # fmt: skip
 
 
 def fit(spec: Spec) -> Fit:
-    """The float32 polynomial for `spec`; its `error` is weighted as `spec` says."""
-    return minimax(spec.function, spec.low, spec.high, spec.degree, weight=spec.weight, bits=24)
+    """The polynomial for `spec`, coefficients rounded to its dtype; its `error` is weighted as `spec` says."""
+    bits = 24 if spec.dtype == "float32" else 53
+    return minimax(spec.function, spec.low, spec.high, spec.degree, weight=spec.weight, bits=bits, precision=110)
 
 
 def render() -> str:
@@ -99,10 +114,8 @@ def render() -> str:
     for spec in SPECS:
         found = fit(spec)
         lines += ["", f"// {spec.formula} on [{spec.low:.6g}, {spec.high:.6g}], weighted error at most {found.error:.3g}"]
-        numbers = [f"{float(c).hex()}f" for c in found.coefficients]
-        lines.append(f"constexpr float {spec.name}[] = {{")
-        lines += [f"    {number}," for number in numbers]
-        lines.append("};")
+        numbers = ", ".join(literal(float(c), spec.dtype) for c in found.coefficients)
+        lines += textwrap.wrap(f"constexpr {CTYPE[spec.dtype]} {spec.name}[] = {{{numbers}}};", width=118, subsequent_indent="    ")
     return "\n".join([*lines, "", "}  // namespace plait", ""])
 
 

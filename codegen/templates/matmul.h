@@ -1,220 +1,18 @@
-// Matrix multiplication C[m, n] = sum over k of A[m, k] * B[k, n], in two levels: a register tile (`micro`) under a
-// blocked driver (`Driver`). `codegen/templates/matmul.py` writes the `Spec` with operands, prologue and epilogue.
-//
-// The k-sum of one output has one order, whatever M, N, the row's position, the tiling, the instruction set and the number
-// of threads are: k runs in blocks of KB; inside a block one fused multiply-add after the other, starting from zero; block
-// sums are added in order. So a batch equals its rows, and a whole equals its chunks, bit for bit.
+// Matrix multiplication C[m, n] = sum over k of A[m, k] * B[k, n], in two levels: a register tile (matmul_tile.h,
+// matmul_thin.h) under a blocked driver. `codegen/templates/matmul.py` writes the `Spec` that fills in operands, prologue
+// and epilogue. The k-sum of one output has one order, see matmul_tile.h.
 #pragma once
 #include <omp.h>
 
-#include "vops.h"
+#include "matmul_thin.h"
 
 namespace plait::matmul {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int MR = 12;  // rows of a register tile: 12 x 2 accumulators, 2 of B and 1 of A fill 32 registers
-#else
-constexpr int MR = 6;  // the same for 16 registers
-#endif
-constexpr int NV = 2;               // vectors of B in a register tile
-constexpr int NR = 32;              // columns of a packed panel on every instruction set: packed weights are portable
-constexpr int PR = 12;              // scratch holds a multiple of this many rows on every instruction set
-constexpr int64_t KB = 256;         // fixes the order of the k-sum: changing it changes results
-constexpr int64_t AS = KB + 16;     // row stride of packed A: 17 cache lines, so that rows spread over the cache's sets
-constexpr int64_t MC = 240;         // rows of packed A that stay in L2 while panels of B pass by
-constexpr int64_t NC = 2048;        // columns whose partial sums a thread keeps when K > KB
-constexpr double GRAIN = 1 << 17;   // multiply-adds below which a second thread costs more than it saves
+constexpr int64_t MC = 264;        // rows of packed A that stay in L2 while panels of B pass by
+constexpr int64_t NC = 2048;       // columns whose partial sums a thread keeps when K > KB
+constexpr double GRAIN = 1 << 17;  // multiply-adds below which a second thread costs more than it saves
 
-enum class A { k, m };             // the axis of A that is contiguous in memory
-enum class B { k, n, packed };     // the same of B; packed: panels [ceil(N / NR)][K][NR]
-enum class Group { none, m, k };   // what the offsets of groups cut
-
-inline int64_t ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- one register ----------------------------------------------------------------------------------------------------
-
-template <class T> constexpr int lanes = REGISTER_BYTES / sizeof(T);
-template <class T> using reg = typename raw_of<T, lanes<T>>::type;
-
-template <class T> PLAIT_FN reg<T> get(const T* p) {
-  reg<T> r;
-  __builtin_memcpy(&r, p, sizeof r);
-  return r;
-}
-template <class T, class U> PLAIT_FN reg<T> get_as(const U* p) {
-  if constexpr (same<T, U>) return get(p);
-  else {
-    plait::vec<U, lanes<T>> x;
-    __builtin_memcpy(&x, p, sizeof x);
-    return cast<T>(x).v;
-  }
-}
-template <class T> PLAIT_FN void put(T* p, reg<T> v) { __builtin_memcpy(p, &v, sizeof v); }
-
-// a * b + c with one rounding, whatever the compiler is told about contraction
-#if defined(__clang__)
-template <class V> PLAIT_FN V muladd(V a, V b, V c) { return __builtin_elementwise_fma(a, b, c); }
-#elif defined(__AVX512F__)
-PLAIT_FN reg<float> muladd(reg<float> a, reg<float> b, reg<float> c) {
-  return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);
-}
-PLAIT_FN reg<double> muladd(reg<double> a, reg<double> b, reg<double> c) {
-  return __builtin_ia32_vfmaddpd512_mask(a, b, c, -1, 4);
-}
-#elif defined(__AVX2__) && defined(__FMA__)
-PLAIT_FN reg<float> muladd(reg<float> a, reg<float> b, reg<float> c) { return __builtin_ia32_vfmaddps256(a, b, c); }
-PLAIT_FN reg<double> muladd(reg<double> a, reg<double> b, reg<double> c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
-#elif defined(__aarch64__)
-PLAIT_FN reg<float> muladd(reg<float> a, reg<float> b, reg<float> c) { return __builtin_aarch64_fmav4sf(a, b, c); }
-PLAIT_FN reg<double> muladd(reg<double> a, reg<double> b, reg<double> c) { return __builtin_aarch64_fmav2df(a, b, c); }
-#else  // no such instruction: right, but slow
-PLAIT_FN reg<float> muladd(reg<float> a, reg<float> b, reg<float> c) {
-  for (int i = 0; i < lanes<float>; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-}
-PLAIT_FN reg<double> muladd(reg<double> a, reg<double> b, reg<double> c) {
-  for (int i = 0; i < lanes<double>; i++) c[i] = __builtin_fma(a[i], b[i], c[i]);
-  return c;
-}
-#endif
-
-template <int High, class V, int... I> PLAIT_FN V interleave(V a, V b, indices<I...>) {
-  constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(a, b, (I / 2 + High * n / 2 + I % 2 * n)...);
-}
-
-// A square of registers, by log2(lanes) perfect shuffles.
-template <class T> PLAIT_FN void transpose(reg<T>* v) {
-  constexpr int L = lanes<T>;
-#pragma GCC unroll 4
-  for (int stage = 1; stage < L; stage *= 2) {
-    reg<T> w[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; i++) {
-      w[2 * i] = interleave<0>(v[i], v[i + L / 2], iota_of<L>{});
-      w[2 * i + 1] = interleave<1>(v[i], v[i + L / 2], iota_of<L>{});
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++) v[i] = w[i];
-  }
-}
-
-// ---- register tile ---------------------------------------------------------------------------------------------------
-
-// c[r][0:NR] = (add ? c : 0) + sum over k < kc of a[r * Row + k * Step] * b[k * ldb + 0:NR], for R rows.
-template <class T, int R, int Row, int Step>
-[[gnu::noinline]] static void micro(int64_t kc, const T* a, const T* b, int64_t ldb, T* c, bool add) {
-  constexpr int L = lanes<T>;
-  for (int h = 0; h < NR; h += NV * L) {
-    reg<T> acc[R][NV] = {};
-    const T* row = b + h;
-    for (int64_t k = 0; k < kc; k++, row += ldb) {
-      reg<T> bv[NV];
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) bv[v] = get(row + v * L);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-        const reg<T> av = a[r * Row + k * Step] - reg<T>{};
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) acc[r][v] = muladd(av, bv[v], acc[r][v]);
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) {
-        T* p = c + r * NR + h + v * L;
-        put(p, add ? get(p) + acc[r][v] : acc[r][v]);
-      }
-  }
-}
-
-// Rows of the next tile: full ones, and 8 + 8 rather than 12 + 4 or less.
-inline int64_t tile_rows(int64_t left) { return MR == 12 && left > 12 && left <= 16 ? 8 : least(left, MR); }
-
-// May compute and write up to the next of 1, 2, 4, 6, 8, 12 rows.
-template <class T, int Row, int Step>
-static void micro_rows(int64_t rows, int64_t kc, const T* a, const T* b, int64_t ldb, T* c, bool add) {
-  if constexpr (MR == 12) {
-    if (rows > 8) return micro<T, 12, Row, Step>(kc, a, b, ldb, c, add);
-    if (rows > 4) return micro<T, 8, Row, Step>(kc, a, b, ldb, c, add);
-  } else {
-    if (rows > 4) return micro<T, 6, Row, Step>(kc, a, b, ldb, c, add);
-  }
-  if (rows > 2) return micro<T, 4, Row, Step>(kc, a, b, ldb, c, add);
-  if (rows > 1) return micro<T, 2, Row, Step>(kc, a, b, ldb, c, add);
-  return micro<T, 1, Row, Step>(kc, a, b, ldb, c, add);
-}
-
-// ---- packing ---------------------------------------------------------------------------------------------------------
-
-// Rows of a matrix in memory: row i starts `ld` elements after row i - 1, or where the table of row ids says.
-template <class T> struct Rows {
-  const T* base;
-  int64_t ld;
-  const int64_t* ids;
-  PLAIT_FN const T* operator[](int64_t i) const { return base + (ids ? ids[i] : i) * ld; }
-};
-
-// B at (k0, n0), kc x cols, stored as rows of n -> panel[k][NR]; columns from `cols` on are zero.
-template <class T, class U> static void pack_b_k(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
-  constexpr int L = lanes<T>;
-  for (int h = 0; h < NR; h += L) {
-    const int64_t live = least(L, cols - h);
-    const U* src[L];
-    for (int j = 0; j < live; j++) src[j] = b[n0 + h + j] + k0;
-    int64_t k = 0;
-    if (live == L)
-      for (; k + L <= kc; k += L) {
-        T rows[L * L];  // through memory: sixteen unrolled conversions would take the compiler seconds
-        if constexpr (!same<T, U>) {
-#pragma GCC unroll 1
-          for (int j = 0; j < L; j++) put(rows + j * L, get_as<T>(src[j] + k));
-        }
-        reg<T> v[L];
-#pragma GCC unroll 16
-        for (int j = 0; j < L; j++) {
-          if constexpr (same<T, U>) v[j] = get(src[j] + k);
-          else v[j] = get(rows + j * L);
-        }
-        transpose<T>(v);
-#pragma GCC unroll 16
-        for (int j = 0; j < L; j++) put(panel + (k + j) * NR + h, v[j]);
-      }
-    for (; k < kc; k++)
-#pragma GCC unroll 1
-      for (int j = 0; j < L; j++) panel[k * NR + h + j] = j < live ? cast<T>(src[j][k]) : T(0);
-  }
-}
-
-// The same of B stored as rows of k.
-template <class T, class U> static void pack_b_n(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
-  for (int64_t k = 0; k < kc; k++, panel += NR) {
-    const U* src = b[k0 + k] + n0;
-    if (cols == NR) {
-#pragma GCC unroll 1
-      for (int h = 0; h < NR; h += lanes<T>) put(panel + h, get_as<T>(src + h));
-    } else {
-      for (int64_t j = 0; j < NR; j++) panel[j] = j < cols ? cast<T>(src[j]) : T(0);
-    }
-  }
-}
-
-// A at (m0, k0), rows x kc, stored as rows of m -> dst[row][AS].
-template <class T> static void pack_a_k(Rows<T> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
-  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(dst + r * AS, a[m0 + r] + k0, kc * sizeof(T));
-}
-
-// A at (m0, k0), rows x kc, stored as rows of k -> dst[k][MR].
-template <class T> static void pack_a_m(Rows<T> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
-  for (int64_t k = 0; k < kc; k++, dst += MR) {
-    const T* src = a[k0 + k] + m0;
-    if (rows == MR) __builtin_memcpy(dst, src, MR * sizeof(T));
-    else
-      for (int64_t r = 0; r < rows; r++) dst[r] = src[r];
-  }
-}
+enum class Group { none, m, k };  // what the offsets of groups cut
 
 // B, `count` times, -> panels [count][ceil(N / NR)][K][NR]: once for a weight that the caller owns.
 template <class T, B layout>
@@ -245,9 +43,9 @@ struct Dims {
 
 // Elements of scratch that one thread needs; `workspace_elements` in matmul.py says the same.
 inline int64_t slot_elements(const Dims& d, bool packed) {
-  const int64_t rows = ceildiv(least(d.M, MC), PR) * PR;
+  const int64_t rows = ceildiv(least(d.M, MC), PR) * PR, blocks = least(ceildiv(d.K, KB), THIN_BLOCKS);
   const int64_t sums = d.K > KB ? rows * ceildiv(least(d.N, NC), NR) * NR : 0;
-  return rows * AS + (packed ? 0 : KB * NR) + sums;
+  return most(rows * AS, blocks * THIN_BLOCK) + (packed ? 0 : KB * NR) + sums;
 }
 
 // A thread's rectangle of one matrix. b0, b1: its batch indices; group: its group.
@@ -255,8 +53,9 @@ struct Task {
   int64_t b0, b1, group, m0, m1, n0, n1, k0, k1;
 };
 
-// What `Spec` holds: T; BT, the type of B in memory; a, b, group as above; the buffers' positions A_at, B_at, workspace_at, and a_ids_at, b_ids_at,
-// offsets_at, group_ids_at (-1: none); batch (number of axes); has_prologue; and the functions prologue and epilogue.
+// What `Spec` holds: T; BT, the type of B in memory; a, b, group as above; the buffers' positions A_at, B_at, workspace_at,
+// and a_ids_at, b_ids_at, offsets_at, group_ids_at (-1: none); batch (number of axes); has_prologue; and the functions
+// prologue and epilogue.
 template <class S> struct Driver {
   using T = typename S::T;
   using U = typename S::BT;
@@ -283,16 +82,20 @@ template <class S> struct Driver {
     }
   }
 
-  const T* panel(const Task& t, int64_t k0, int64_t kc, int64_t n0, T* scratch) const {
+  Rows<U> rows_of_b(const Task& t) const {
     const U* base = (const U*)bufs[S::B_at] + t.b0 * d.b_step[0] + t.b1 * d.b_step[1];
     if constexpr (S::group == Group::m) {
       const int64_t* which = table<S::group_ids_at>();
       base += (which ? which[t.group] : t.group) * d.group_step;
     }
+    return {base, d.ldb, table<S::b_ids_at>()};
+  }
+
+  const T* panel(const Task& t, int64_t k0, int64_t kc, int64_t n0, T* scratch) const {
+    const Rows<U> b = rows_of_b(t);
     if constexpr (packed) {
-      return base + n0 * d.K + k0 * NR;
+      return b.base + n0 * d.K + k0 * NR;
     } else {
-      const Rows<U> b{base, d.ldb, table<S::b_ids_at>()};
       const int64_t cols = least(NR, d.N - n0);
       if constexpr (S::b == B::k) pack_b_k(b, k0, kc, n0, cols, scratch);
       else pack_b_n(b, k0, kc, n0, cols, scratch);
@@ -319,16 +122,53 @@ template <class S> struct Driver {
           const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
           T* c = one ? tile : sums + (n - n0) * rows + first * NR;
           micro_rows<T, a_row, a_step>(mr, kc, a + first * AS, bp, NR, c, k0 > t.k0);
-          if (k0 + KB >= t.k1) S::epilogue(bufs, sizes, t, m, mr, n, least(NR, n1 - n), c);
+          if (k0 + KB >= t.k1) S::epilogue(bufs, sizes, t, m, mr, n, least(NR, n1 - n), c, NR);
         }
       }
       k0 += KB;
     } while (k0 < t.k1);
   }
 
+  // At most THIN rows: all of k for a few columns, then the next columns.
+  template <int R> void thin(const Task& t, T* scratch) const {
+    const int64_t rows = t.m1 - t.m0, K = t.k1 - t.k0;
+    T* const a = scratch;
+    T* const b = a + most(1, ceildiv(K, KB)) * THIN_BLOCK;
+    for (int64_t k = 0; k < K; k += KB) pack_a(t, t.m0, rows, t.k0 + k, least(KB, K - k), a + k / KB * THIN_BLOCK);
+    const Rows<U> from = rows_of_b(t);
+    if constexpr (S::b == B::n && same<T, U>) {
+      for (int64_t n = t.n0; n < t.n1; n += STRIP) {
+        thin_n<T, R, a_row, a_step>(K, a, from, t.k0, n, least(STRIP, t.n1 - n), b);
+        S::epilogue(bufs, sizes, t, t.m0, rows, n, least(STRIP, t.n1 - n), b, STRIP);
+      }
+      return;
+    }
+    alignas(64) T tile[MR * NR];
+    for (int64_t n = t.n0; n < t.n1; n += NR) {
+      if constexpr (S::b == B::k && same<T, U>) {
+        const T* src[NR];
+        for (int j = 0; j < NR; j++) src[j] = from[least(n + j, t.n1 - 1)] + t.k0;
+        for (int h = 0; h < NR; h += lanes<T>) thin_k<T, R, a_row, a_step>(K, a, src + h, tile + h);
+      } else {
+        int64_t k = 0;
+        do {
+          const int64_t kc = least(KB, K - k);
+          micro<T, R, a_row, a_step>(kc, a + k / KB * THIN_BLOCK, panel(t, t.k0 + k, kc, n, b), NR, tile, k > 0);
+          k += KB;
+        } while (k < K);
+      }
+      S::epilogue(bufs, sizes, t, t.m0, rows, n, least(NR, t.n1 - n), tile, NR);
+    }
+  }
+
   void run(const Task& t, T* scratch) const {
+    const int64_t many = t.m1 - t.m0;
+    if (many <= 0) return;
+    if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KB)
+      return many > 2 ? thin<4>(t, scratch) : many > 1 ? thin<2>(t, scratch) : thin<1>(t, scratch);
+    const int64_t rows = ceildiv(ceildiv(many, ceildiv(many, MC)), PR) * PR;
     for (int64_t n = t.n0; n < t.n1; n += NC)
-      for (int64_t m = t.m0; m < t.m1; m += MC) block(t, m, least(t.m1, m + MC), n, least(t.n1, n + NC), scratch);
+      for (int64_t m = t.m0; m < t.m1; m += rows) block(t, m, least(t.m1, m + rows), n, least(t.n1, n + NC), scratch);
   }
 
   struct Cut {

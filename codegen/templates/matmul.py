@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv, Min
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from ...errors import InvalidMatmul
 from ..cpp.ops import CTYPE, identifier
@@ -28,11 +28,11 @@ M, N, K, B0, B1, GROUP = (
 ACC, A_VALUE = "acc", "a"
 """Scalars that are given: the finished sum in the epilogue, the loaded element of A in the prologue."""
 
-# These mirror constants of matmul.h.
-PANEL, _ROW_UNIT, _K_BLOCK, _ROW_BLOCK, _COLUMN_BLOCK = 32, 12, 256, 240, 2048
+# These mirror constants of matmul.h and the headers below it.
+PANEL, _ROW_UNIT, _K_BLOCK, _ROW_BLOCK, _COLUMN_BLOCK, _THIN_BLOCKS = 32, 12, 256, 264, 2048, 64
 
-_LOCALS = ("mm_m0", "mm_rows", "mm_n0", "mm_cols", "mm_k0", "mm_depth")
-_M0, _ROWS, _N0, _COLS, _K0, _DEPTH = (sympy.Symbol(n, integer=True, nonnegative=True) for n in _LOCALS)
+_LOCALS = ("mm_m0", "mm_rows", "mm_n0", "mm_cols", "mm_k0", "mm_depth", "mm_step")
+_M0, _ROWS, _N0, _COLS, _K0, _DEPTH, _STEP = (sympy.Symbol(n, integer=True, nonnegative=True) for n in _LOCALS)
 _I, _J = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("mm_i", "mm_j"))
 
 Size = int | sympy.Expr
@@ -115,7 +115,8 @@ def workspace_elements(spec: MatmulSpec, m: Size, n: Size, k: Size, slots: Size)
     panel = 0 if spec.b == "packed" else _K_BLOCK * PANEL
     several = not isinstance(k, int) or k > _K_BLOCK
     sums = rows * _up(_least(n, _COLUMN_BLOCK), PANEL) if several else 0
-    return (rows * (_K_BLOCK + 16) + panel + sums) * slots
+    blocks = _least(_ceildiv(k, _K_BLOCK), _THIN_BLOCKS) * _ROW_UNIT
+    return (_most(rows, blocks) * (_K_BLOCK + 16) + panel + sums) * slots
 
 
 def packed_elements(n: Size, k: Size) -> Size:
@@ -127,8 +128,16 @@ def _least(size: Size, bound: int) -> Size:
     return min(size, bound) if isinstance(size, int) else Min(size, bound)
 
 
+def _most(a: Size, b: Size) -> Size:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else Max(a, b)
+
+
+def _ceildiv(size: Size, unit: int) -> Size:
+    return -(-size // unit) if isinstance(size, int) else FloorDiv(size + unit - 1, unit)
+
+
 def _up(size: Size, unit: int) -> Size:
-    return -(-size // unit) * unit if isinstance(size, int) else FloorDiv(size + unit - 1, unit) * unit
+    return _ceildiv(size, unit) * unit
 
 
 def generate(spec: MatmulSpec) -> str:
@@ -212,19 +221,19 @@ def _symbols(stmt: Stmt) -> set[sympy.Symbol]:
 
 
 def _scope(spec: MatmulSpec) -> tuple[sympy.Symbol, ...]:
-    return (*spec.sizes, _M0, _ROWS, _N0, _COLS, _K0, _DEPTH, B0, B1, GROUP)
+    return (*spec.sizes, _M0, _ROWS, _N0, _COLS, _K0, _DEPTH, _STEP, B0, B1, GROUP)
 
 
 def _epilogue(spec: MatmulSpec) -> list[str]:
-    """The function that finishes a tile of sums, stored [rows][PANEL]."""
+    """The function that finishes a tile of sums, whose rows lie `mm_step` apart."""
     body = tuple(_substitute(s, {M: _M0 + _I, N: _N0 + _J}) for s in spec.epilogue)
-    load = Load(ACC, spec.dtype, "mm_tile", _I * PANEL + _J)
+    load = Load(ACC, spec.dtype, "mm_tile", _I * _STEP + _J)
     nest = Loop(_I, _ROWS, (Loop(_J, _COLS, (load, *body), vector=True),))
     buffers = (*spec.buffers, Buffer("mm_tile", spec.dtype, "read"))
     kernel = Kernel(spec.name, buffers, _scope(spec), (nest,))
     return [
         "static void epilogue(void* const* bufs, const int64_t* sizes, const matmul::Task& t, int64_t mm_m0,",
-        "                     int64_t mm_rows, int64_t mm_n0, int64_t mm_cols, const T* mm_tile) {",
+        "                     int64_t mm_rows, int64_t mm_n0, int64_t mm_cols, const T* mm_tile, int64_t mm_step) {",
         *_fragment(spec, kernel),
         "}",
     ]

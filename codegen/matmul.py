@@ -1,0 +1,146 @@
+"""Matmuls on plait's own template: which nodes qualify, what their operands are, and the kernel of a matmul group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from ..ir import Dim, Node, TensorType, Value
+from .body import Index
+from .templates import matmul as T
+
+if TYPE_CHECKING:
+    from .analysis import Evaluator
+
+_DTYPES = (torch.float32, torch.float64)
+_OPS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default", "aten.linear.default")
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """Operands of a matmul in the template's terms: `a` [.., M, K], `b` [.., K, N], at most one batch axis.
+
+    `a_layout` and `b_layout` name the contiguous axis as `MatmulSpec` does; strides are in elements. `bias` is added to
+    every row as `beta * bias + alpha * product`.
+    """
+
+    a: Value
+    b: Value
+    m: Dim
+    n: Dim
+    k: Dim
+    a_layout: str
+    b_layout: str
+    lda: Dim
+    ldb: Dim
+    batch: tuple[Dim, Dim, Dim] | None = None
+    bias: Value | None = None
+    alpha: float = 1
+    beta: float = 1
+
+    def element(self, to: Evaluator, node: Node, index: Index) -> str:
+        """The finished element at `index` of the output, from the template's sum."""
+        body = to.body
+        dtype = str(self.a.tensor.dtype).removeprefix("torch.")
+        value = body.given(T.ACC, dtype)
+        if self.alpha != 1:
+            value = body.op("mul", value, body.const(self.alpha, dtype))
+        if self.bias is None or self.beta == 0:
+            return value
+        shape = self.bias.tensor.shape
+        lead = len(index) - len(shape)
+        own = tuple(0 if type(n) is int and n == 1 else index[lead + i] for i, n in enumerate(shape))
+        bias = body.cast(to.read(self.bias, own), dtype)
+        if self.beta != 1:
+            bias = body.op("mul", bias, body.const(self.beta, dtype))
+        return body.op("add", value, bias)
+
+
+def matmul_of(node: Node) -> Matmul | str | None:
+    """The template's view of a matmul node; a reason where the template does not take it; None for other ops."""
+    if node.op.name not in _OPS:
+        return None
+    name = node.op.name.split(".")[1]
+    if not isinstance(node.out.type, TensorType) or node.out.tensor.device != "cpu":
+        return "not on a CPU"
+    if node.out.tensor.dtype not in _DTYPES:
+        return f"the template computes float32 and float64, not {str(node.out.tensor.dtype).removeprefix('torch.')}"
+    bias: Value | None = None
+    alpha, beta = 1, 1
+    if name in ("addmm", "baddbmm"):
+        bias, a, b = node.args[:3]
+        alpha, beta = node["alpha"], node["beta"]
+    elif name == "linear":
+        return _linear(node)
+    else:
+        a, b = node.args[:2]
+    return _from_operands(a, b, bias, alpha, beta)
+
+
+def _linear(node: Node) -> Matmul | str:
+    x, weight, bias = node.args
+    kind, w = x.tensor, weight.tensor
+    if w.rank != 2 or kind.rank < 2 or not (kind.is_contiguous or kind.rank == 2):
+        return "linear on an input that is not row-major"
+    m: Any = 1
+    for n in kind.shape[:-1]:
+        m = m * n
+    layout = _layout(kind.strides[-2], kind.strides[-1], "k", "m")
+    b_layout = _layout(w.strides[0], w.strides[1], "k", "n")
+    if layout is None or b_layout is None:
+        return "an operand without a contiguous axis"
+    return Matmul(x, weight, m, w.shape[0], w.shape[1], layout[0], b_layout[0], layout[1], b_layout[1], None, bias)
+
+
+def _layout(outer: Dim, inner: Dim, inner_name: str, outer_name: str) -> tuple[str, Dim] | None:
+    """(contiguous axis, elements between its rows) of a matrix with these strides."""
+    if inner == 1:
+        return inner_name, outer
+    if outer == 1:
+        return outer_name, inner
+    return None
+
+
+def _from_operands(a: Value, b: Value, bias: Value | None, alpha: Any, beta: Any) -> Matmul | str:
+    left, right = a.tensor, b.tensor
+    if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
+        return "scale factors that are not known at compile time"
+    a_layout = _layout(left.strides[-2], left.strides[-1], "k", "m")
+    b_layout = _layout(right.strides[-1], right.strides[-2], "k", "n")
+    if a_layout is None or b_layout is None:
+        return "an operand without a contiguous axis"
+    batch = (left.shape[0], left.strides[0], right.strides[0]) if left.rank == 3 else None
+    return Matmul(a, b, left.shape[-2], right.shape[-1], left.shape[-1], a_layout[0], b_layout[0], a_layout[1], b_layout[1],
+                  batch, bias, alpha, beta)  # fmt: skip
+
+
+def threads() -> int:
+    """Threads that workspaces have room for: the cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def matmul_source(made: Matmul, spec: T.MatmulSpec) -> tuple[str, str]:
+    """(kernel name, C++ source): the name carries a hash of everything else in the spec."""
+    digest = sha256(repr(replace(spec, name="", origin=())).encode()).hexdigest()[:12]
+    name = f"{spec.name}_{digest}"
+    return name, T.generate(replace(spec, name=name))
+
+
+def size_arguments(made: Matmul, spec: T.MatmulSpec) -> tuple[Any, ...]:
+    """Values of the kernel's sizes, in order."""
+    known: dict[str, Any] = {"M": made.m, "N": made.n, "K": made.k, "lda": made.lda, "ldb": made.ldb, "slots": threads()}
+    if made.batch is not None:
+        known |= dict(zip(("batch0", "a_batch0", "b_batch0"), made.batch, strict=True))
+    own = {s.name: s for s in spec.sizes}
+    return tuple(known[name] if name in known else own[name] for name in spec.size_names)
+
+
+def workspace(made: Matmul, spec: T.MatmulSpec) -> TensorType:
+    """Type of the scratch buffer that the kernel wants."""
+    elements = T.workspace_elements(spec, made.m, made.n, made.k, threads())
+    return TensorType((elements if isinstance(elements, int) else sympy.sympify(elements),), made.a.tensor.dtype)
