@@ -551,7 +551,7 @@ class CrossCompilationFailed(PlaitError):
     """Triton refused a printed kernel for a target."""
 
     code = "P0344"
-    message = "Triton cannot compile kernel {kernel} for {target}: {why}"
+    message = "kernel {kernel} does not compile for {target}: {why}"
     fix = "if the tile sizes are yours, try smaller ones; otherwise report it with the kernel's text, {path}"
 
 
@@ -612,3 +612,12 @@ class WrongInputStructure(PlaitError):
     code = "P0412"
     message = "the arguments must have the structure {expected}, got {got}"
     fix = "call the model as it was captured"
+
+
+class StructureNotPortable(PlaitError):
+    """The arguments or results of a model are nested in containers that an artifact cannot describe, or whose class this
+    process has not registered."""
+
+    code = "P0525"
+    message = "the structure of the {which} cannot be {verb}: {why}"
+    fix = "use tuples, lists and dicts, or register the class with torch.utils._pytree on both sides"

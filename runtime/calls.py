@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DamagedArtifact, KernelMissing, OpNotAvailable
+from . import ops  # noqa: F401  registers the ops of plait that plans call
 from .plan import Call
 from .sizes import Slots
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import GuardFailed, KernelBuildFailed, NoCompiler, SizeFailed
@@ -64,33 +64,35 @@ def _process_folder() -> Path:
     return Path(folder)
 
 
-def build_shared(source: str, target: Path, flags: Sequence[str] = FLAGS, compiler: str | None = None) -> Path:
-    """Compile C++ text into the shared object `target`, atomically. Raises NoCompiler, or KernelBuildFailed with the
-    compiler's output."""
-    compiler = compiler or find_compiler()
+def build_shared(
+    sources: Sequence[str], target: Path, flags: Sequence[str] = FLAGS, headers: Mapping[str, str] | None = None
+) -> Path:
+    """Compile C++ texts into the shared object `target`, atomically. `headers` are files that they may include.
+
+    Raises NoCompiler, or KernelBuildFailed with the compiler's output.
+    """
+    compiler = find_compiler()
     if compiler is None:
         raise NoCompiler(tried=os.environ.get("CXX") or ", ".join(COMPILERS))
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        text = Path(folder) / f"{target.stem}.cpp"
-        text.write_text(source)
-        out = Path(folder) / target.name
-        command = [compiler, str(text), "-o", str(out), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        texts = {f"unit{i}.cpp": text for i, text in enumerate(sources)}
+        for name, text in {**texts, **(headers or {})}.items():
+            Path(folder, name).write_text(text)
+        command = [compiler, *texts, "-o", "out.so", *flags, "-I."]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            shown = " ".join([compiler, text.name, "-o", out.name, *flags])
-            raise KernelBuildFailed(compiler=compiler, source=text.name, output=done.stderr[-4000:], command=shown)
-        os.replace(out, target)
+            shown = " ".join(command)
+            raise KernelBuildFailed(compiler=compiler, source=target.stem, output=done.stderr[-4000:], command=shown)
+        os.replace(Path(folder, "out.so"), target)
     return target
 
 
 class Runner:
     """A loaded `runner.cpp`. `run(program, bases, slots, nthreads, times)` takes addresses and returns the status."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.library = ctypes.CDLL(str(path))  # releases the interpreter lock while kernels run
-        self.run = self.library.plait_run
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.run = library.plait_run  # a CDLL releases the interpreter lock while kernels run
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         self.run.restype = ctypes.c_int64
 
@@ -101,7 +103,7 @@ def default_runner() -> Runner:
     source = SOURCE.read_text()
     key = hashlib.sha256("\0".join([source, *FLAGS]).encode()).hexdigest()[:16]
     path = cache_folder() / f"runner-{key}.so"
-    return Runner(path if path.exists() else build_shared(source, path))
+    return Runner(ctypes.CDLL(str(path if path.exists() else build_shared([source], path))))
 
 
 class Program:

@@ -1,0 +1,261 @@
+"""Artifacts: a compiled model in one file that runs without the compiler.
+
+    manifest.json             format version, versions, targets, inputs, outputs, structure, passes, numerics, checksums
+    plan.json                 what runs (`plan.py`)
+    weights.safetensors       the constants, used in place through a memory map
+    graphs/<level>.txt        the graphs as text
+    kernels/src/*.cpp, *.h    sources, from which kernels are rebuilt where no binary fits
+    kernels/bin/<target>/*    shared objects per CPU target, cubins per device target
+
+An artifact holds machine code. Checksums find damage, not malice: load only files whose origin you trust. Writes of the
+model to its own weights stay in the process. Do not truncate a file in place while a process has it loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import DamagedArtifact, KernelMissing, StructureNotPortable, WrongInputStructure
+from . import machine, native, sizes, weights
+from .archive import MANIFEST, Archive, Content, write_archive
+from .binaries import SOURCES, kernel_names, load_device, load_native, target_folder
+from .check import check
+from .cuda import DeviceBinary
+from .executor import Executable
+from .plan import InputSpec, Plan, from_json, to_json
+
+PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an artifact is written from.
+
+    in_tree is the structure of `(args, kwargs)`, whose leaves are the plan's inputs; out_tree that of the result, whose
+    leaves are the plan's outputs. sources: file name -> text, each `*.cpp` a translation unit whose functions are named
+    like the plan's kernels, the rest headers. binaries: CPU target (a key of `machine.TARGETS`) -> file name -> bytes;
+    every target needs a `runner.so`, built from `native.SOURCE`. build: compiler flags for rebuilding, without an
+    architecture. info: further plain data for the manifest (versions, passes, numerics, coverage, guards).
+    """
+
+    plan: Plan
+    weights: Mapping[str, torch.Tensor]
+    in_tree: pytree.TreeSpec
+    out_tree: pytree.TreeSpec
+    graphs: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    binaries: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+    device_binaries: Mapping[str, Sequence[DeviceBinary]] = field(default_factory=dict)
+    build: Sequence[str] = native.FLAGS
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(path: str | os.PathLike[str], parts: Parts) -> None:
+    """Write an artifact. Equal parts give equal bytes; the file appears complete or not at all.
+
+    Raises UnsafePlan, KernelMissing for a target without runner, StructureNotPortable for arguments or results that JSON
+    cannot describe, ValueError for a weight of a dtype that safetensors files do not have.
+    """
+    check(parts.plan)
+    native_kernels = kernel_names(parts.plan, "cpp")
+    sources = {**parts.sources, native.SOURCE.name: native.SOURCE.read_text()} if native_kernels else parts.sources
+    members: dict[str, Content] = {f"graphs/{level}.txt": text.encode() for level, text in parts.graphs.items()}
+    members |= {SOURCES + name: text.encode() for name, text in sources.items()}
+    for target, files in parts.binaries.items():
+        if native_kernels and "runner.so" not in files:
+            raise KernelMissing(kind="binary", name=f"{target}/runner.so")
+        members |= {target_folder(target) + name: content for name, content in files.items()}
+    device_kernels = _device_members(parts.device_binaries, members)
+    stored, tied, strides = _distinct(parts.weights)
+    members[WEIGHTS] = weights.serialise(stored)
+    plan = to_json(parts.plan)
+    members[PLAN] = json.dumps(plan, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    targets = {name: machine.TARGETS[name] for name in parts.binaries}
+    manifest = {
+        **parts.info,
+        "inputs": [_describe_input(spec) for spec in parts.plan.inputs],
+        "outputs": _describe_outputs(parts.plan),
+        "structure": {"inputs": _dump_tree(parts.in_tree, "inputs"), "outputs": _dump_tree(parts.out_tree, "outputs")},
+        "symbols": plan["symbols"],
+        "targets": {n: {"machine": t.machine, "requires": sorted(t.requires)} for n, t in targets.items()},
+        "build": list(parts.build),
+        "weights": {"tied": tied, "strides": strides},
+        "device_kernels": device_kernels,
+    }
+    write_archive(path, manifest, members)
+
+
+def _device_members(kernels: Mapping[str, Sequence[DeviceBinary]], members: dict[str, Content]) -> dict[str, Any]:
+    """Adds device binaries to `members`; the manifest's list of them."""
+    listed: dict[str, Any] = {}
+    for name, binaries in kernels.items():
+        for number, b in enumerate(binaries):
+            stem = f"{target_folder(b.target)}{name}-{number}"
+            entry = {"header": b.header(), "binary": f"{stem}.bin", "assembly": f"{stem}.txt"}
+            members[entry["binary"]], members[entry["assembly"]] = b.binary, b.assembly.encode()
+            listed.setdefault(name, []).append(entry)
+    return listed
+
+
+def _distinct(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, list[int]]]:
+    """(tensors to store, name -> name of the one that it is the same as, strides of those that are not contiguous)."""
+    stored, tied, strides, seen = {}, {}, {}, {}
+    for name, t in sorted(tensors.items()):
+        key = (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device)
+        if t.numel() and key in seen:
+            tied[name] = seen[key]
+            continue
+        seen[key] = name
+        stored[name] = t
+        if not t.is_contiguous():
+            strides[name] = list(t.stride())
+    return stored, tied, strides
+
+
+def _describe_input(spec: InputSpec) -> dict[str, Any]:
+    shape = [sizes.text(n) for n in spec.shape]
+    tensor = {"dtype": spec.dtype, "device": spec.device, "shape": shape} if spec.kind == "tensor" else {}
+    return {"name": spec.name, "kind": spec.kind, **tensor}
+
+
+def _describe_outputs(plan: Plan) -> list[dict[str, Any]]:
+    values = {v.id: v for v in plan.values}
+    found = []
+    for out in plan.outputs:
+        if out.kind == "value":
+            v = values[out.ref]  # type: ignore[index]
+            shape = [sizes.text(n) for n in v.shape]
+            found.append({"kind": "tensor", "dtype": v.dtype, "device": v.device, "shape": shape})
+        else:
+            found.append({"kind": "int" if out.kind == "size" else out.kind})
+    return found
+
+
+def _dump_tree(tree: pytree.TreeSpec, which: str) -> Any:
+    try:
+        return json.loads(pytree.treespec_dumps(tree))
+    except (NotImplementedError, TypeError) as error:
+        raise StructureNotPortable(which=which, verb="stored", why=error) from None
+
+
+def _load_tree(manifest: Mapping[str, Any], which: str) -> pytree.TreeSpec:
+    try:
+        return pytree.treespec_loads(json.dumps(manifest["structure"][which]))
+    except NotImplementedError as error:
+        raise StructureNotPortable(which=which, verb="restored", why=error) from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise DamagedArtifact(part=MANIFEST, why=f"its structure of the {which} is ill-formed") from None
+
+
+def load(path: str | os.PathLike[str]) -> LoadedModel:
+    """Load an artifact, ready to call. Needs torch, and a compiler only where no binary fits this machine.
+
+    Raises NotAnArtifact, ArtifactVersion, DamagedArtifact before anything of it runs; NoBinaryFits and what is said there
+    where its kernels cannot run here; UnsafePlan, OpNotAvailable where its plan cannot.
+    """
+    archive = Archive(path)
+    plan = from_json(archive.json(PLAN))
+    check(plan)
+    in_tree, out_tree = (_load_tree(archive.manifest, which) for which in ("inputs", "outputs"))
+    for tree, leaves, which in ((in_tree, len(plan.inputs), "inputs"), (out_tree, len(plan.outputs), "outputs")):
+        if tree.num_leaves != leaves:
+            raise DamagedArtifact(part=MANIFEST, why=f"it describes {tree.num_leaves} {which}, the plan has {leaves}")
+    addresses, runner = load_native(archive, kernel_names(plan, "cpp"))
+    kernels = {**addresses, **load_device(archive, kernel_names(plan, "triton"))}
+    executable = Executable(plan, kernels, _load_weights(archive, plan), runner=runner)
+    return LoadedModel(archive, executable, in_tree, out_tree)
+
+
+def _load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
+    start = archive.offset(WEIGHTS)
+    tensors = weights.read(archive.map, start, start + len(archive.view(WEIGHTS)), WEIGHTS)
+    notes = archive.manifest.get("weights")
+    try:
+        for name, strides in notes["strides"].items():  # type: ignore[index]
+            t = tensors[name]
+            tensors[name] = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
+        devices = {v.ref: v.device for v in _constants(plan)}
+        tensors = {name: t.to(devices.get(name, "cpu")) for name, t in tensors.items()}
+        tensors |= {name: tensors[same] for name, same in notes["tied"].items()}  # type: ignore[index]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise DamagedArtifact(part=MANIFEST, why=f"its notes on weights are ill-formed: {error}") from None
+    for v in _constants(plan):
+        t = tensors.get(str(v.ref))
+        if t is None or str(t.dtype) != f"torch.{v.dtype}" or list(t.shape) != list(v.shape):
+            raise DamagedArtifact(part=WEIGHTS, why=f"the weight {v.ref!r} is missing or not what the plan expects")
+        if list(t.stride()) != list(v.strides) and t.numel() > 1:
+            raise DamagedArtifact(part=WEIGHTS, why=f"the weight {v.ref!r} has strides {t.stride()}, not {v.strides}")
+    return tensors
+
+
+def _constants(plan: Plan) -> list[Any]:
+    inner = [v for _, region in plan.regions for v in _constants(region)]
+    return [v for v in plan.values if v.storage == "constant"] + inner
+
+
+class LoadedModel:
+    """A model loaded from an artifact. Call it like the model that was compiled; calls may overlap in threads.
+
+    manifest: what the artifact says of itself. inputs, outputs: name, kind, dtype and shape of each flat input and result,
+    sizes as text. coverage: which part of the model runs in generated kernels, and why the rest does not.
+    """
+
+    def __init__(
+        self, archive: Archive, executable: Executable, in_tree: pytree.TreeSpec, out_tree: pytree.TreeSpec
+    ) -> None:
+        self._archive = archive
+        self.executable = executable
+        self._in_tree, self._out_tree = in_tree, out_tree
+        self.manifest: dict[str, Any] = archive.manifest
+        self.inputs: list[dict[str, Any]] = self.manifest["inputs"]
+        self.outputs: list[dict[str, Any]] = self.manifest["outputs"]
+        self.coverage: Any = self.manifest.get("coverage")
+        flat = pytree.tree_structure(((0,) * len(self.inputs), {}))
+        self._positional = in_tree == flat
+        self._keywords = _keywords(in_tree)
+        self._single = out_tree.is_leaf()
+
+    @property
+    def graphs(self) -> dict[str, str]:
+        """The graphs as text, by level."""
+        names = [n for n in self._archive.names if n.startswith("graphs/")]
+        return {n.removeprefix("graphs/").removesuffix(".txt"): self._archive.text(n) for n in names}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Raises the WrongInput* errors for inputs that it was not compiled for."""
+        if self._positional and not kwargs:
+            flat = list(args)  # a container among them is refused by the check of each input
+        else:
+            flat = self._flatten(args, kwargs)
+        results = self.executable.run(flat)
+        return results[0] if self._single else pytree.tree_unflatten(results, self._out_tree)
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        if kwargs.keys() == set(self._keywords):
+            kwargs = {name: kwargs[name] for name in self._keywords}  # the structure knows their order
+        flat, tree = pytree.tree_flatten((args, kwargs))
+        if tree != self._in_tree:
+            raise WrongInputStructure(expected=_show(self._in_tree), got=_show(tree))
+        return flat
+
+
+def _keywords(in_tree: pytree.TreeSpec) -> list[str]:
+    sample = pytree.tree_unflatten([0] * in_tree.num_leaves, in_tree)
+    if not isinstance(sample, tuple) or len(sample) != 2 or not isinstance(sample[1], dict):
+        raise DamagedArtifact(part=MANIFEST, why="its structure of the inputs is not (args, kwargs)")
+    return list(sample[1])
+
+
+def _show(tree: pytree.TreeSpec) -> str:
+    """The structure as one short line, leaves as `*`: `((*, [*, *]), {'mask': *})`."""
+    leaf = type("Leaf", (), {"__repr__": lambda self: "*"})()
+    return repr(pytree.tree_unflatten([leaf] * tree.num_leaves, tree))

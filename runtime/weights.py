@@ -1,0 +1,95 @@
+"""Weights in the safetensors format, written and read without the safetensors package.
+
+Tensors whose size is a multiple of 64 bytes come first, so that each of them starts at a multiple of 64 bytes of the
+file; the format allows no gaps. The header is padded likewise. Any reader of the format reads these files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import DamagedArtifact
+
+ALIGNMENT = 64
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def serialise(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
+    """The file as a list of buffers; the tensors' bytes are not copied where they are contiguous and on the CPU.
+
+    Raises ValueError for a dtype that the format does not have.
+    """
+    for name, t in tensors.items():
+        if t.dtype not in _NAMES:
+            raise ValueError(f"weight {name!r} has dtype {t.dtype}, which safetensors files cannot hold")
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].itemsize, item[0]))
+    header, end = {}, 0
+    for name, t in ordered:
+        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return [len(text).to_bytes(8, "little") + text, *(_bytes(t) for _, t in ordered)]
+
+
+def _bytes(t: torch.Tensor) -> memoryview:
+    return memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def read(buffer: mmap.mmap, start: int, end: int, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of the file that lies in `buffer[start:end]`, over the buffer's memory.
+
+    Raises DamagedArtifact, naming `part`, for anything that is not a well-formed file.
+    """
+    try:
+        size = int.from_bytes(buffer[start : start + 8], "little")
+        data = start + 8 + size
+        header = json.loads(buffer[start + 8 : data]) if data <= end else None
+    except (ValueError, RecursionError, OverflowError):
+        header = None
+    if not isinstance(header, dict):
+        raise DamagedArtifact(part=part, why="its header is not that of a safetensors file")
+    header.pop("__metadata__", None)
+    return dict(_tensors(buffer, data, end, header, part))
+
+
+def _tensors(buffer: mmap.mmap, data: int, end: int, header: dict, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, entry in header.items():
+        try:
+            dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            right = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+            right = right and last - first == math.prod(shape) * dtype.itemsize and data + last <= end
+            right = right and (data + first) % dtype.itemsize == 0
+        except (KeyError, TypeError, ValueError):
+            right = False
+        if not right:
+            raise DamagedArtifact(part=part, why=f"the entry of tensor {name!r} is wrong")
+        if last == first:
+            yield name, torch.empty(shape, dtype=dtype)
+        else:
+            flat = torch.frombuffer(buffer, dtype=dtype, count=(last - first) // dtype.itemsize, offset=data + first)
+            yield name, flat.view(shape)
