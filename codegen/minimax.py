@@ -148,34 +148,47 @@ def _level(f: Function, powers: tuple[int, ...], reference: list[mpf], w: Functi
 
 
 def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf) -> tuple[list[mpf], mpf]:
-    """A new reference: the largest extremum of `error` in each run of one sign, found on a grid and refined.
-
-    Of more runs than needed, those at the ends with the smaller extremum are dropped.
+    """The next reference, and the largest error: each point moves to the extremum of its run of one sign, and the largest
+    extremum takes the place of a neighbour if no point reached it. Extrema are found on a grid and refined.
     """
     count = 16 * len(reference)
     grid = sorted({*reference, *((a + b) / 2 - (b - a) / 2 * mpmath.cos(mpmath.pi * k / count) for k in range(count + 1))})
     values = [error(x) for x in grid]
-    if max(map(abs, values)) < mpf(2) ** (-mp.prec + 20):
+    largest = max(range(len(grid)), key=lambda i: abs(values[i]))
+    if abs(values[largest]) < mpf(2) ** (-mp.prec + 20):
         return reference, mpf(0)  # f is such a polynomial
-    runs: list[int] = []  # grid index of each run's extremum
-    for i, value in enumerate(values):
-        if value == 0:
-            continue
-        if runs and (value > 0) == (values[runs[-1]] > 0):
-            if abs(value) > abs(values[runs[-1]]):
-                runs[-1] = i
-        else:
-            runs.append(i)
-    found = []
-    for i in runs:
-        lo, hi = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
-        sign = -1 if values[i] < 0 else 1
-        found.append(_extremum(lambda x, s=sign: s * error(x), lo, grid[i], hi))
-    while len(found) > len(reference):
-        found.pop(0 if abs(error(found[0])) < abs(error(found[-1])) else -1)
-    if len(found) < len(reference):
-        raise NoMinimax(what=f"a function on [{float(a)}, {float(b)}]", why="its error does not alternate often enough")
-    return found, max(map(abs, values))
+
+    def climb(start: int) -> tuple[int, mpf]:
+        """Grid index and place of the extremum of the run around `start`."""
+        sign = mpmath.sign(values[start])
+        lo = hi = start
+        while lo > 0 and values[lo - 1] * sign > 0:
+            lo -= 1
+        while hi < len(grid) - 1 and values[hi + 1] * sign > 0:
+            hi += 1
+        top = max(range(lo, hi + 1), key=lambda i: abs(values[i]))
+        around = grid[max(top - 1, 0)], grid[top], grid[min(top + 1, len(grid) - 1)]
+        return top, _extremum(lambda x: sign * error(x), *around)
+
+    place = {x: i for i, x in enumerate(grid)}
+    found = [climb(place[x]) for x in reference]
+    found = _insert(found, climb(largest), lambda i: values[i] > 0)
+    points = [x for _, x in found]
+    return points, max(abs(error(x)) for x in points)
+
+
+def _insert(
+    found: list[tuple[int, mpf]], new: tuple[int, mpf], positive: Callable[[int], bool]
+) -> list[tuple[int, mpf]]:
+    """`found` (alternating, in order) with `new` in the place of the neighbour of its sign, or of the far end."""
+    if new[0] in (i for i, _ in found):
+        return found
+    after = next((k for k, (i, _) in enumerate(found) if i > new[0]), len(found))
+    if after < len(found) and positive(found[after][0]) == positive(new[0]):
+        return [*found[:after], new, *found[after + 1 :]]
+    if after > 0 and positive(found[after - 1][0]) == positive(new[0]):
+        return [*found[: after - 1], new, *found[after:]]
+    return [new, *found[:-1]] if after == 0 else [*found[1:], new]
 
 
 def _extremum(g: Function, x0: mpf, x1: mpf, x2: mpf) -> mpf:
