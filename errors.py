@@ -6,7 +6,10 @@ from typing import ClassVar
 
 
 class PlaitError(Exception):
-    """Base of all plait errors. `code` is stable; `message` is formatted with the keyword arguments; `fix` says the way out."""
+    """Base of all plait errors.
+
+    `code` is stable; `message` is formatted with the keyword arguments; `fix` says the way out.
+    """
 
     code: ClassVar[str] = "P0000"
     message: ClassVar[str] = "{detail}"
@@ -621,3 +624,11 @@ class StructureNotPortable(PlaitError):
     code = "P0525"
     message = "the structure of the {which} cannot be {verb}: {why}"
     fix = "use tuples, lists and dicts, or register the class with torch.utils._pytree on both sides"
+
+
+class NoSuchPart(PlaitError):
+    """An artifact was asked for a graph or kernel that it does not hold."""
+
+    code = "P0707"
+    message = "{path} holds no {what}"
+    fix = "it holds: {known}"
