@@ -13,37 +13,55 @@ from .layout import Layout
 from .plan import SizeExpr
 from .proof import Poly, Prover, add, constant, mul
 
+Extent = int | Poly
+
 ADDRESSED = ("arena", "fresh", "input", "constant", "handle")
 
 
 class _Extents:
-    """First byte and end of values relative to their root's memory (arena values: to the arena), as polynomials."""
+    """First byte and end of values relative to their root's memory (arena values: to the arena): ints, or polynomials."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self.prover = Prover({s.name: s.low for s in layout.plan.symbols})
-        self._known: dict[int, tuple[Poly, Poly]] = {}
+        self._prover = Prover({s.name: s.low for s in layout.plan.symbols})
+        self._known: dict[int, tuple[Extent, Extent]] = {}
 
-    def of(self, id: int) -> tuple[Poly, Poly]:
+    def of(self, id: int) -> tuple[Extent, Extent]:
         """(start, end) of a value."""
         if id not in self._known:
             spec = self._layout.specs[id]
-            start = self.prover.poly(self._layout.place(id)[1])
-            self._known[id] = start, add(start, self._size(spec.shape, spec.strides, self._layout.dtype(id).itemsize))
+            start = self._layout.place(id)[1]
+            size = self._size(spec.shape, spec.strides, self._layout.dtype(id).itemsize)
+            if isinstance(start, int) and isinstance(size, int):
+                self._known[id] = start, start + size
+            else:
+                begin = self._prover.poly(start)
+                self._known[id] = begin, add(begin, constant(size) if isinstance(size, int) else size)
         return self._known[id]
+
+    def ordered(self, a: Extent | SizeExpr, b: Extent | SizeExpr) -> bool:
+        """Whether a <= b is proven."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a <= b
+        return self._prover.ordered(self._poly(a), self._poly(b))
 
     def inside(self, id: int, outer: int) -> bool:
         """Whether value `id` is proven to lie inside value `outer`."""
         (start, end), (first, last) = self.of(id), self.of(outer)
-        return self.prover.ordered(first, start) and self.prover.ordered(end, last)
+        return self.ordered(first, start) and self.ordered(end, last)
 
-    def _size(self, shape: tuple[SizeExpr, ...], strides: tuple[SizeExpr, ...], itemsize: int) -> Poly:
+    def _poly(self, x: Extent | SizeExpr) -> Poly:
+        return x if isinstance(x, dict) else self._prover.poly(x)
+
+    def _size(self, shape: tuple[SizeExpr, ...], strides: tuple[SizeExpr, ...], itemsize: int) -> Extent:
         """Bytes from the first element to the end of the last; where a size is 0 it may be any number <= 0."""
         if 0 in shape:
-            return {}
+            return 0
+        if all(type(n) is int for n in (*shape, *strides)):
+            return (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * itemsize  # type: ignore[operator]
         last = constant(1)
         for n, stride in zip(shape, strides, strict=True):
-            last = add(last, mul(add(self.prover.poly(n), constant(-1)), self.prover.poly(stride)))
+            last = add(last, mul(add(self._prover.poly(n), constant(-1)), self._prover.poly(stride)))
         return mul(last, constant(itemsize))
 
 
@@ -55,28 +73,23 @@ def memory_problems(layout: Layout, flow: Dataflow) -> Iterator[str]:
 
 
 def _ranges(layout: Layout, extents: _Extents) -> Iterator[str]:
-    prover = extents.prover
-    arena = prover.poly(layout.plan.arena)
     for v in layout.plan.values:
         start, end = extents.of(v.id)
         itemsize = layout.dtype(v.id).itemsize
         if any(isinstance(n, int) and n < 0 for n in (*v.shape, *v.strides)):
             yield f"value {v.id} has a negative size or stride"
         if v.storage == "arena":
-            if not prover.at_least_zero(start) or not prover.ordered(end, arena):
+            if not extents.ordered(0, start) or not extents.ordered(end, layout.plan.arena):
                 yield f"value {v.id} is not proven to lie inside the arena"
             if isinstance(v.offset, int) and v.offset % itemsize:
                 yield f"value {v.id} lies at byte {v.offset} of the arena, its elements have {itemsize} bytes"
         if v.storage == "view":
             root = layout.specs[layout.place(v.id)[0]]
+            static = all(isinstance(x, int) for x in (start, end, *extents.of(root.id)))
             if root.storage not in ADDRESSED:
                 yield f"value {v.id} is a view of {root.id}, which has no memory"
-                continue
-            outside = [p for p in (start, add(extents.of(root.id)[1], end, -1)) if set(p) <= {()} and p.get((), 0) < 0]
-            if outside and root.storage != "arena":
-                yield f"value {v.id} does not lie inside value {root.id}"
-            elif root.storage == "arena" and not extents.inside(v.id, root.id):
-                yield f"value {v.id} is not proven to lie inside value {root.id}"
+            elif (static or root.storage == "arena") and not extents.inside(v.id, root.id):
+                yield f"value {v.id} {'does not' if static else 'is not proven to'} lie inside value {root.id}"
 
 
 def _overlaps(layout: Layout, flow: Dataflow, extents: _Extents) -> Iterator[str]:
@@ -89,7 +102,7 @@ def _overlaps(layout: Layout, flow: Dataflow, extents: _Extents) -> Iterator[str
             lives.append((min(steps), max(steps), v.id))
     for a, b in _alive_together(lives, flow):
         (start_a, end_a), (start_b, end_b) = extents.of(a), extents.of(b)
-        if not extents.prover.ordered(end_a, start_b) and not extents.prover.ordered(end_b, start_a):
+        if not extents.ordered(end_a, start_b) and not extents.ordered(end_b, start_a):
             yield f"values {min(a, b)} and {max(a, b)} may share bytes of the arena while both are alive"
 
 

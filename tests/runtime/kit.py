@@ -1,6 +1,8 @@
 """Hand-written kernels and builders of small plans, shared by the runtime's tests."""
 
+from plait.runtime import archive
 from plait.runtime.plan import Call, InputSpec, KernelSpec, Launch, OutputSpec, Plan, SymbolSpec, ValueSpec
+from torch.utils import _pytree as pytree
 
 SOURCE = r"""
 #include <cstdint>
@@ -94,3 +96,35 @@ def chain(n="s0", slow=False):
         symbols=symbols,
         arena=["mul", n, 4] if symbols else 4 * n,
     )
+
+
+FLAGS = ("-O2", "-fPIC", "-shared", "-fopenmp")
+
+
+def structure(*args, **kwargs):
+    """The structure of a call with these arguments."""
+    return pytree.tree_structure((args, kwargs))
+
+
+def weighted():
+    """y = 2*(x + w) for vectors of length 8, with one weight and one arena value."""
+    values = [value(0, "input", (8,), 0), value(1, "constant", (8,), "w"), value(2, "arena", (8,)), value(3, "fresh", (8,))]
+    steps = [Launch("add", (0, 1, 2), (8,)), Launch("twice", (2, 3), (8,))]
+    return make_plan([tensor_input("x", (8,))], values, steps, [3], arena=32)
+
+
+def edit(path, changes, manifest=lambda m: None):
+    """The artifact with members changed and the manifest made to agree."""
+    opened = archive.Archive(path)
+    members = {name: bytes(opened.view(name)) for name in opened.names}
+    for name, change in changes.items():
+        members[name] = change(members[name])
+    data = dict(opened.manifest)
+    manifest(data)
+    out = path.with_name("edited.plait")
+    archive.write_archive(out, data, members)
+    return out
+
+
+def edit_manifest(path, change):
+    return edit(path, {}, change)
