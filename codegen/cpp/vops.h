@@ -107,24 +107,59 @@ template <class V> PLAIT_FN V copysign(V magnitude, V sign_of) {
 
 // ---- float arithmetic --------------------------------------------------------------------------------------------
 
-template <class V> PLAIT_FN V fma(V a, V b, V c) {  // one rounding on floats
-  using T = lane_t<V>;
-  const auto one = [] [[gnu::always_inline]] (T x, T y, T z) -> T {
+// One register's worth by the instruction itself: GCC does not reliably turn sixteen scalar fma calls back into one.
+template <class T, int N> PLAIT_FN vec<T, N> fma_register(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
+  [[maybe_unused]] constexpr int bytes = N * sizeof(T);
+#if defined(__x86_64__) && defined(__FMA__) && !defined(__clang__)
+#ifdef __AVX512F__
+  if constexpr (bytes == 64 && same<T, float>) return __builtin_ia32_vfmaddps512_mask(a.v, b.v, c.v, 0xffff, 4);
+  else if constexpr (bytes == 64 && same<T, double>) return __builtin_ia32_vfmaddpd512_mask(a.v, b.v, c.v, 0xff, 4);
+  else
+#endif
+  if constexpr (bytes == 32 && same<T, float>) return __builtin_ia32_vfmaddps256(a.v, b.v, c.v);
+  else if constexpr (bytes == 32 && same<T, double>) return __builtin_ia32_vfmaddpd256(a.v, b.v, c.v);
+  else
+#endif
+  return lanewise([] [[gnu::always_inline]] (T x, T y, T z) -> T {
     if constexpr (same<T, float>) return __builtin_fmaf(x, y, z);
     else if constexpr (same<T, double>) return __builtin_fma(x, y, z);
     else return T(x * y + z);
-  };
-  if constexpr (is_vec<V>) return lanewise(one, a, b, c);
-  else return one(a, b, c);
+  }, a, b, c);
 }
-template <class V> PLAIT_FN V sqrt(V x) {
-  using T = lane_t<V>;
-  const auto one = [] [[gnu::always_inline]] (T s) -> T {
+template <class T, int N> PLAIT_FN vec<T, N> sqrt_register(vec<T, N> x) {
+  [[maybe_unused]] constexpr int bytes = N * sizeof(T);
+#if defined(__x86_64__) && defined(__AVX__) && !defined(__clang__)
+#ifdef __AVX512F__
+  if constexpr (bytes == 64 && same<T, float>) return __builtin_ia32_sqrtps512_mask(x.v, x.v, 0xffff, 4);
+  else if constexpr (bytes == 64 && same<T, double>) return __builtin_ia32_sqrtpd512_mask(x.v, x.v, 0xff, 4);
+  else
+#endif
+  if constexpr (bytes == 32 && same<T, float>) return __builtin_ia32_sqrtps256(x.v);
+  else if constexpr (bytes == 32 && same<T, double>) return __builtin_ia32_sqrtpd256(x.v);
+  else
+#endif
+  return lanewise([] [[gnu::always_inline]] (T s) -> T {
     if constexpr (same<T, float>) return __builtin_sqrtf(s);
     else return __builtin_sqrt(s);
-  };
-  if constexpr (is_vec<V>) return lanewise(one, x);
-  else return one(x);
+  }, x);
+}
+
+template <class T, int N> PLAIT_FN vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {  // one rounding on floats
+  if constexpr (whole<T, N>) return fma_register(a, b, c);
+  else return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
+template <class T> PLAIT_FN T fma(T a, T b, T c) {
+  if constexpr (same<T, float>) return __builtin_fmaf(a, b, c);
+  else if constexpr (same<T, double>) return __builtin_fma(a, b, c);
+  else return T(a * b + c);
+}
+template <class T, int N> PLAIT_FN vec<T, N> sqrt(vec<T, N> x) {
+  if constexpr (whole<T, N>) return sqrt_register(x);
+  else return {sqrt(x.lo), sqrt(x.hi)};
+}
+template <class T> PLAIT_FN T sqrt(T x) {
+  if constexpr (same<T, float>) return __builtin_sqrtf(x);
+  else return __builtin_sqrt(x);
 }
 template <class V> PLAIT_FN V rsqrt(V x) { return lane_t<V>(1) / sqrt(x); }
 template <class V> PLAIT_FN V reciprocal(V x) { return lane_t<V>(1) / x; }
