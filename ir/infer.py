@@ -15,19 +15,23 @@ import sympy
 import torch
 
 from ..errors import InferenceFailed, NeedsSizeFact
+from .facts import Facts, Unknown
 from .graph import Arg, Graph, Value, flatten, map_arg
 from .op import Op
 from .types import OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType, dim
 
-Rule = Callable[..., "tuple[ValueType, ...] | TensorType | None"]
+Result = tuple[ValueType, ...] | TensorType | None
+"""What a rule returns: the result types, None where it does not cover the case."""
 
-RULES: dict[str, Rule] = {}
+InferRule = Callable[..., Result]
+
+RULES: dict[str, InferRule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register an inference rule for op names with overload. The rule gets args with types in place of values."""
+def rule(*names: str) -> Callable[[InferRule], InferRule]:
+    """Register an inference rule for op names with overload: `fn(facts, *args)`, types in place of values."""
 
-    def register(fn: Rule) -> Rule:
+    def register(fn: InferRule) -> InferRule:
         for name in names:
             if name in RULES:
                 raise ValueError(f"{name} has two inference rules")
@@ -37,17 +41,28 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def by_rule(op: Op, typed: tuple[Arg, ...], symbols: Symbols) -> Result:
+    """Result types by the hand-written rule of `op`; None where there is none, or it does not cover the case."""
+    from . import infer_rules, infer_views  # register the rules
+
+    assert infer_rules is not None and infer_views is not None
+    found = RULES.get(op.name)
+    if found is None:
+        return None
+    try:
+        return found(Facts(symbols), *typed)
+    except Unknown:
+        return None
+
+
 def infer(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, ...]:
     """Types of the results of `op` on `args` (values stand for their types), the token last where the op has an effect.
 
     Raises `InferenceFailed` with torch's words where the op refuses the types, `NeedsSizeFact` where it depends on a
     fact about a size symbol that is not known.
     """
-    from . import infer_rules  # registers the rules
-
-    assert infer_rules is not None
     typed = map_arg(args, lambda a: a.type if isinstance(a, Value) else a)
-    found = RULES[op.name](*typed) if op.name in RULES else None
+    found = by_rule(op, typed, symbols)
     if found is None:
         found = _region_types(op, typed) if op.has("control_flow") else _by_fake_tensors(op, typed, symbols)
     types = found if isinstance(found, tuple) else (found,)
@@ -146,4 +161,4 @@ def type_of(value: Any) -> ValueType:
     return OpaqueType("none" if value is None else type(value).__name__)
 
 
-__all__ = ["RULES", "effect_of", "infer", "rule", "type_of"]
+__all__ = ["RULES", "Result", "by_rule", "effect_of", "infer", "rule", "type_of"]

@@ -101,13 +101,25 @@ def _freeze(value: Any) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value  # pyright: ignore
 
 
+#: Schemas spell the default memory format as a number.
+_MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+
+
+def _default(argument: Any) -> Any:
+    if not argument.has_default_value():
+        return REQUIRED
+    if str(argument.real_type) in ("MemoryFormat", "Optional[MemoryFormat]") and isinstance(argument.default_value, int):
+        return _MEMORY_FORMATS[argument.default_value]
+    return _freeze(argument.default_value)
+
+
 def _from_overload(overload: OpOverload) -> Op:
     schema = overload._schema
     params = tuple(
         Param(
             a.name,
             _param_kind(str(a.real_type)),
-            _freeze(a.default_value) if a.has_default_value() else REQUIRED,
+            _default(a),
             a.kwarg_only,
         )
         for a in schema.arguments
