@@ -68,3 +68,19 @@ def progress(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+def coverage_text(coverage: Mapping[str, Any]) -> str:
+    """What runs the nodes of a model: counts, then what is left to torch and why, most frequent first."""
+    lines = [
+        f"{coverage['generated']} nodes in {coverage['launches']} generated kernels, {coverage['library']} library calls, "
+        f"{coverage['fallback']} fallbacks, {coverage['free']} free (views, constants)"
+    ]
+    counts: dict[tuple[str, str, str], list[str]] = {}
+    for node in coverage.get("reported", ()):
+        counts.setdefault((node["kind"], node["op"], node["reason"]), []).append(node.get("source", ""))
+    rows = [
+        (len(sources), kind, op, reason, next(filter(None, sources), ""))
+        for (kind, op, reason), sources in sorted(counts.items(), key=lambda kv: (kv[0][0], -len(kv[1]), kv[0]))
+    ]
+    return "\n".join([*lines, "", table(("count", "kind", "op", "why", "first at"), rows)] if rows else lines)

@@ -171,11 +171,12 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
             raise DamagedArtifact(part=MANIFEST, why=f"it describes {tree.num_leaves} {which}, the plan has {leaves}")
     addresses, runner = load_native(archive, kernel_names(plan, "cpp"))
     kernels = {**addresses, **load_device(archive, kernel_names(plan, "triton"))}
-    executable = Executable(plan, kernels, _load_weights(archive, plan), runner=runner)
+    executable = Executable(plan, kernels, load_weights(archive, plan), runner=runner)
     return LoadedModel(archive, executable, in_tree, out_tree)
 
 
-def _load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
+def load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
+    """The weights that a plan names, mapped from the file. Raises DamagedArtifact."""
     start = archive.offset(WEIGHTS)
     tensors = weights.read(archive.map, start, start + len(archive.view(WEIGHTS)), WEIGHTS)
     notes = archive.manifest.get("weights")
