@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import sympy
 import torch
-
 from plait.codegen.cpp.build import build, host_isa
 from plait.codegen.kernel_ir import Buffer, Compute, Const, Load, Store
 from plait.codegen.templates import matmul as mm
@@ -27,20 +26,33 @@ PLAIN = MatmulSpec(
 )
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
+LAYOUTS = list(itertools.product("km", ("k", "n", "packed")))
+SOME = [("k", "k"), ("m", "n"), ("k", "packed")]
+
+
+def named(spec: MatmulSpec) -> MatmulSpec:
+    """`spec` under a name of its own, so that many kernels can share one translation unit."""
+    return replace(spec, name="mm_" + hashlib.sha256(repr(spec).encode()).hexdigest()[:16])
 
 
 @pytest.fixture(scope="session")
-def compiled(folder):
-    """Builds the kernel of a spec, or a source, once."""
+def compiled(tmp_path_factory):
+    """The shared object of a spec, or of the kernel that packs float32 or float64; built once, the common ones together."""
+    folder = tmp_path_factory.mktemp("kernels")
+    plain = [replace(PLAIN, a=a, b=b) for a, b in LAYOUTS]
+    some = [replace(PLAIN, a=a, b=b) for a, b in SOME]
+    common = {"native": plain + [typed(s, "float64") for s in some] + [replace(s, batch=n) for s in some for n in (1, 2)]}
+    packing = {f"pack_{dtype}": generate_pack(f"pack_{dtype}", dtype, "n") for dtype in ("float32", "float64")}
+    built: dict[str, dict[str, Path]] = {}
 
-    @cache
-    def get(spec: MatmulSpec | str, isa: str = "native") -> Path:
-        if isinstance(spec, MatmulSpec):
-            return build({spec.name: generate(spec)}, folder, isa=isa)[spec.name]
-        return build({"pack": spec}, folder, isa=isa)["pack"]
+    def get(spec: MatmulSpec | str, isa: str = "native") -> tuple[str, Path]:
+        if isa not in built:
+            sources = {s.name: generate(s) for s in map(named, common.get(isa, plain))}
+            built[isa] = build(sources | packing, folder, isa=isa)
+        name = spec if isinstance(spec, str) else named(spec).name
+        if name not in built[isa]:
+            built[isa] |= build({name: generate(named(spec))}, folder, isa=isa)
+        return name, built[isa][name]
 
     return get
 
@@ -57,6 +69,10 @@ def stored(x: torch.Tensor, contiguous: int) -> torch.Tensor:
     return room[..., : moved.shape[-1]].movedim(-1, contiguous)
 
 
+def run(compiled, spec, a, b, buffers, isa="native", **sizes):
+    bind_matmul(compiled(spec, isa)[1], named(spec), a, b, buffers, **sizes)()
+
+
 class Product:
     """a @ b by the template, in the layouts of a spec."""
 
@@ -67,8 +83,8 @@ class Product:
         k, n = b.shape[-2:]
         flat = b[None] if b.dim() == 2 else b.flatten(0, -3)
         packed = torch.full((flat.shape[0], packed_elements(n, k)), torch.nan, dtype=b.dtype)
-        library = self.compiled(generate_pack("pack", self.spec.dtype, "n"), self.isa)
-        bind(library, "pack", [flat.contiguous(), packed], [n, k, n, flat.shape[0], k * n], self.threads)()
+        name, library = self.compiled(f"pack_{self.spec.dtype}", self.isa)
+        bind(library, name, [flat.contiguous(), packed], [n, k, n, flat.shape[0], k * n], self.threads)()
         return packed.view(*b.shape[:-2], packed.shape[-1])
 
     def __call__(self, a, b, out=None, **tables):
@@ -81,8 +97,7 @@ class Product:
         b = self.pack(b) if spec.b == "packed" else stored(b, -2 if spec.b == "k" else -1)
         symbols = {"out_m": out.stride(-2), "out_b0": 0, "out_b1": 0}
         symbols |= {f"out_b{i}": out.stride(i) for i in range(spec.batch)}
-        library = self.compiled(spec, self.isa)
-        bind_matmul(library, spec, a, b, {"out": out, **tables}, n=n, symbols=symbols, threads=self.threads)()
+        run(self.compiled, spec, a, b, {"out": out, **tables}, n=n, symbols=symbols, threads=self.threads, isa=self.isa)
         return out
 
 
@@ -94,13 +109,15 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-SHAPES = [(1, 1, 1), (1, 33, 5), (2, 31, 17), (3, 64, 256), (5, 32, 257), (8, 100, 40), (12, 96, 300), (13, 5, 16), (16, 32, 31),
-          (25, 65, 64), (64, 48, 513), (250, 40, 33), (7, 2100, 270)]  # fmt: skip
-LAYOUTS = list(itertools.product("km", ("k", "n", "packed")))
+SHAPES = [(1, 1, 1), (1, 33, 5), (2, 31, 17), (3, 64, 256), (5, 32, 257), (8, 100, 40), (12, 96, 300), (13, 5, 16),
+          (16, 32, 31), (25, 65, 64), (64, 48, 513), (250, 40, 33), (7, 2100, 270)]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "layout, dtype",
+    [(x, "float32") for x in LAYOUTS] + [(x, "float64") for x in SOME],
+    ids=lambda p: p if isinstance(p, str) else "-".join(p),
+)
 def test_equals_torch_on_every_layout_and_tail(compiled, layout, dtype):
     product = Product(compiled, typed(PLAIN, dtype), a=layout[0], b=layout[1])
     for m, n, k in SHAPES:
@@ -192,14 +209,13 @@ def test_two_batch_axes_of_attention_views(compiled):
     for head in range(0, 4, 2):  # two query heads share a key head: stride 0
         part, key = heads[:, head : head + 2], keys[:, head // 2 : head // 2 + 1].mT
         symbols = {"out_b0": out.stride(0), "out_b1": out.stride(1), "out_m": 33}
-        call = bind_matmul(compiled(spec), spec, part, key, {"out": out[:, head:]}, n=33, symbols=symbols, threads=2)
-        call()
+        run(compiled, spec, part, key, {"out": out[:, head:]}, n=33, symbols=symbols, threads=2)
     expected = heads @ keys.repeat_interleave(2, dim=1).mT
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("layout", SOME, ids="-".join)
 def test_batched(compiled, batch, layout):
     shape = (3, 4)[:batch]
     a, b = integers(*shape, 9, 40), integers(*shape, 40, 35, seed=1)
@@ -230,7 +246,7 @@ def test_rows_of_b_through_a_table(compiled, b):
     out = torch.empty(9, 40)
     spec, layout = replace(PLAIN, b="k", b_ids=True), stored(w, -2)
     symbols = {"out_m": 40, "out_b0": 0, "out_b1": 0}
-    bind_matmul(compiled(spec), spec, x, layout, {"out": out, "b_ids": ids}, n=40, symbols=symbols, threads=2)()
+    run(compiled, spec, x, layout, {"out": out, "b_ids": ids}, n=40, symbols=symbols, threads=2)
     assert torch.equal(out, Product(compiled)(x, w[:, ids]))
 
 
@@ -252,7 +268,7 @@ def test_groups_along_k_give_one_product_each(compiled):
         "by_k", (Store("out", mm.GROUP * 800 + mm.M * 40 + mm.N, mm.ACC),), PLAIN.buffers, a="m", b="n", group="k"
     )
     out = torch.full((3, 20, 40), torch.nan)
-    bind_matmul(compiled(group), group, x.mT, y, {"out": out, "offsets": offsets}, n=40, threads=2)()
+    run(compiled, group, x.mT, y, {"out": out, "offsets": offsets}, n=40, threads=2)
     plain = Product(compiled, a="m", b="n")
     for g, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         assert torch.equal(out[g], plain(x[start:end].mT, y[start:end]))
@@ -283,10 +299,7 @@ def test_epilogue_with_bias_activation_residual_scale_and_two_outputs(compiled):
     a, w = integers(m, k), integers(n, k, seed=1)
     given = {"bias": integers(n), "scale": integers(m), "residual": integers(m, n)}
     out, mask = torch.empty(m, n), torch.empty(n, m, dtype=torch.bool)
-    call = bind_matmul(
-        compiled(spec), spec, a, w.mT, given | {"out": out, "mask": mask}, n=n, symbols={"cols": n}, threads=2
-    )
-    call()
+    run(compiled, spec, a, w.mT, given | {"out": out, "mask": mask}, n=n, symbols={"cols": n}, threads=2)
     before = a @ w.mT + given["bias"]
     assert torch.equal(out, before.relu() * given["scale"][:, None] + given["residual"])
     assert torch.equal(mask, (before > 0).mT)
@@ -301,7 +314,7 @@ def test_epilogue_scatters_rows_through_a_table(compiled):
     )
     a, b, to = randn(25, 30), randn(30, 40), torch.randperm(25)
     out = torch.empty(25, 40)
-    bind_matmul(compiled(spec), spec, a, stored(b, -2), {"to": to, "out": out}, n=40)()
+    run(compiled, spec, a, stored(b, -2), {"to": to, "out": out}, n=40)
     assert torch.equal(out[to], Product(compiled)(a, b))
 
 
@@ -344,7 +357,7 @@ def test_workspace_is_as_large_as_needed_and_no_larger_is_touched(compiled, b):
         x, w, out = randn(m, k), randn(k, n), torch.empty(m, n)
         w = Product(compiled, b=b).pack(w) if b == "packed" else stored(w, -2)
         sizes = [m, n, k, k, w.stride(-1), threads, 0, 0, n]
-        bind(compiled(spec), "mm", [x, w, out, workspace], sizes, threads)()
+        bind(compiled(spec)[1], named(spec).name, [x, w, out, workspace], sizes, threads)()
         assert (workspace[elements:] == 7).all()
 
 
@@ -352,7 +365,7 @@ def test_uses_no_more_threads_than_the_workspace_has_slots(compiled):
     m, n, k = 256, 256, 64
     workspace = torch.full((2 * workspace_elements(PLAIN, m, n, k, 1),), 7.0)
     x, w, out = randn(m, k), randn(n, k), torch.empty(m, n)
-    bind(compiled(PLAIN), "mm", [x, w, out, workspace], [m, n, k, k, k, 1, 0, 0, n], 4)()
+    bind(compiled(PLAIN)[1], named(PLAIN).name, [x, w, out, workspace], [m, n, k, k, k, 1, 0, 0, n], 4)()
     assert (workspace[workspace.numel() // 2 :] == 7).all()
 
 
