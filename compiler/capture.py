@@ -8,14 +8,14 @@ compiled (a forward, a backward, an inference graph) is imported by `ir.from_fx`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -107,15 +107,22 @@ def _probe_inputs(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 def _probe(gm: GraphModule, inputs: Sequence[Any]) -> None:
     fakes = _probe_inputs(gm, inputs)
-    mode = detect_fake_mode(fakes)
+    mode = next((t.fake_mode for t in _tensors(fakes) if isinstance(t, FakeTensor)), None)
     if mode is None:
         return
-    with mode, torch.random.fork_rng(devices=()):
-        if mode.shape_env is None:
-            _Probe(gm).check(fakes)
-            return
-        with mode.shape_env.ignore_fresh_unbacked_symbols():
-            _Probe(gm).check(fakes)
+    with _on_fakes(mode):
+        _Probe(gm).check(fakes)
+
+
+@contextmanager
+def _on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Run a program on fake tensors, leaving no trace: gradient mode and symbols stay as they are."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        stack.enter_context(mode)
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        yield
 
 
 def capture_forward(gm: GraphModule, inputs: Sequence[Any]) -> Graph:
@@ -130,6 +137,7 @@ def capture_forward(gm: GraphModule, inputs: Sequence[Any]) -> Graph:
         traced, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
         _write_back(traced, signature)
         _detach_spans(traced)
+        _differentiable_copies(traced)
         return from_fx(traced, "forward")
     except PlaitError:
         raise
@@ -181,15 +189,73 @@ def _detach_spans(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def restore_forward(graph: Graph, gm: GraphModule) -> GraphModule:
-    """The graph as a module that takes the place of the Dynamo graph it was captured from."""
+def _differentiable_copies(gm: GraphModule) -> None:
+    """Functional `copy(old, new)` has no derivative in torch; it is `new`, cast and broadcast to the type of `old`."""
+    for n in gm.graph.find_nodes(op="call_function", target=aten.copy.default):
+        old, new = n.args[0].meta["val"], n.args[1].meta["val"]
+        with gm.graph.inserting_before(n), n.meta["val"].fake_mode, torch.no_grad():
+            value = n.args[1]
+            if (old.dtype, old.device) != (new.dtype, new.device):
+                value = gm.graph.call_function(aten._to_copy.default, (value,), {"dtype": old.dtype, "device": old.device})
+                value.meta.update({**n.meta, "val": aten._to_copy.default(new, dtype=old.dtype, device=old.device)})
+            sizes = [_size_node(gm, n.args[0], i, s) for i, s in enumerate(old.shape)]
+            spread = gm.graph.call_function(aten.expand.default, (value, sizes))
+            spread.meta.update({**n.meta, "val": aten.expand.default(value.meta["val"], list(old.shape))})
+        n.replace_all_uses_with(spread)
+        gm.graph.erase_node(n)
+    gm.recompile()
+
+
+def _size_node(gm: GraphModule, of: FxNode, i: int, size: Any) -> Any:
+    if isinstance(size, int):
+        return size
+    node = gm.graph.call_function(aten.sym_size.int, (of, i))
+    node.meta["val"] = size
+    return node
+
+
+def restore_forward(graph: Graph, gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+    """The graph as a module that takes the place of the Dynamo graph it was captured from.
+
+    Raises CannotCapture where an op on the way of gradients has no derivative.
+    """
     made = to_fx(graph)
     for new, old in zip(made.graph.find_nodes(op="placeholder"), gm.graph.find_nodes(op="placeholder"), strict=True):
         new.meta.update(old.meta)
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # AOTAutograd's guards speak of it
     made.meta.update(gm.meta)
+    if torch.is_grad_enabled():
+        _keep_old_values(made)
+        _check_derivatives(made, inputs)
     return made
+
+
+def _keep_old_values(gm: GraphModule) -> None:
+    """Let the program read copies of the inputs that it writes at its end: autograd may have saved them for backward."""
+    for write in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        target = write.args[0]
+        with gm.graph.inserting_after(target):
+            copy = gm.graph.call_function(aten.clone.default, (target,))
+        target.replace_all_uses_with(copy, lambda user: user is not copy and user is not write)  # noqa: B023
+    gm.recompile()
+
+
+class _DerivativeCheck(Interpreter):
+    def run_node(self, n: FxNode) -> Any:
+        result = super().run_node(n)
+        for t in _tensors(result):
+            if t.grad_fn is not None and t.grad_fn.name() == "torch::autograd::NotImplemented":
+                raise CannotCapture(why=f"{n.target} has no derivative")
+        return result
+
+
+def _check_derivatives(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    fakes = _probe_inputs(gm, inputs)
+    mode = next((t.fake_mode for t in _tensors(fakes) if isinstance(t, FakeTensor)), None)
+    if mode is not None:
+        with _on_fakes(mode):
+            _DerivativeCheck(gm).run(*fakes)
 
 
 # -- forward and backward in one ----------------------------------------------------------------------------------------

@@ -1,0 +1,174 @@
+"""`torch.compile(model, backend="plait")`: found through the entry point group `torch_dynamo_backends`.
+
+One call of `plait` compiles one Dynamo graph: passes before autograd, then AOTAutograd, which differentiates it and calls
+back with the joint graph and with what is to be compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import CompileContext
+from torch.fx import GraphModule
+
+from ..codegen.compile import CodegenOptions, CompiledGraph, compile_graph
+from ..errors import CannotCapture, CannotImport, CannotLower, FallbackRefused, PlaitError
+from ..ir import from_fx
+from ..passes.decompositions import table
+from . import capture, pipelines, rng
+from .observe import Observation, Record, active
+from .options import Options
+from .pipelines import Session
+
+log = logging.getLogger(__name__)
+
+Boxed = Callable[[list[Any]], Sequence[Any]]
+
+
+def plait(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured; returns a callable on the same flat inputs.
+
+    `mode` is one of `options.MODES`, `options` the keys of `options.Options` and `pass.option`. Raises UnknownMode,
+    UnknownOption with the nearest key, BadOption; with `fallback="error"` FallbackRefused.
+    """
+    chosen = Options.of(options, mode)
+    return _Compilation(Session(_name(), chosen), active()).run(gm, example_inputs)
+
+
+def _name() -> str:
+    """Dynamo's compile id as in its logs, `0_1` for frame 0, second compilation."""
+    current = CompileContext.current_compile_id()
+    return str(current).replace("/", "_") if current is not None else "graph"
+
+
+@dataclass
+class _Compilation:
+    """One Dynamo graph on its way through AOTAutograd. `seen_by` collects the records."""
+
+    session: Session
+    seen_by: tuple[Observation, ...]
+    not_applied: list[str] = field(default_factory=list)
+    inputs: Sequence[Any] = ()
+
+    def run(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.inputs = inputs
+        if pipelines.passes("forward", self.session.options):
+            gm = self.rewrite_forward(gm, inputs)
+        compiler = aot_autograd(
+            fw_compiler=self.compiler("forward"),
+            bw_compiler=self.compiler("backward"),
+            inference_compiler=self.compiler("inference"),
+            partition_fn=self.partition,
+            decompositions=table(self.session.options.keep_ops),
+            keep_inference_input_mutations=True,
+        )
+        return compiler(gm, inputs)
+
+    def refuse(self, what: str, error: PlaitError) -> None:
+        """Note that something cannot be done here; an error where the options forbid falling back."""
+        if self.session.options.fallback == "error":
+            raise FallbackRefused(what=what, why=str(error)) from error
+        log.warning("%s: %s: %s", self.session.name, what, error)
+
+    # -- before autograd ----------------------------------------------------------------------------------------------
+
+    def rewrite_forward(self, gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+        """The Dynamo graph after the forward pipeline; itself where it has no functional form."""
+        try:
+            graph = capture.capture_forward(gm, inputs)
+            with capture.real_tensors():
+                graph, _ = self.session.run(graph, "forward")
+            return capture.restore_forward(graph, gm, inputs)
+        except (CannotCapture, CannotImport) as error:
+            names = ", ".join(p.name for p in pipelines.passes("forward", self.session.options))
+            self.not_applied.append(f"{names}: {error}")
+            self.refuse(f"passes before autograd ({names}) are not applied", error)
+            return gm
+
+    # -- forward and backward in one ----------------------------------------------------------------------------------
+
+    def partition(self, joint: GraphModule, inputs: Any, **how: Any) -> tuple[GraphModule, GraphModule]:
+        """Run the joint pipeline and cut by torch's min-cut."""
+        chosen = pipelines.passes("joint", self.session.options)
+        if chosen:
+            try:
+                graph, links = capture.capture_joint(joint)
+            except CannotImport as error:
+                names = ", ".join(p.name for p in chosen)
+                self.not_applied.append(f"{names}: {error}")
+                self.refuse(f"passes on the joint graph ({names}) are not applied", error)
+            else:
+                with capture.real_tensors():
+                    graph, _ = self.session.run(graph, "joint")
+                joint = capture.restore_joint(graph, links, joint)
+        return min_cut_rematerialization_partition(joint, inputs, **how)
+
+    # -- what is compiled ---------------------------------------------------------------------------------------------
+
+    def compiler(self, kind: str) -> Callable[[GraphModule, Sequence[Any]], Boxed]:
+        """AOTAutograd's callback for one kind of graph."""
+
+        def compile_fx(gm: GraphModule, example_inputs: Sequence[Any]) -> Boxed:
+            with capture.real_tensors():
+                return self.compile(gm, kind)
+
+        return compile_fx
+
+    def compile(self, gm: GraphModule, kind: str) -> Boxed:
+        """The compiled graph as a boxed callable; recorded."""
+        record = Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied))
+        try:
+            run = self.lowered(gm, kind, record)
+        except (CannotImport, CannotLower) as error:
+            self.refuse(f"the {kind} graph runs in torch", error)
+            record.torch_reason = str(error)
+            record.torch_ops = sum(n.op == "call_function" for n in gm.graph.nodes)
+            run = _by_torch(gm)
+        for observation in dict.fromkeys((*self.seen_by, *active())):
+            observation.graphs.append(record)
+        return _counted(run, record)
+
+    def lowered(self, gm: GraphModule, kind: str, record: Record) -> Boxed:
+        """Import, run the passes, generate code. Raises CannotImport, CannotLower, FallbackRefused."""
+        options = self.session.options
+        graph = from_fx(rng.unfold(gm), kind)
+        record.captured = graph
+        record.graph, steps = self.session.run(graph, "split")
+        record.history = tuple(steps)
+        record.compiled = compile_graph(record.graph, CodegenOptions())
+        check_fallbacks(record.compiled, options)
+        return record.compiled.executable.run
+
+
+def check_fallbacks(compiled: CompiledGraph, options: Options) -> None:
+    """Raise FallbackRefused for the first op that runs in torch for want of a kernel, where the options forbid it."""
+    if options.fallback != "error":
+        return
+    for reported in compiled.coverage.reported:
+        if reported.kind == "fallback":
+            raise FallbackRefused(what=reported.op, why=reported.reason, source=reported.source or None)
+
+
+def _by_torch(gm: GraphModule) -> Boxed:
+    def run(args: list[Any]) -> Sequence[Any]:
+        given = tuple(args)
+        args.clear()
+        return gm(*given)
+
+    return run
+
+
+def _counted(run: Boxed, record: Record) -> Boxed:
+    def boxed(args: list[Any]) -> Sequence[Any]:
+        record.runs += 1
+        return run(args)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd hands over its list of inputs
+    return boxed
