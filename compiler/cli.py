@@ -7,6 +7,7 @@ import click
 from .. import __version__
 from .commands.cache import cache
 from .commands.look import diff, env, passes
+from .commands.models import compile_command, inspect, run
 from .commands.shared import Main
 
 
@@ -21,5 +22,5 @@ def main() -> None:
     """
 
 
-for _command in (cache, diff, env, passes):
+for _command in (cache, compile_command, diff, env, inspect, passes, run):
     main.add_command(_command)

@@ -10,34 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from plait.codegen.compile import compile_graph
-from plait.compiler.aot import Ready, parts, save
+from plait.compiler.aot import parts, save
 from plait.compiler.source import Targets
 from plait.errors import BadTarget
 from plait.ir import parse_graph, structurally_equal
-from plait.passes.base import Context, run_pipeline
-from plait.passes.prune import Prune
 from plait.runtime.artifact import load
-from torch.utils import _pytree as pytree
 
-TEXT = """
-graph(level="tensor", symbols={"s0": (2, 64, 8)})
-def forward(x: "f32[s0,4]"):
-    w = plait.constant("w")
-    unused = aten.exp.default(x)
-    add = aten.add.Tensor(x, w)
-    act = aten.relu.default(add)
-    sort, order = aten.sort.default(act)
-    return (act, sort, s0)
-"""
-
-
-def ready() -> Ready:
-    captured = parse_graph(TEXT, {"w": torch.tensor([-1.0, 0.0, 1.0, 2.0])})
-    graph, history = run_pipeline(captured, [Prune()], Context())
-    _, in_tree = pytree.tree_flatten(((torch.zeros(1),), {}))
-    _, out_tree = pytree.tree_flatten({"act": 0, "sorted": (0, 0)})
-    return Ready(compile_graph(graph), captured, history, in_tree, out_tree, {"name": "small"})
+from tests.compiler.small import expected, ready
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +24,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("aot") / "small.plait"
     save(ready(), path)
     return path
-
-
-def expected(x: torch.Tensor) -> dict[str, object]:
-    act = torch.relu(x + torch.tensor([-1.0, 0.0, 1.0, 2.0]))
-    return {"act": act, "sorted": (act.sort().values, x.shape[0])}
 
 
 def test_a_loaded_model_gives_the_same_answer(artifact: Path) -> None:
@@ -84,6 +58,7 @@ modules = sorted({m.split(".")[1] for m in sys.modules if m.startswith("plait.")
 print(json.dumps({"act": out["act"].tolist(), "modules": modules}))
 """
     run = subprocess.run([sys.executable, "-c", code, str(artifact)], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["act"] == expected(torch.arange(8.0).reshape(2, 4))["act"].tolist()
     assert found["modules"] == ["errors", "runtime"]
