@@ -1,0 +1,95 @@
+"""Fused micro-benchmarks: what a fusing compiler should win on. All float32, all memory-bound on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Micro:
+    """`fn(*make(n))`; `n` scales the number of rows: FULL for a timing, 1 for the cost of a call with no work in it."""
+
+    name: str
+    fn: Callable[..., object]
+    make: Callable[[int], list[Tensor]]
+    full: int
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias, approximate="tanh")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    return F.softmax(scores * 0.125 + mask, -1)
+
+
+def residual_norm(x: Tensor, y: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + y + bias
+    return total, F.layer_norm(total, total.shape[-1:], weight, None)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def rotary(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = q.chunk(2, -1)
+    return q * cos + torch.cat([-second, first], -1) * sin
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+def channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    var, mean = torch.var_mean(x, (0, 2, 3), keepdim=True, correction=0)
+    return F.relu((x - mean) * torch.rsqrt(var + 1e-5) * weight + bias), mean, var
+
+
+def adam_step(p: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    m = m * 0.9 + grad * 0.1
+    v = v * 0.999 + grad * grad * 0.001
+    return p - 1e-3 * (m / 0.5) / ((v / 0.1).sqrt() + 1e-8), m, v
+
+
+def transposed_chain(x: Tensor, y: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return torch.tanh((x + y.t()) * row + column).mul(0.5).clamp(-0.4, 0.4)
+
+
+MICROS = (
+    Micro("bias gelu", bias_gelu, lambda n: [_randn(n, 1024), _randn(1024, seed=1)], 4096),
+    Micro("layer norm", layer_norm, lambda n: [_randn(n, 1024), _randn(1024, seed=1), _randn(1024, seed=2)], 4096),
+    Micro("rms norm", rms_norm, lambda n: [_randn(n, 1024), _randn(1024, seed=1)], 4096),
+    Micro("masked softmax", masked_softmax, lambda n: [_randn(n, 12, 128, 128), _randn(n, 1, 1, 128, seed=1)], 16),
+    Micro("residual norm", residual_norm, lambda n: [_randn(n, 1024), _randn(n, 1024), _randn(1024), _randn(1024)], 4096),
+    Micro("swiglu", swiglu, lambda n: [_randn(n, 4096)], 1024),
+    Micro("rotary", rotary, lambda n: [_randn(n, 8, 128, 64), _randn(128, 64, seed=1), _randn(128, 64, seed=2)], 32),
+    Micro("cross entropy", cross_entropy, lambda n: [_randn(n, 8192), torch.arange(n) % 8192], 512),
+    Micro("channel norm", channel_norm, lambda n: [_randn(n, 64, 56, 56), _randn(64, 1, 1), _randn(64, 1, 1, seed=1)], 16),
+    Micro("adam step", adam_step, lambda n: [_randn(n), _randn(n, seed=1), _randn(n, seed=2), _randn(n).square()], 1 << 22),
+    Micro(
+        "transposed chain",
+        transposed_chain,
+        lambda n: [_randn(n, 2048), _randn(2048, n, seed=1), _randn(2048, seed=2), _randn(n, 1, seed=3)],
+        2048,
+    ),
+)  # fmt: skip

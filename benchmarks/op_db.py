@@ -1,0 +1,341 @@
+"""The op database that PyTorch ships, forward, float32, CPU: what becomes of every op under a torch.compile backend.
+
+    python -m benchmarks.op_db [--all] [--ops REGEX] [--shards N] [--resume FILE] [--json FILE] [--backend NAME]
+
+Each sample is compiled alone (`fullgraph=True`, everything forgotten before) and compared with eager by
+`torch.testing.assert_close`'s defaults, results and arguments after the call, random ops from the same seed. Its class is
+
+    generated       plait graphs ran, and every node is a generated kernel (or a view, which costs nothing)
+    library         as generated, but some nodes are library calls that were chosen
+    fallback        some nodes run as eager ops because plait has nothing for them
+    not reached     no plait graph ran: Dynamo or AOTAutograd refuse the sample without plait as well, or nothing was left
+    raises          plait raises, crashes, or gives no answer in time
+    silently wrong  another answer than eager's, and no error
+    ran             (other backends only) graphs ran and the answer is right
+
+By default the eight most different samples of each op; `--all` takes all of them. Work is spread over processes; a process
+that crashes or hangs is replaced and its sample counted as *raises*. Shard K appends to FILE.K; `--resume FILE` goes on
+where these files end. `--one OP:SAMPLE` runs one sample here and shows the whole error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import queue
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .machine import ROOT, commit, machine, versions
+from .runner import Outcome, Run
+
+CLASSES = ("generated", "library", "fallback", "ran", "not reached", "raises", "silently wrong")  # best first
+SAMPLE_SECONDS = 120.0
+TASKS_PER_PROCESS = 120  # Dynamo and caches grow; a new process costs a few seconds
+QUICK_OPS = "^(add|softmax|matmul|nn.functional.layer_norm|cumsum|sort|where|sum|cat|nn.functional.conv2d)$"
+
+Record = dict[str, Any]
+
+
+class Worker:
+    """A process of `op_db_worker`, read line by line with a time limit."""
+
+    def __init__(self, backend: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.op_db_worker", backend]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `stop`
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, bufsize=0
+        )
+        self.buffer = b""
+        self.tasks = 0
+
+    def send(self, task: Mapping[str, Any]) -> None:
+        """Give it a task. A process that is gone is noticed by `receive`."""
+        self.tasks += 1
+        try:
+            self.process.stdin.write(json.dumps(task).encode() + b"\n")  # type: ignore[union-attr]
+        except BrokenPipeError:
+            return
+
+    def receive(self, seconds: float) -> dict[str, Any] | str:
+        """The next message, or the reason why there is none: the process is then gone."""
+        deadline = time.monotonic() + seconds
+        pipe = self.process.stdout
+        assert pipe is not None
+        while b"\n" not in self.buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+                self.stop()
+                return f"no answer within {seconds:.0f} s"
+            piece = os.read(pipe.fileno(), 1 << 16)
+            if not piece:
+                return self._death()
+            self.buffer += piece
+        line, self.buffer = self.buffer.split(b"\n", 1)
+        return json.loads(line)
+
+    def _death(self) -> str:
+        code = self.process.wait()
+        self.errors.seek(0)
+        last = (self.errors.read().strip().splitlines() or [""])[-1][:200]
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {last}"
+
+    def stop(self) -> None:
+        """Kill the process; it holds nothing worth keeping."""
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
+
+
+@dataclass
+class Shard:
+    """One process slot: takes ops from the queue, replaces its process when it dies, appends records to its file."""
+
+    path: Path
+    backend: str
+    every: bool
+    seconds: float = SAMPLE_SECONDS
+    records: list[Record] = field(default_factory=list)
+    lost: int = 0
+
+    def drain(self, tasks: queue.Queue[str], done: Mapping[str, set[int]], deadline: float) -> None:
+        """Work until the queue is empty or the deadline (monotonic) has passed."""
+        worker: Worker | None = None
+        with self.path.open("a") as self.file:
+            while time.monotonic() < deadline:
+                try:
+                    op = tasks.get_nowait()
+                except queue.Empty:
+                    break
+                if worker is not None and worker.tasks >= TASKS_PER_PROCESS:
+                    worker.stop()
+                    worker = None
+                worker = self._one_op(worker or Worker(self.backend), op, set(done.get(op, ())), deadline)
+        if worker is not None:
+            worker.stop()
+
+    def _one_op(self, worker: Worker, op: str, skip: set[int], deadline: float) -> Worker | None:
+        """Run an op's samples, again from where it stopped after each crash; the process that is left, if any."""
+        while True:
+            worker.send({"op": op, "every": self.every, "skip": sorted(skip)})
+            current = -1
+            while True:
+                message = worker.receive(self.seconds)
+                if isinstance(message, str):
+                    break
+                current = message.get("start", current)
+                if "record" in message:
+                    self._keep(message["record"])
+                    skip.add(current)
+                if "done" in message:
+                    return worker
+                if time.monotonic() > deadline:
+                    worker.stop()
+                    return None
+            self.lost += 1
+            self._keep({"op": op, "sample": current, "class": "raises", "layer": self.backend, "reason": message})
+            if current < 0 or current in skip:
+                return None  # it died outside of a sample: trying again would not end
+            skip.add(current)
+            worker = Worker(self.backend)
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def settings(backend: str, every: bool) -> dict[str, Any]:
+    """What must be equal for a run to go on from the files of an earlier one."""
+    return {"backend": backend, "every": every, "commit": commit(), "torch": versions()["torch"]}
+
+
+def load(stem: Path, wanted: Mapping[str, Any]) -> list[Record]:
+    """Records of an earlier run. Raises SystemExit when it ran with other settings."""
+    found: list[Record] = []
+    for path in sorted(stem.parent.glob(stem.name + ".[0-9]*")):
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a run that was killed while writing it
+            if "settings" not in record:
+                found.append(record)
+            elif record["settings"] != wanted:
+                raise SystemExit(
+                    f"{path} is of another run: {record['settings']}, not {wanted}; remove it or name another file"
+                )
+    return found
+
+
+def run(
+    backend: str,
+    *,
+    every: bool = False,
+    ops: str = "",
+    shards: int = 0,
+    stem: Path | None = None,
+    resume: bool = False,
+    seconds: float = float("inf"),
+    say: Any = lambda text: None,
+) -> list[Record]:
+    """Run the database (ops whose key matches the regex `ops`) and return the records, earlier ones included."""
+    with tempfile.TemporaryDirectory() as scratch:
+        stem = stem or Path(scratch) / "op_db.jsonl"
+        wanted = settings(backend, every)
+        earlier = load(stem, wanted) if resume else []
+        if not resume and list(stem.parent.glob(stem.name + ".[0-9]*")):
+            raise SystemExit(f"there are results in {stem}.*; go on with --resume {stem} or name another file")
+        done: dict[str, set[int]] = collections.defaultdict(set)
+        for r in earlier:
+            done[r["op"]].add(r["sample"])
+        tasks: queue.Queue[str] = queue.Queue()
+        names = [n for n in names_of_ops() if re.search(ops, n)]
+        for name in names:
+            tasks.put(name)
+        count = min(shards or os.cpu_count() or 1, max(len(names), 1))
+        slots = [Shard(Path(f"{stem}.{k}"), backend, every) for k in range(count)]
+        for slot in slots:
+            with slot.path.open("a") as file:
+                file.write(json.dumps({"settings": wanted}) + "\n")
+        deadline = time.monotonic() + seconds
+        threads = [threading.Thread(target=s.drain, args=(tasks, done, deadline)) for s in slots]
+        for t in threads:
+            t.start()
+        while any(t.is_alive() for t in threads):
+            threads[0].join(5.0)
+            say(f"{len(names) - tasks.qsize()} of {len(names)} ops, {sum(len(s.records) for s in slots)} samples")
+            for t in threads:
+                t.join(0.0)
+        return earlier + [r for s in slots for r in s.records]
+
+
+def names_of_ops() -> list[str]:
+    """Keys of all entries, from a process of its own: importing the database takes seconds and changes global state."""
+    code = "from benchmarks.op_db_worker import entries; print('\\n'.join(sorted(entries())))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def summary(records: Iterable[Record]) -> dict[str, Any]:
+    """Counts by class over samples and over ops (an op is as good as its worst sample), and the reasons of the bad ones."""
+    records = list(records)
+    per_op: dict[str, str] = {}
+    for r in records:
+        before = per_op.get(r["op"], CLASSES[0])
+        per_op[r["op"]] = max(before, r["class"], key=CLASSES.index)
+    by_class = collections.Counter(r["class"] for r in records)
+    ops = collections.Counter(per_op.values())
+    reasons: dict[str, Any] = {}
+    for kind in ("fallback", "not reached", "raises", "silently wrong"):
+        groups: dict[str, list[str]] = collections.defaultdict(list)
+        for r in records:
+            if r["class"] == kind:
+                groups[_general(r.get("reason", ""))].append(f"{r['op']}:{r['sample']}")
+        ranked = sorted(groups.items(), key=lambda g: -len(g[1]))
+        reasons[kind] = [{"reason": why, "samples": len(where), "such as": where[:6]} for why, where in ranked[:40]]
+    return {
+        "samples": len(records),
+        "ops": len(per_op),
+        "by sample": {k: by_class[k] for k in CLASSES if by_class[k]},
+        "by op": {k: ops[k] for k in CLASSES if ops[k]},
+        "values not compared": dict(collections.Counter(r["values"] for r in records if "values" in r)),
+        "reasons": reasons,
+        "ops by class": {k: sorted(o for o, c in per_op.items() if c == k) for k in CLASSES[2:] if ops[k]},
+    }
+
+
+def _general(reason: str) -> str:
+    """A reason without what differs from sample to sample."""
+    return re.sub(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e-?\d+)?", "N", reason)[:160]
+
+
+def measure(run_: Run) -> Outcome:
+    """Letter c. A quick run takes ten common ops and as many of their samples as fit."""
+    options: dict[str, Any] = {"every": run_.every, "shards": run_.shards, "say": run_.say}
+    if run_.quick:
+        options = {"ops": QUICK_OPS, "shards": 2, "seconds": 14.0}
+    found = summary(run(run_.backend, **options))
+    figure = {"samples": found["samples"], "ops": found["ops"]} | found["by sample"]
+    figure.setdefault("silently wrong", 0)
+    return Outcome(figure, found["samples"] > 0 and figure["silently wrong"] == 0, found)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Counts as a Markdown table."""
+    lines = ["| class | samples | ops (worst sample) |", "|---|---|---|"]
+    for kind in CLASSES:
+        if kind in found["by sample"] or kind == "silently wrong":
+            lines.append(f"| {kind} | {found['by sample'].get(kind, 0)} | {found['by op'].get(kind, 0)} |")
+    lines.append(f"| all | {found['samples']} | {found['ops']} |")
+    return "\n".join(lines)
+
+
+def show_one(where: str, backend: str) -> int:
+    """Run one sample here, with the whole traceback."""
+    import torch
+
+    from . import op_db_worker as w
+
+    op, _, index = where.rpartition(":")
+    info = w.entries()[op]
+    sample = w.samples(info)[int(index)]
+    torch.set_num_threads(1)
+    print(f"{op}({w.describe(sample)})")
+    record = w.classify(info, sample, backend)
+    print(json.dumps(record, indent=1))
+    if record["class"] == "raises":
+        w.run_compiled(w.call_of(info), sample, backend)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; exit code 1 when a sample is silently wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.op_db", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="every sample, not the eight most different of each op")
+    parser.add_argument("--ops", default="", metavar="REGEX", help="only ops whose name matches")
+    parser.add_argument("--shards", type=int, default=0, help="processes (default: one per core)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write records to FILE.0, FILE.1, …")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with the records in FILE.*")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write counts, reasons, machine and versions")
+    parser.add_argument("--backend", default="plait")
+    parser.add_argument("--one", metavar="OP:SAMPLE", help="run one sample in this process")
+    given = parser.parse_args(argv)
+    if given.one:
+        return show_one(given.one, given.backend)
+    records = run(
+        given.backend,
+        every=given.all,
+        ops=given.ops,
+        shards=given.shards,
+        stem=given.resume or given.out,
+        resume=given.resume is not None,
+        say=lambda text: print(f"  {text}", file=sys.stderr, flush=True) if sys.stderr.isatty() else None,
+    )
+    found = summary(records)
+    print(table(found))
+    for kind, groups in found["reasons"].items():
+        for group in groups[:8]:
+            print(f"{kind}: {group['samples']}x {group['reason']} ({', '.join(group['such as'][:3])})")
+    if given.json:
+        report = {"settings": settings(given.backend, given.all), "machine": machine(), "versions": versions(), **found}
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if found["by sample"].get("silently wrong") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

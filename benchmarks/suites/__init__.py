@@ -1,0 +1,1 @@
+"""One module per named suite; each defines `SUITE`."""

@@ -1,0 +1,168 @@
+"""Side-by-side times of eager, Inductor and plait; compile time and the cost of a call beside each."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.generate.judge import judge
+from tests.models import build, example, loss
+
+from .harness import Probe, geometric_mean, side_by_side
+from .micro import MICROS, Micro
+from .models import FULL, LENGTH, TRAINED, doubled, float64, tiny
+from .plait_seam import cold_caches, fresh
+from .runner import Outcome, Run
+
+PEER = "inductor"
+
+
+class Contenders:
+    """eager, Inductor and the backend under test on one function; remembers what compiling each took."""
+
+    def __init__(self, backend: str) -> None:
+        self.backends = [PEER] if backend == PEER else [PEER, backend]
+        self.compile_s: dict[str, float] = {}
+
+    def make(
+        self, call: Callable[[Callable[..., Any]], Callable[[], Any]], fn: Any, *, timed: bool
+    ) -> dict[str, Callable[[], Any]]:
+        """Name to a call without arguments. `call(f)` binds arguments of its own to eager or compiled `f`.
+
+        A `timed` first call runs with empty disk caches and goes to `compile_s`: Dynamo, AOTAutograd and the backend.
+        """
+        made = {"eager": call(fn)}
+        for name in self.backends:
+            fresh_fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
+            made[name] = call(torch.compile(fresh_fn, backend=name, dynamic=False))
+            start = time.perf_counter()
+            if timed:
+                with cold_caches():
+                    made[name]()
+                self.compile_s[name] = round(time.perf_counter() - start, 3)
+            else:
+                made[name]()
+        return made
+
+
+def agree(candidates: dict[str, Callable[[], Any]], exact: Callable[[], Any]) -> dict[str, str]:
+    """Verdict of each compiled candidate against eager; refuses results that are all zero, which time nothing."""
+    expected = candidates["eager"]()
+    leaves = [x for x in tree_leaves(expected) if isinstance(x, torch.Tensor)]
+    if not any(x.count_nonzero() for x in leaves):
+        raise RuntimeError("the benchmark computes nothing but zeros")
+    return {name: judge(call(), expected, exact).kind for name, call in candidates.items() if name != "eager"}
+
+
+def micro(one: Micro, backend: str, probe: Probe, *, rounds: int, seconds: float) -> dict[str, Any]:
+    """Time one micro-benchmark at full size, and at one row for the cost of a call."""
+    fresh()
+    contenders = Contenders(backend)
+
+    def bound(n: int) -> Callable[[Callable[..., Any]], Callable[[], Any]]:
+        def bind(f: Callable[..., Any]) -> Callable[[], Any]:
+            given = one.make(n)
+            return lambda: f(*given)
+
+        return bind
+
+    with torch.no_grad():
+        candidates = contenders.make(bound(one.full), one.fn, timed=True)
+        verdicts = agree(candidates, lambda: one.fn(*tree_map(doubled, one.make(one.full))))
+        timings = side_by_side(candidates, rounds=rounds, seconds=seconds, probe=probe)
+        fresh()
+        small = side_by_side(contenders.make(bound(1), one.fn, timed=False), rounds=rounds, seconds=seconds / 4, probe=probe)
+    return _row(verdicts, timings.as_json("eager"), small.as_json("eager"), contenders, timings, backend)
+
+
+def model(name: str, backend: str, probe: Probe, *, train: bool, rounds: int, seconds: float) -> dict[str, Any]:
+    """Time a model's forward, or forward and backward, and the same architecture at width 16 for the cost of a call."""
+    fresh()
+    contenders = Contenders(backend)
+
+    def bind(scale: Any, batch: int, length: int) -> Callable[[Callable[..., Any]], Callable[[], Any]]:
+        given = example(name, scale, batch, length, labels=train)
+
+        def bound(f: Any) -> Callable[[], Any]:
+            if not train:
+                return lambda: f(**given)
+
+            def step() -> Any:
+                f.zero_grad(set_to_none=True)
+                value = loss(name, f, given)
+                value.backward()
+                return value.detach(), [p.grad for p in f.parameters()]
+
+            return step
+
+        return bound
+
+    full, small = build(name, FULL[name]), build(name, tiny(name))
+    if train:
+        full, small = full.train(), small.train()
+
+    def exact() -> Any:
+        wide, given = copy.deepcopy(full).double(), tree_map(doubled, example(name, FULL[name], 1, LENGTH, labels=train))
+        with float64():
+            if not train:
+                return wide(**given)
+            value = loss(name, wide, given)
+            value.backward()
+            return value.detach(), [p.grad for p in wide.parameters()]
+
+    with torch.set_grad_enabled(train):
+        candidates = contenders.make(bind(FULL[name], 1, LENGTH), full, timed=True)
+        verdicts = agree(candidates, exact)
+        timings = side_by_side(candidates, rounds=rounds, seconds=seconds, probe=probe)
+        fresh()
+        calls = contenders.make(bind(tiny(name), 1, 2), small, timed=False)
+        overhead = side_by_side(calls, rounds=rounds, seconds=seconds / 4, probe=probe)
+    return _row(verdicts, timings.as_json("eager"), overhead.as_json("eager"), contenders, timings, backend)
+
+
+def _row(verdicts: Any, full: Any, small: Any, contenders: Contenders, timings: Any, backend: str) -> dict[str, Any]:
+    over_peer = timings.speedup(backend, PEER) if backend != PEER else None
+    return {
+        "verdict": verdicts,
+        "time": full,
+        "smallest call": small,
+        "compile_s": contenders.compile_s,
+        "speedup_over_inductor": [round(x, 3) for x in (over_peer.median, over_peer.low, over_peer.high)]
+        if over_peer
+        else None,
+        "speedup_over_eager": round(timings.speedup(backend, "eager").median, 3),
+    }
+
+
+def measure(run: Run) -> Outcome:
+    """Letter d: the models forward, three of them trained, and the micro-benchmarks. A quick run takes two micros."""
+    probe, rows = Probe(), {}
+    micros = [m for m in MICROS if m.name in ("bias gelu", "layer norm")] if run.quick else MICROS
+    budget = {"rounds": 10, "seconds": 2.0} if run.quick else {"rounds": 25, "seconds": 20.0}
+    for one in micros:
+        run.say(one.name)
+        rows[one.name] = micro(one, run.backend, probe, **budget)
+    if not run.quick:
+        for name, train in [(n, False) for n in FULL] + [(n, True) for n in TRAINED]:
+            title = f"{name} training step" if train else f"{name} forward"
+            run.say(title)
+            rows[title] = model(name, run.backend, probe, train=train, rounds=20, seconds=30.0)
+    names = {m.name for m in MICROS}
+    figure: dict[str, Any] = {}
+    for peer in ("eager", "inductor"):
+        for kind, chosen in (("micros", names), ("models", rows.keys() - names)):
+            ratios = [r[f"speedup_over_{peer}"] for n, r in rows.items() if n in chosen and r[f"speedup_over_{peer}"]]
+            ratios = [r[0] if isinstance(r, list) else r for r in ratios]
+            if ratios:
+                figure[f"{kind} over {peer}"] = f"{geometric_mean(ratios):.2f}x"
+    wrong = [n for n, r in rows.items() if r["verdict"].get(run.backend) == "wrong"]
+    figure["rows"] = len(rows)
+    figure["rounds thrown away"] = sum(r["time"]["thrown"] for r in rows.values())
+    figure["wrong"] = len(wrong)
+    return Outcome(figure, not wrong, rows)
