@@ -170,9 +170,13 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
         if tree.num_leaves != leaves:
             raise DamagedArtifact(part=MANIFEST, why=f"it describes {tree.num_leaves} {which}, the plan has {leaves}")
     addresses, runner = load_native(archive, kernel_names(plan, "cpp"))
-    kernels = {**addresses, **load_device(archive, kernel_names(plan, "triton"))}
+    kernels = {**addresses, **load_device(archive, kernel_names(plan, "triton"), _device_number(plan))}
     executable = Executable(plan, kernels, load_weights(archive, plan), runner=runner)
     return LoadedModel(archive, executable, in_tree, out_tree)
+
+
+def _device_number(plan: Plan) -> int:
+    return next((torch.device(v.device).index or 0 for v in plan.values if v.device.startswith("cuda")), 0)
 
 
 def load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:

@@ -125,8 +125,8 @@ def _rebuild(archive: Archive) -> Path:
     return path
 
 
-def load_device(archive: Archive, names: list[str]) -> dict[str, Any]:
-    """The device kernels called `names`, loaded through the driver."""
+def load_device(archive: Archive, names: list[str], device: int) -> dict[str, Any]:
+    """The device kernels called `names`, loaded through the driver for device number `device`."""
     if not names:
         return {}
     listed = archive.manifest.get("device_kernels", {})
@@ -142,5 +142,5 @@ def load_device(archive: Archive, names: list[str]) -> dict[str, Any]:
                 binaries.append(cuda.DeviceBinary.of(entry["header"], image, assembly))
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise DamagedArtifact(part=MANIFEST, why=f"its entry for the kernel {name!r} is ill-formed") from None
-        kernels[name] = cuda.CudaKernel(binaries)
+        kernels[name] = cuda.CudaKernel(binaries, device)
     return kernels

@@ -61,8 +61,8 @@ def _value_names(plan: Plan) -> Iterator[str]:
         if v.storage == "view" and v.ref not in specs:
             yield f"value {v.id} is a view of {v.ref}, which does not exist"
         if v.storage == "input":
-            known = isinstance(v.ref, int) and 0 <= v.ref < len(plan.inputs)
-            if not known or plan.inputs[v.ref].kind != "tensor":
+            spec = plan.inputs[v.ref] if isinstance(v.ref, int) and 0 <= v.ref < len(plan.inputs) else None
+            if spec is None or spec.kind != "tensor":
                 yield f"value {v.id} is input {v.ref}, which is not a tensor of the plan"
     for s in plan.symbols:
         if s.input >= 0:
@@ -121,9 +121,11 @@ def _inputs(layout: Layout) -> Iterator[str]:
         spec = layout.plan.inputs[layout.index[v.id]]
         if (v.dtype, tuple(v.shape)) != (spec.dtype, tuple(spec.shape)):
             yield f"value {v.id} and input {spec.name} differ in dtype or shape"
-        if v.id in addressed and spec.strides is None:
+        if v.id not in addressed:
+            continue
+        if spec.strides is None:
             yield f"value {v.id} is addressed, but input {spec.name} may have any strides"
-        elif v.id in addressed and tuple(v.strides) != tuple(spec.strides):
+        elif tuple(v.strides) != tuple(spec.strides):
             yield f"value {v.id} and input {spec.name} differ in strides"
 
 

@@ -62,6 +62,9 @@ class Dataflow:
             self._touch(number, id, mode != "read")
             if mode != "read":
                 written.append(root)
+                if self._borrowed.get(root):
+                    lent = ", ".join(map(str, sorted(self._borrowed[root])))
+                    self.problems.append(f"step {number} writes to value {root}, which may share the memory of value {lent}")
         self._written.update(written)
 
     def _call(self, number: int, step: Call) -> None:

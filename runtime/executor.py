@@ -131,7 +131,7 @@ class Executable:
             if size and frame.bases[0] % ALIGNMENT:
                 raise UnsafePlan(why=f"torch gave the arena an address that is no multiple of {ALIGNMENT}")
             for position, make in self._arena_tensors:
-                frame.tail[position - self._arity] = make((), frame)
+                frame.tail[position - self._arity] = make([], frame)
 
     def __call__(self, *args: Any) -> list[Any]:
         """Run the plan on flat inputs; the results in order of the plan's outputs."""

@@ -22,7 +22,7 @@ Step = Callable[[Values, Any], None]
 Maker = Callable[[Values, Any], Any]
 
 # Half the cost of torch.empty_strided; a CPU-only helper that Inductor's generated code relies on too.
-_empty_cpu = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+_empty_cpu = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)  # type: ignore[attr-defined]
 
 
 def view_of(

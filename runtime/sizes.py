@@ -105,16 +105,17 @@ def fold(expr: SizeExpr) -> SizeExpr:
     if not isinstance(expr, list):
         return expr
     parts = [fold(part) for part in expr[1:]]
-    if all(isinstance(part, int) for part in parts):
-        return _fold(expr[0], parts)
+    known = [part for part in parts if isinstance(part, int)]
+    if len(known) == len(parts):
+        return _fold(expr[0], known)
     if expr[0] in ("add", "mul"):
         unit = 0 if expr[0] == "add" else 1
-        constant = _fold(expr[0], [unit, *(p for p in parts if isinstance(p, int))])
+        constant = _fold(expr[0], [unit, *known])
         if expr[0] == "mul" and constant == 0:
             return 0
-        parts = [p for p in parts if not isinstance(p, int)]
+        parts = [part for part in parts if not isinstance(part, int)]
         if constant != unit:
-            parts.append(constant)
+            parts = [*parts, constant]
         if len(parts) == 1:
             return parts[0]
     return [expr[0], *parts]
@@ -165,6 +166,8 @@ class Slots:
         if isinstance(expr, str):
             raise KeyError(expr)
         if isinstance(expr, int):
+            if not LOW <= expr <= HIGH:
+                raise SizeFailed(why=f"{expr} leaves the range of 64-bit integers")
             return self._new(key, expr, -1)
         arity, _ = OPS[expr[0]]
         operands = [self._place(part) for part in expr[1:]]

@@ -34,7 +34,7 @@ class Builder:
         self._arguments = Arguments(layout.index, layout.slots, regions)
         self._messages = [message for _, message in self._plan.asserts]
         self._hooks: dict[int, list[Callable[[Any], None]]] = {}
-        in_segments = any(isinstance(s, Launch) and self._address(s) is not None for s in self._plan.steps)
+        in_segments = any(self._address(s) is not None for s in self._plan.steps)
         self._runner = (runner or native.default_runner()) if in_segments else None
         cuda = sorted({v.device for v in self._plan.values if v.device.startswith("cuda")})
         self.streams = Streams(self._plan, torch.device(cuda[0])) if cuda else None
@@ -53,9 +53,9 @@ class Builder:
             raise KernelMissing(kind="kernel", name=step.kernel)
         return self._kernels[step.kernel]
 
-    def _address(self, step: Launch) -> int | None:
-        """The address of a kernel that the native runner calls; None: Python launches it."""
-        kernel = self._kernel(step)
+    def _address(self, step: Launch | Call) -> int | None:
+        """The address of a kernel that the native runner calls; None: Python launches or calls it."""
+        kernel = self._kernel(step) if isinstance(step, Launch) else None
         return kernel if isinstance(kernel, int) else None
 
     def _build_steps(self) -> list[Step]:
@@ -69,7 +69,7 @@ class Builder:
             elif self._address(step) is None:
                 made.append(self._launch(first, step))
             else:
-                while number < len(plan) and isinstance(plan[number], Launch) and self._address(plan[number]) is not None:
+                while number < len(plan) and self._address(plan[number]) is not None:
                     number += 1
                 made.append(self._segment(range(first, number)))
             self.numbers.append(range(first, number))
@@ -88,12 +88,12 @@ class Builder:
         """Consecutive launches as one native call."""
         program = native.Program()
         touched: list[int] = []
-        for number in numbers:
-            step = self._plan.steps[number]
+        for step in (s for s in self._plan.steps[numbers.start : numbers.stop] if isinstance(s, Launch)):
             program.launch(self._kernel(step), self.memory.buffers(step), [self._layout.slot(e) for e in step.sizes])
             touched += step.buffers
         prepare = self.memory.prepare(touched)
         dead = self._dead(numbers)
+        assert self._runner is not None
         run, start, messages, threads = self._runner.run, program.seal(), self._messages, torch.get_num_threads
 
         def segment(vals: Values, frame: Any, program: native.Program = program) -> None:
@@ -277,13 +277,16 @@ class Builder:
         if out.kind == "constant":
             return lambda vals, frame: out.const
         if out.kind == "size":
+            if out.expr is None:
+                raise UnsafePlan(why="an output is a size without an expression")
             slot = self._layout.slot(out.expr)
             return lambda vals, frame: frame.slots[slot]
-        root, _ = self._layout.place(self.memory.value(out.ref).id)
+        id = self.memory.value(out.ref).id
+        root, _ = self._layout.place(id)
         if self.memory.value(root).storage == "arena":
-            raise UnsafePlan(why=f"output {out.ref} lies in the arena, which the next call overwrites")
-        todo = self.memory.materialise([out.ref])
-        position = self._layout.index[out.ref]
+            raise UnsafePlan(why=f"output {id} lies in the arena, which the next call overwrites")
+        todo = self.memory.materialise([id])
+        position = self._layout.index[id]
         if not todo:
             return lambda vals, frame: vals[position]
         self.uses_torch = True

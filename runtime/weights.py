@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def serialise(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
 
 
 def _bytes(t: torch.Tensor) -> memoryview:
-    return memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read(buffer: mmap.mmap, start: int, end: int, part: str) -> dict[str, torch.Tensor]:
@@ -65,31 +65,28 @@ def read(buffer: mmap.mmap, start: int, end: int, part: str) -> dict[str, torch.
 
     Raises DamagedArtifact, naming `part`, for anything that is not a well-formed file.
     """
+    data = start + 8 + int.from_bytes(buffer[start : start + 8], "little")
     try:
-        size = int.from_bytes(buffer[start : start + 8], "little")
-        data = start + 8 + size
         header = json.loads(buffer[start + 8 : data]) if data <= end else None
-    except (ValueError, RecursionError, OverflowError):
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise DamagedArtifact(part=part, why="its header is not that of a safetensors file")
     header.pop("__metadata__", None)
-    return dict(_tensors(buffer, data, end, header, part))
+    return {name: _tensor(buffer, data, end, name, entry, part) for name, entry in header.items()}
 
 
-def _tensors(buffer: mmap.mmap, data: int, end: int, header: dict, part: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, entry in header.items():
-        try:
-            dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            right = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-            right = right and last - first == math.prod(shape) * dtype.itemsize and data + last <= end
-            right = right and (data + first) % dtype.itemsize == 0
-        except (KeyError, TypeError, ValueError):
-            right = False
-        if not right:
-            raise DamagedArtifact(part=part, why=f"the entry of tensor {name!r} is wrong")
-        if last == first:
-            yield name, torch.empty(shape, dtype=dtype)
-        else:
-            flat = torch.frombuffer(buffer, dtype=dtype, count=(last - first) // dtype.itemsize, offset=data + first)
-            yield name, flat.view(shape)
+def _tensor(buffer: mmap.mmap, data: int, end: int, name: str, entry: Any, part: str) -> torch.Tensor:
+    wrong = DamagedArtifact(part=part, why=f"the entry of tensor {name!r} is wrong")
+    try:
+        dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        right = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        right = right and last - first == math.prod(shape) * dtype.itemsize and data + last <= end
+    except (KeyError, TypeError, ValueError):
+        raise wrong from None
+    if not right or (data + first) % dtype.itemsize:
+        raise wrong
+    if last == first:
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(buffer, dtype=dtype, count=(last - first) // dtype.itemsize, offset=data + first)
+    return flat.view(shape)

@@ -165,6 +165,16 @@ def test_handles_that_alias_keep_memory_alive():
     assert "values 1 and 3 may share" in why(plan("aten.view.default", [{"l": [{"c": 8}]}], 2))
 
 
+def test_kernels_do_not_write_through_a_handle_that_may_alias():
+    def reason(op, args):
+        steps = [call(op, [v(0), *args], [1]), Launch("increment", (1,), ())]
+        return why(make_plan(INPUTS, [X, value(1, "handle", (8,))], steps, [1]))
+
+    assert reason("aten.neg.default", []) == ""
+    shares = "step 1 writes to value 1, which may share the memory of value 0"
+    assert reason("aten.view.default", [{"l": [{"c": 8}]}]) == shares
+
+
 def test_nothing_in_the_arena_leaves_the_call():
     values = [X, value(1, "arena", (8,)), value(2, "handle", (8,)), value(3, "view", (4,), 1)]
     steps = [Launch("twice", (0, 1), ()), call("aten.view.default", [v(1), {"l": [{"c": 8}]}], [2])]

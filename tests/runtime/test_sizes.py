@@ -112,6 +112,8 @@ def test_failures():
     with pytest.raises(SizeFailed, match="divides by zero"):
         sizes.evaluate(["mod", 3, ["add", "a", -1]], {"a": 1})
     with pytest.raises(SizeFailed, match="64-bit"):
+        sizes.Slots({}).slot(["mul", 2**40, 2**40])
+    with pytest.raises(SizeFailed, match="64-bit"):
         sizes.evaluate(["pow", 10, 2**40], {})
     assert sizes.text(["floordiv", ["add", "s0", 1], 2]) == "(s0 + 1) // 2"
     assert sizes.text(["max", "s0", 1]) == "max(s0, 1)"
