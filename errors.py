@@ -229,7 +229,7 @@ class KernelBuildFailed(PlaitError):
     """The C++ compiler refused a kernel's source."""
 
     code = "P0524"
-    message = "{compiler} failed on {source}:\n{output}"
+    message = "{compiler} failed:\n{output}"
     fix = "check the compiler's version; the command was: {command}"
 
 
