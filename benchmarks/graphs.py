@@ -87,7 +87,7 @@ def large_graph(nodes: int = NODES, *, dynamic: bool = False) -> torch.fx.GraphM
 
 
 def large(run: Run) -> Outcome:
-    """Letter g: import, standard pipeline and verifier on 5,000 nodes, static and dynamic; the first of three and the best."""
+    """Letter g: import, standard pipeline and verifier on 5,000 nodes, static and dynamic sizes, three times."""
     from plait.compiler.options import Options
     from plait.compiler.pipelines import Session
     from plait.ir import from_fx, verify

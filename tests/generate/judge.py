@@ -50,10 +50,10 @@ def judge(
     bars: Sequence[object] = tree_leaves(spread()) if spread else [0.0] * len(theirs)
     worst = Verdict("equal")
     for i, why in refused:
-        detail = _beyond(ours[i], theirs[i], exact[i], float(bars[i]))
-        if detail:
-            return Verdict("wrong", f"result {i}: {detail}; {why}")
-        worst = Verdict("close", f"result {i}: {why}")
+        bad, errors = _beyond(ours[i], theirs[i], exact[i], float(bars[i]))
+        if bad:
+            return Verdict("wrong", f"result {i}: {bad}; {errors}{why}")
+        worst = Verdict("close", f"result {i}: {errors}{why}")
     return worst
 
 
@@ -71,29 +71,33 @@ def _differs(a: object, b: object) -> str:
     return ""
 
 
-def _beyond(got: object, eager: object, exact: object, bar: float) -> str:
-    """What puts `got` outside of the second rule; empty when it is inside."""
+def _beyond(got: object, eager: object, exact: object, bar: float) -> tuple[str, str]:
+    """What puts `got` outside of the second rule (empty when it is inside), and both errors against float64."""
     if not isinstance(got, torch.Tensor) or not isinstance(eager, torch.Tensor) or not isinstance(exact, torch.Tensor):
-        return "not a tensor"
+        return "not a tensor", ""
     if got.dtype != eager.dtype or got.shape != eager.shape or not eager.dtype.is_floating_point:
-        return "no tolerance for this dtype or shape"
+        return "no tolerance for this dtype or shape", ""
     if exact.shape != eager.shape:
-        return "the float64 run has another shape"
+        return "the float64 run has another shape", ""
     ours, theirs, truth = (t.detach().to(torch.float64) for t in (got, eager, exact))
-    finite = truth.isfinite() & theirs.isfinite()
-    eager_error = (theirs - truth)[finite].abs().amax().item() if finite.any() else 0.0
+    eager_error, our_error = largest(theirs - truth), largest(ours - truth)
     rtol, atol = TOLERANCES.get(got.dtype, (1e-7, 1e-7))
     bound = FACTOR * max(eager_error, bar) + atol + rtol * truth.abs()
-    inside = (ours - truth).abs() <= bound
+    inside = ((ours - truth).abs() <= bound) & ours.isfinite()
     same = (ours == theirs) | (ours.isnan() & theirs.isnan()) | (ours == truth) | (ours.isnan() & truth.isnan())
-    bad = ~(same | (inside & ours.isfinite()))
+    bad = ~(same | inside)
+    errors = f"off from float64 by {our_error:.3g}, eager by {eager_error:.3g}, allowed for {bar:.3g}; "
     if not bad.any():
-        return ""
+        return "", errors
     first = tuple(bad.nonzero()[0].tolist())
-    return (
-        f"{int(bad.sum())} of {bad.numel()} elements, first {first}: {ours[first].item():.9g}, eager "
-        f"{theirs[first].item():.9g}, float64 {truth[first].item():.9g}, bar {max(eager_error, bar):.3g}"
-    )
+    values = f"{ours[first].item():.9g}, eager {theirs[first].item():.9g}, float64 {truth[first].item():.9g}"
+    return f"{int(bad.sum())} of {bad.numel()} elements, first {first}: {values}", errors
+
+
+def largest(difference: torch.Tensor) -> float:
+    """The largest finite magnitude, 0 for none."""
+    gaps = difference.abs()[difference.isfinite()]
+    return gaps.amax().item() if gaps.numel() else 0.0
 
 
 def error_bar(noisy: object, exact: object) -> list[float]:
@@ -103,7 +107,5 @@ def error_bar(noisy: object, exact: object) -> list[float]:
         if not isinstance(a, torch.Tensor) or not a.dtype.is_floating_point or a.shape != b.shape:
             bars.append(0.0)
             continue
-        gap = (a.to(torch.float64) - b.to(torch.float64)).abs()
-        gap = gap[gap.isfinite()]
-        bars.append(gap.amax().item() if gap.numel() else 0.0)
+        bars.append(largest(a.to(torch.float64) - b.to(torch.float64)))
     return bars
