@@ -632,3 +632,19 @@ class NoSuchPart(PlaitError):
     code = "P0707"
     message = "{path} holds no {what}"
     fix = "it holds: {known}"
+
+
+class DamagedProfile(PlaitError):
+    """A file of measured timings cannot be read."""
+
+    code = "P0350"
+    message = "the profile {path} is damaged: {why}"
+    fix = "delete it; its timings are measured again when they are needed"
+
+
+class ForeignProfile(PlaitError):
+    """Timings of one kind of machine were to be merged into those of another."""
+
+    code = "P0351"
+    message = "the profile was measured on another kind of machine ({theirs}) than this one ({ours})"
+    fix = "measure here, or merge it into a table of that kind of machine"

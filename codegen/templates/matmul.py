@@ -11,6 +11,7 @@ Prologue and epilogue are kernel-IR statements (`codegen/kernel_ir.py`) whose in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Max, Min
@@ -35,7 +36,7 @@ _LOCALS = ("mm_m0", "mm_rows", "mm_n0", "mm_cols", "mm_k0", "mm_depth", "mm_step
 _M0, _ROWS, _N0, _COLS, _K0, _DEPTH, _STEP = (sympy.Symbol(n, integer=True, nonnegative=True) for n in _LOCALS)
 _I, _J = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("mm_i", "mm_j"))
 
-Size = int | sympy.Expr
+Size = int | Any  # a size expression; sympy's own types say little
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _fragment(spec: MatmulSpec, kernel: Kernel) -> list[str]:
     return lines + [f"  {line}" for line in print_body(kernel).splitlines()]
 
 
-def _substitute(stmt: Stmt, to: dict[sympy.Symbol, sympy.Expr]) -> Stmt:
+def _substitute(stmt: Stmt, to: dict[Any, Any]) -> Stmt:
     """`stmt`, which holds no loop, with symbols of its index expressions replaced."""
     match stmt:
         case Load() | Store():
@@ -209,7 +210,7 @@ def _substitute(stmt: Stmt, to: dict[sympy.Symbol, sympy.Expr]) -> Stmt:
     return stmt
 
 
-def _symbols(stmt: Stmt) -> set[sympy.Symbol]:
+def _symbols(stmt: Stmt) -> set[Any]:
     match stmt:
         case Load() | Store():
             return stmt.index.free_symbols
