@@ -1,9 +1,10 @@
 """The process in which Triton's interpreter runs: a script, started by interpret.py with TRITON_INTERPRET=1.
 
 It reads one JSON request per line from its standard input and answers each with one line on the pipe that was its
-standard output. Three things of the interpreter are put right here, so that it computes what a device computes: float32
-to bfloat16 rounds to nearest even (it truncates), `tl.dot` multiplies bfloat16 numbers (it multiplies their bit patterns),
-and an access outside the kernel's buffers is an error (it reads or corrupts this process).
+standard output. Three things of the interpreter are put right here, so that it computes what a device computes:
+float32 to bfloat16 rounds to nearest even (it truncates) and the way back keeps subnormal numbers; `tl.dot` multiplies
+bfloat16 numbers (it multiplies their bit patterns); an access outside the kernel's buffers is an error (it reads or
+corrupts this process).
 """
 
 import importlib.util
@@ -65,6 +66,8 @@ def correct_interpreter(bounds):
     def convert_float(data, source, target, rounding):
         if source == tl.float32 and target == tl.bfloat16:
             return _round_to_bfloat16(np.ascontiguousarray(data).view(np.uint32))
+        if source == tl.bfloat16 and target == tl.float32:
+            return data.astype(np.uint32) << np.uint32(16)
         return convert(data, source, target, rounding)
 
     def widened(handle):

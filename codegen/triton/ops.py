@@ -57,7 +57,7 @@ def compute_text(kernel: str, op: str, dtype: str, out: str, args: list[str]) ->
     elif op in _INFIX and not (op in ("and", "or", "xor") and dtype in FLOATS):
         text = f"{a} {_INFIX[op]} {b}"
     elif dtype in INTS:
-        text = _int_text(op, args)
+        text = _int_text(op, dtype, args)
     elif dtype in ("float32", "float64"):
         text = _float_text(op, dtype, args)
     if text is None:
@@ -65,12 +65,13 @@ def compute_text(kernel: str, op: str, dtype: str, out: str, args: list[str]) ->
     return text
 
 
-def _int_text(op: str, args: list[str]) -> str | None:
+def _int_text(op: str, dtype: str, args: list[str]) -> str | None:
     if op in _INT_CALLS:
         return f"{_INT_CALLS[op]}({', '.join(args)})"
     if op in _UNCHANGED:
         return args[0]
-    simple = {"neg": "-{0}", "not": "~{0}", "square": "{0} * {0}", "fma": "{0} * {1} + {2}"}
+    invert = "{0} ^ 255" if dtype == "uint8" else "~{0}"  # the interpreter has no ~ for unsigned numbers
+    simple = {"neg": "-{0}", "not": invert, "square": "{0} * {0}", "fma": "{0} * {1} + {2}"}
     return simple[op].format(*args) if op in simple else None
 
 
@@ -114,7 +115,8 @@ def literal(value: float | int | bool, dtype: str) -> str:
         return str(int(value))
     if math.isnan(value):
         return 'float("nan")'
-    number = np.float64(value) if dtype == "float64" else np.float32(value)
+    with np.errstate(over="ignore"):
+        number = np.float64(value) if dtype == "float64" else np.float32(value)
     if np.isinf(number):
         return f'float("{"-" if number < 0 else ""}inf")'
     return str(number)
