@@ -49,6 +49,10 @@ def _mean(b: Builder, x: Value, dims: tuple[int, ...], keepdim: bool) -> Value:
     return _divide_by_count(b, total, _count(x, dims))
 
 
+def _some_elements(m: Match) -> Reason | None:
+    return Reason("a maximum over no elements") if m.node["self"].tensor.numel == 0 else None
+
+
 def _softmax(m: Match, b: Builder) -> Value:
     node = m.node
     x, dim = _up(b, node["self"]), node["dim"]
@@ -336,8 +340,8 @@ def _rule(op: str, build: Any, check: Any = None) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    _rule("aten._softmax.default", _softmax),
-    _rule("aten._log_softmax.default", _log_softmax),
+    _rule("aten._softmax.default", _softmax, _some_elements),
+    _rule("aten._log_softmax.default", _log_softmax, _some_elements),
     _rule("aten._softmax_backward_data.default", _softmax_backward),
     _rule("aten._log_softmax_backward_data.default", _log_softmax_backward),
     _rule("aten.mean.dim", _mean_op),

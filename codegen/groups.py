@@ -80,6 +80,7 @@ class Grouping:
         self.depends: list[int] = []  # per item: bitmask of all items it needs, directly or not
         self.by_read: dict[tuple[Value, tuple[Dim, ...]], int] = {}
         self.tokens: dict[Value, int] = {}
+        self.last = {v for _, v in analysis.graph.writes}  # copies onto inputs: after all readers, so never fused
         for node in analysis.graph.nodes:
             if node in analysis.calls:
                 self._add_call(node)
@@ -127,7 +128,7 @@ class Grouping:
     # -- fusion -------------------------------------------------------------------------------------------------------
 
     def _add_unit(self, unit: Unit) -> None:
-        for item in self._candidates(unit):
+        for item in () if unit.value in self.last else self._candidates(unit):
             group = self.items[item]
             assert isinstance(group, Group)
             fit = self._fit(unit, group)
@@ -164,6 +165,8 @@ class Grouping:
 
     def _fit(self, unit: Unit, group: Group) -> _Fit | None:
         if len(group.units) >= _MAX_UNITS or group.reads + len(unit.reads) > _MAX_READS:
+            return None
+        if any(u.value in self.last for u in group.units):
             return None
         if unit.matmul is not None or (group.matmul is not None and unit.reduce is not None):
             return None

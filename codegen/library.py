@@ -49,6 +49,8 @@ def refusal(node: Node) -> str | None:
             return "a mask as index gives a size that is known only at run time"
     if name in ("aten.cat.default", "aten.stack.default") and len(node["tensors"]) > 16:
         return "more than 16 tensors to join"
+    if name == "aten.gather.default" and 0 < node["self"].tensor.rank != node["index"].tensor.rank > 0:
+        return "an index of another rank than the source"
     if name == "aten.constant_pad_nd.default" and any(not isinstance(p, int) or p < 0 for p in node["pad"]):
         return "negative padding"
     if name == "aten.pow.Tensor_Tensor" and not node.out.tensor.dtype.is_floating_point:

@@ -177,9 +177,7 @@ def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf) -> tuple[li
     return points, max(abs(error(x)) for x in points)
 
 
-def _insert(
-    found: list[tuple[int, mpf]], new: tuple[int, mpf], positive: Callable[[int], bool]
-) -> list[tuple[int, mpf]]:
+def _insert(found: list[tuple[int, mpf]], new: tuple[int, mpf], positive: Callable[[int], bool]) -> list[tuple[int, mpf]]:
     """`found` (alternating, in order) with `new` in the place of the neighbour of its sign, or of the far end."""
     if new[0] in (i for i, _ in found):
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
@@ -27,6 +28,7 @@ class _Planner:
         self.specs: dict[Value, P.ValueSpec] = {}
         self.regions: list[tuple[str, P.Plan]] = []
         self.alias = {i.value: i for i in scheduled.items if isinstance(i, AliasItem)}
+        self.borrowed = dict(_views_by_calls(scheduled))
         self.returned = {self.root(v) for v in flatten(self.graph.outputs) if isinstance(v, Value)}
 
     def root(self, value: Value) -> Value:
@@ -36,6 +38,8 @@ class _Planner:
                 value = self.alias[value].of
             elif value in self.scheduled.stored:
                 value = self.scheduled.stored[value]
+            elif value in self.borrowed:
+                value = self.borrowed[value]
             else:
                 return value
 
@@ -85,6 +89,7 @@ class _Planner:
                     if isinstance(v.type, ScalarType) or not isinstance(v.type, OpaqueType):
                         self.define(v, "handle")
                 for v in item.node.inputs:
+                    made.setdefault(self.root(v), step)
                     last[self.root(v)] = step
             elif isinstance(item, KernelItem):
                 for v in item.buffers:
@@ -92,7 +97,7 @@ class _Planner:
                     last[self.root(v)] = step
         blocks: list[Block] = []
         for v, step in made.items():
-            if v in self.specs:
+            if v in self.specs or not isinstance(v.type, TensorType):
                 continue
             if v in self.returned:
                 self.define(v, "fresh")
@@ -220,6 +225,15 @@ class _Planner:
         specs = tuple(P.KernelSpec(n, "cpp", self.hashes[n], i.access) for n, i in kernels.items())
         values = tuple(sorted(self.specs.values(), key=lambda s: s.id))
         return P.Plan(self.inputs(), self.symbols(), values, steps, outputs, specs, arena, tuple(self.regions))
+
+
+def _views_by_calls(scheduled: Scheduled) -> Iterator[tuple[Value, Value]]:
+    """(result, operand) of calls that return views: the operand's memory must live as long as the result is read."""
+    for item in scheduled.items:
+        if isinstance(item, CallItem) and item.node.op.has("view"):
+            source = next((v for v in item.node.inputs if isinstance(v.type, TensorType)), None)
+            if source is not None:
+                yield from ((v, source) for v in item.node.results)
 
 
 def build_plan(scheduled: Scheduled, kernels: dict[str, str]) -> P.Plan:

@@ -11,14 +11,17 @@ import torch
 from ..errors import DamagedArtifact, KernelMissing, OpNotAvailable
 from . import ops  # noqa: F401  registers the ops of plait that plans call
 from .plan import Call
+from .scalars import SCALAR_OPS
 from .sizes import Slots
 
 Values = list[Any]
 Getter = Callable[[Values, "array[int]"], Any]
 
 
-def resolve_op(name: str) -> torch._ops.OpOverload:
-    """The torch op called `namespace.name.overload`. Raises OpNotAvailable."""
+def resolve_op(name: str) -> Callable[..., Any]:
+    """The torch op called `namespace.name.overload`, or the scalar function `py.name`. Raises OpNotAvailable."""
+    if name in SCALAR_OPS:
+        return SCALAR_OPS[name]
     parts = name.split(".")
     found: Any = torch.ops
     if len(parts) == 3:
@@ -55,8 +58,10 @@ def call_templates(step: Call) -> list[Any]:
     return [*step.args, *(template for _, template in step.kwargs)]
 
 
-def _schema_arguments(op: torch._ops.OpOverload, step: Call) -> Iterator[tuple[Any, list[int]]]:
+def _schema_arguments(op: Callable[..., Any], step: Call) -> Iterator[tuple[Any, list[int]]]:
     """(argument of the schema, ids of the values given for it)."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return
     named = dict(step.kwargs)
     for position, argument in enumerate(op._schema.arguments):
         if position < len(step.args):
@@ -65,19 +70,19 @@ def _schema_arguments(op: torch._ops.OpOverload, step: Call) -> Iterator[tuple[A
             yield argument, list(template_parts([named[argument.name]], "v"))
 
 
-def written_arguments(op: torch._ops.OpOverload, step: Call) -> set[int]:
+def written_arguments(op: Callable[..., Any], step: Call) -> set[int]:
     """The ids of the arguments that the op writes, in place or as `out`."""
     return {i for a, ids in _schema_arguments(op, step) if a.alias_info and a.alias_info.is_write for i in ids}
 
 
-def out_arguments(op: torch._ops.OpOverload, step: Call) -> set[int]:
+def out_arguments(op: Callable[..., Any], step: Call) -> set[int]:
     """The ids of the arguments that the op writes without reading them."""
     return {i for a, ids in _schema_arguments(op, step) if a.is_out for i in ids}
 
 
-def aliased_arguments(op: torch._ops.OpOverload, step: Call) -> set[int]:
+def aliased_arguments(op: Callable[..., Any], step: Call) -> set[int]:
     """The ids of the arguments whose memory a result may share."""
-    if not any(r.alias_info for r in op._schema.returns):
+    if not isinstance(op, torch._ops.OpOverload) or not any(r.alias_info for r in op._schema.returns):
         return set()
     return {i for a, ids in _schema_arguments(op, step) if a.alias_info for i in ids}
 

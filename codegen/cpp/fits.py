@@ -51,7 +51,7 @@ _LN2 = "0.6931471805599453094172321214581765680755"
 _THIRD = "0.3333333333333333333333333333333333333333"
 _HALF_LN2 = 0.34664
 _QUARTER_PI = 0.7854
-_TANH_SPLIT = 0.6  # as in vmath.h
+_TANH_SPLIT = 0.55  # as in vmath.h
 _ERF_SPLIT = 0.9277
 
 SPECS = (
@@ -78,8 +78,9 @@ SPECS = (
     ),
     Spec(
         "TANH", "tanh(x) = x + x^3 q(x^2)", _of_square(lambda x: mpmath.tanh(x) - x, 3, lambda: -mpf(1) / 3),
-        0.0, _TANH_SPLIT**2, 4, weight=lambda u: u,
+        0.0, _TANH_SPLIT**2, 3, weight=lambda u: u,
     ),
+    Spec("TANH_EXP2", "2^r = q(r)", lambda r: mpf(2) ** r, -0.5, 0.5, 6, weight=lambda r: mpf(2) ** -r),
     Spec(
         "ERF", "erf(x) = x + x q(x^2)", _of_square(lambda x: mpmath.erf(x) - x, 1, lambda: 2 / mpmath.sqrt(mpmath.pi) - 1),
         0.0, _ERF_SPLIT**2, 5, weight=lambda u: mpf(1),
@@ -115,7 +116,9 @@ def render() -> str:
         found = fit(spec)
         lines += ["", f"// {spec.formula} on [{spec.low:.6g}, {spec.high:.6g}], weighted error at most {found.error:.3g}"]
         numbers = ", ".join(literal(float(c), spec.dtype) for c in found.coefficients)
-        lines += textwrap.wrap(f"constexpr {CTYPE[spec.dtype]} {spec.name}[] = {{{numbers}}};", width=118, subsequent_indent="    ")
+        lines += textwrap.wrap(
+            f"constexpr {CTYPE[spec.dtype]} {spec.name}[] = {{{numbers}}};", width=118, subsequent_indent="    "
+        )
     return "\n".join([*lines, "", "}  // namespace plait", ""])
 
 

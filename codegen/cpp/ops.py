@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -76,10 +77,13 @@ def _is_extreme(number: np.floating) -> bool:
     return number != 0 and not 1e-4 <= abs(float(number)) < 1e15
 
 
-def compute_text(op: str, operand_dtype: str, dtype: str, args: list[str], *, varying: list[bool]) -> str:
+def compute_text(
+    op: str, operand_dtype: str, dtype: str, args: list[str], varying: list[bool], vec: Callable[[str], str]
+) -> str:
     """The right-hand side of a Compute: infix where C++ has the operator, else a call.
 
-    Infix operators mix lanes and scalars; calls want every operand alike, so there a scalar beside lanes is spread.
+    Infix operators mix lanes and scalars; calls want every operand alike, so there a scalar beside lanes is spread to
+    `vec(dtype)`.
     """
     infix = _INFIX_BOOL if operand_dtype == "bool" else _INFIX
     if op in infix:
@@ -99,6 +103,6 @@ def compute_text(op: str, operand_dtype: str, dtype: str, args: list[str], *, va
     else:
         kinds = [operand_dtype] * len(args)
     if any(varying):
-        args = [a if v else f"vec<{CTYPE[k]}>({a})" for a, v, k in zip(args, varying, kinds, strict=True)]
+        args = [a if v else f"{vec(k)}({a})" for a, v, k in zip(args, varying, kinds, strict=True)]
         return f"{op}({', '.join(args)})"
     return f"{op}<{CTYPE[dtype]}>({', '.join(args)})" if op != "isnan" and op != "isinf" else f"{op}({args[0]})"

@@ -18,7 +18,8 @@ from .index import Affine, affine, index_text
 from .ops import ARG_OPS, CTYPE, HEAVY, HEAVY_WEIGHT, REDUCER, compute_text, identifier, literal
 
 _PARTIALS = 4  # independent accumulators per lane in a light reduction; `tiles` and `reduce` in the headers know 1 and 4
-_UNKNOWN_EXTENT = 64
+_TILES = 4  # tiles taken as one where columns are reduced
+_UNKNOWN_EXTENT = 64  # iterations that the estimate of work assumes for a loop whose extent is loaded
 
 
 def print_kernel(kernel: Kernel) -> str:
@@ -45,6 +46,7 @@ class _Lanes:
     axis: sympy.Symbol
     varying: frozenset[str]
     partial: dict[str, str]
+    width: str  # ", N" where the tile's width is a constant N of the lambda, "" where it is W
 
 
 class _Printer:
@@ -106,10 +108,13 @@ class _Printer:
 
     def spread(self, name: str) -> str:
         """Scalar `name` as lanes."""
-        return self.ref(name) if self.varies(name) else f"vec<{CTYPE[self.dtype[name]]}>({self.ref(name)})"
+        return self.ref(name) if self.varies(name) else f"{self.vec(self.dtype[name])}({self.ref(name)})"
+
+    def vec(self, dtype: str) -> str:
+        return f"vec<{CTYPE[dtype]}{self.lanes.width if self.lanes else ''}>"
 
     def ctype(self, dtype: str, varying: bool) -> str:
-        return f"vec<{CTYPE[dtype]}>" if varying else CTYPE[dtype]
+        return self.vec(dtype) if varying else CTYPE[dtype]
 
     def define(self, name: str, dtype: str, text: str) -> None:
         self.dtype[name] = dtype
@@ -151,16 +156,17 @@ class _Printer:
         split = affine(expr, moving)
         if split is None:
             text = index_text(expr, self.lane_symbol, self.axes)
-            return f"per_lane([&](int64_t l) -> int64_t {{ return {text}; }})"
+            width = "<N>" if self.lanes and self.lanes.width else ""
+            return f"per_lane{width}([&](int64_t l) -> int64_t {{ return {text}; }})"
         parts = [self.term(symbol, coefficient) for symbol, coefficient in split.terms]
         if split.rest != 0 or not parts:
-            parts.append(f"vec<int64_t>({self.text(split.rest)})")
+            parts.append(f"{self.vec('int64')}({self.text(split.rest)})")
         return " + ".join(parts)
 
     def term(self, symbol: sympy.Symbol, coefficient: sympy.Expr) -> str:
         assert self.lanes is not None
         if symbol == self.lanes.axis:
-            text = f"({identifier(symbol.name)} + iota<int64_t>())"
+            text = f"({identifier(symbol.name)} + iota<int64_t{self.lanes.width}>())"
         elif self.dtype[symbol.name] == "int64":
             text = self.ref(symbol.name)
         else:
@@ -188,7 +194,7 @@ class _Printer:
             case Compute(name, dtype, op, args):
                 texts, varying = [self.ref(a) for a in args], [self.varies(a) for a in args]
                 operand = self.dtype[args[-1] if op == "where" else args[0]]
-                self.define(name, dtype, compute_text(op, operand, dtype, texts, varying=varying))
+                self.define(name, dtype, compute_text(op, operand, dtype, texts, varying, self.vec))
             case Acc():
                 self.acc(stmt)
             case Accumulate():
@@ -235,7 +241,7 @@ class _Printer:
             return
         value = self.spread(store.value)
         if store.atomic:
-            guard = "vec<bool>(true)" if mask is None else self.spread(mask)
+            guard = f"{self.vec('bool')}(true)" if mask is None else self.spread(mask)
             self.line(f"atomic_scatter_if({guard}, {base}, {self.index_lanes(store.index)}, {value}, lanes);")
             return
         step = self.along_axis(store.index)
@@ -312,9 +318,13 @@ class _Printer:
                 self.line(f"fill({lanes}, {_identity(acc)});")
         axis = identifier(loop.axis.name)
         part = "auto part" if any(a.op not in ARG_OPS for a in accs) else "auto"
-        self.open(f"tiles<{partials}>({first}, {end}, [&](int64_t {axis}, auto lanes, {part}) PLAIT_BODY {{")
+        wide = not accs and _is_column(loop.body)
+        form = f"{partials}, {_TILES}" if wide else f"{partials}"
+        self.open(f"tiles<{form}>({first}, {end}, [&](int64_t {axis}, auto lanes, {part}) PLAIT_BODY {{")
+        if wide:
+            self.line("constexpr int N = lanes.width;")
         partial = {a.name: identifier(a.name + "_lanes") + ("" if a.op in ARG_OPS else "[part]") for a in accs}
-        self.lanes = _Lanes(loop.axis, _varying(loop), partial)
+        self.lanes = _Lanes(loop.axis, _varying(loop), partial, ", N" if wide else "")
         if inner is not None:
             self.count(*inner)
             self.body(inner[0].body)
@@ -351,7 +361,7 @@ class _Printer:
         for n, unit in zip(nest[1:], units[1:], strict=True):
             self.line(f"const int64_t {identifier(n.axis.name + '_count')} = {unit};")
         counts = [units[0], *(identifier(n.axis.name + "_count") for n in nest[1:])]
-        self.open(f"parallel({' * '.join(counts)}, {work}, nthreads, [=](int64_t begin, int64_t end) {{")
+        self.open(f"parallel({' * '.join(counts)}, {work}, nthreads, [=](int64_t begin, int64_t end) PLAIT_BODY {{")
         if len(nest) == 1:
             self.span(nest, "begin", "end")
         else:
@@ -434,6 +444,13 @@ def _is_light(body: tuple[Stmt, ...]) -> bool:
         if isinstance(stmt, Accumulate) and stmt.index is not None:
             return False
     return sum(1 for _ in walk(body)) <= 16
+
+
+def _is_column(body: tuple[Stmt, ...]) -> bool:
+    """Whether a vector loop's body walks down columns with few values alive: an inner loop of cheap statements."""
+    inner = [s for s in body if isinstance(s, Loop)]
+    light = all(not isinstance(s, Compute) or s.op not in HEAVY for s in walk(body))
+    return bool(inner) and light and sum(1 for _ in walk(body)) <= 16
 
 
 def _work(body: tuple[Stmt, ...]) -> sympy.Expr:

@@ -22,8 +22,12 @@ constexpr float SIN[] = {-0.16666667f, 0.008333329f, -0.00019839335f, 2.7183114e
 // cos(r) = 1 - r^2 / 2 + r^4 q(r^2) on [0, 0.616853], weighted error at most 5.14e-10
 constexpr float COS[] = {0.041666646f, -0.0013887368f, 2.443845e-05f};
 
-// tanh(x) = x + x^3 q(x^2) on [0, 0.36], weighted error at most 5.5e-09
-constexpr float TANH[] = {-0.333333f, 0.13331959f, -0.053786684f, 0.020805385f, -0.0059058685f};
+// tanh(x) = x + x^3 q(x^2) on [0, 0.3025], weighted error at most 3.89e-08
+constexpr float TANH[] = {-0.3333296f, 0.13320942f, -0.052684147f, 0.016458763f};
+
+// 2^r = q(r) on [-0.5, 0.5], weighted error at most 1.56e-08
+constexpr float TANH_EXP2[] = {1.0f, 0.6931472f, 0.24022646f, 0.055503286f, 0.009618489f, 0.0013399931f,
+    0.0001534581f};
 
 // erf(x) = x + x q(x^2) on [0, 0.860627], weighted error at most 1.79e-08
 constexpr float ERF[] = {0.12837915f, -0.37612498f, 0.11281839f, -0.026766906f, 0.004992982f, -0.00059872353f};

@@ -278,12 +278,13 @@ template <class C> PLAIT_FN bool all_lanes(C c) { return !any_lane(!c); }
 // A vector loop runs over tiles of W iterations. Its body is one generic lambda, compiled for a full tile and for the
 // partial tile at the end; lanes from `n` on are dead in the latter: they read nothing and write nothing.
 
-struct Full {
+template <int Width> struct Full {
   static constexpr bool full = true;
-  static constexpr int n = W;
+  static constexpr int width = Width, n = Width;
 };
 struct Part {
   static constexpr bool full = false;
+  static constexpr int width = W;
   int n;
 };
 template <int K> struct Int {
@@ -302,72 +303,72 @@ template <class V, class L> PLAIT_FN V blend(L lanes, V a, V b) {
   if constexpr (L::full) return a;
   else return where(iota<int32_t>() < vec<int32_t>(lanes.n), a, b);
 }
+template <class L> PLAIT_FN auto live(L lanes) {
+  using M = vec<bool, L::width>;
+  return blend(lanes, M(true), M(false));
+}
 
-template <class T> PLAIT_FN vec<T> load_full(const T* p) { return from_lanes<T, W>(p); }
-template <class T> PLAIT_FN void store_full(T* p, vec<T> x) { to_lanes(p, x); }
-
-template <class T, class L> PLAIT_FN vec<T> load(const T* p, L lanes) {
-  if constexpr (L::full) return load_full(p);
-  T tile[W] = {};
+template <class T, class L> PLAIT_FN vec<T, L::width> load(const T* p, L lanes) {
+  if constexpr (L::full) return from_lanes<T, L::width>(p);
+  T tile[L::width] = {};
   for (int l = 0; l < lanes.n; l++) tile[l] = p[l];
-  return load_full(tile);
+  return from_lanes<T, L::width>(tile);
 }
-template <class T, class L> PLAIT_FN void store(T* p, vec<T> x, L lanes) {
-  if constexpr (L::full) return store_full(p, x);
-  T tile[W];
-  store_full(tile, x);
+template <class T, class L> PLAIT_FN void store(T* p, vec<T, L::width> x, L lanes) {
+  if constexpr (L::full) return to_lanes(p, x);
+  T tile[L::width];
+  to_lanes(tile, x);
   for (int l = 0; l < lanes.n; l++) p[l] = tile[l];
-}
-template <class T, class L> PLAIT_FN void store(T* p, T x, L lanes) {
-  for (int l = 0; l < lanes.n; l++) p[l] = x;
 }
 
 // p[at[lane]]; dead lanes give 0
-template <class T, class L> PLAIT_FN vec<T> gather(const T* p, vec<int64_t> at, L lanes) {
-  int64_t offset[W];
-  store_full(offset, at);
-  T tile[W] = {};
+template <class T, class L> PLAIT_FN vec<T, L::width> gather(const T* p, vec<int64_t, L::width> at, L lanes) {
+  int64_t offset[L::width];
+  to_lanes(offset, at);
+  T tile[L::width] = {};
   for (int l = 0; l < lanes.n; l++) tile[l] = p[offset[l]];
-  return load_full(tile);
+  return from_lanes<T, L::width>(tile);
 }
-template <class T, class L> PLAIT_FN void scatter(T* p, vec<int64_t> at, vec<T> x, L lanes) {
-  int64_t offset[W];
-  store_full(offset, at);
-  T tile[W];
-  store_full(tile, x);
+template <class T, class L> PLAIT_FN void scatter(T* p, vec<int64_t, L::width> at, vec<T, L::width> x, L lanes) {
+  int64_t offset[L::width];
+  to_lanes(offset, at);
+  T tile[L::width];
+  to_lanes(tile, x);
   for (int l = 0; l < lanes.n; l++) p[offset[l]] = tile[l];
 }
 // p[lane * stride]
-template <class T, class L> PLAIT_FN vec<T> load_strided(const T* p, int64_t stride, L lanes) {
-  T tile[W] = {};
+template <class T, class L> PLAIT_FN vec<T, L::width> load_strided(const T* p, int64_t stride, L lanes) {
+  T tile[L::width] = {};
   for (int l = 0; l < lanes.n; l++) tile[l] = p[l * stride];
-  return load_full(tile);
+  return from_lanes<T, L::width>(tile);
 }
-template <class T, class L> PLAIT_FN void store_strided(T* p, int64_t stride, vec<T> x, L lanes) {
-  T tile[W];
-  store_full(tile, x);
+template <class T, class L> PLAIT_FN void store_strided(T* p, int64_t stride, vec<T, L::width> x, L lanes) {
+  T tile[L::width];
+  to_lanes(tile, x);
   for (int l = 0; l < lanes.n; l++) p[l * stride] = tile[l];
 }
 
 // Masked forms: a lane whose mask is false reads nothing (and gives `other`), or writes nothing.
-template <class T, class L> PLAIT_FN vec<T> load_if(vec<bool> mask, const T* p, L lanes, T other) {
-  const vec<bool> live = blend(lanes, mask, vec<bool>(false));
-  if (all_lanes(live)) return load_full(p);
-  T tile[W];
-  for (int l = 0; l < W; l++) tile[l] = live[l] ? p[l] : other;
-  return load_full(tile);
+template <class T, class L>
+PLAIT_FN vec<T, L::width> load_if(vec<bool, L::width> mask, const T* p, L lanes, T other) {
+  const vec<bool, L::width> reads = mask & live(lanes);
+  if (all_lanes(reads)) return from_lanes<T, L::width>(p);
+  T tile[L::width];
+  for (int l = 0; l < L::width; l++) tile[l] = reads[l] ? p[l] : other;
+  return from_lanes<T, L::width>(tile);
 }
-template <class T, class L> PLAIT_FN vec<T> gather_if(vec<bool> mask, const T* p, vec<int64_t> at, L lanes, T other) {
-  const vec<bool> live = blend(lanes, mask, vec<bool>(false));
-  T tile[W];
-  for (int l = 0; l < W; l++) tile[l] = live[l] ? p[at[l]] : other;
-  return load_full(tile);
+template <class T, class L>
+PLAIT_FN vec<T, L::width> gather_if(vec<bool, L::width> mask, const T* p, vec<int64_t, L::width> at, L lanes, T other) {
+  T tile[L::width];
+  for (int l = 0; l < L::width; l++) tile[l] = l < lanes.n && mask[l] ? p[at[l]] : other;
+  return from_lanes<T, L::width>(tile);
 }
-template <class T, class L> PLAIT_FN void store_if(vec<bool> mask, T* p, vec<T> x, L lanes) {
+template <class T, class L> PLAIT_FN void store_if(vec<bool, L::width> mask, T* p, vec<T, L::width> x, L lanes) {
   for (int l = 0; l < lanes.n; l++)
     if (mask[l]) p[l] = x[l];
 }
-template <class T, class L> PLAIT_FN void scatter_if(vec<bool> mask, T* p, vec<int64_t> at, vec<T> x, L lanes) {
+template <class T, class L>
+PLAIT_FN void scatter_if(vec<bool, L::width> mask, T* p, vec<int64_t, L::width> at, vec<T, L::width> x, L lanes) {
   for (int l = 0; l < lanes.n; l++)
     if (mask[l]) p[at[l]] = x[l];
 }
@@ -377,33 +378,38 @@ template <class T> PLAIT_FN void atomic_add(T* p, T x) {
   *p += x;
 }
 template <class T, class L>
-PLAIT_FN void atomic_scatter_if(vec<bool> mask, T* p, vec<int64_t> at, vec<T> x, L lanes) {
+PLAIT_FN void atomic_scatter_if(vec<bool, L::width> mask, T* p, vec<int64_t, L::width> at, vec<T, L::width> x, L lanes) {
 #pragma GCC unroll 1
   for (int l = 0; l < lanes.n; l++)
     if (mask[l]) atomic_add(p + at[l], x[l]);
 }
 
 // f(lane) for every lane, as int64: index expressions that are not affine in the vector axis
-template <class F> PLAIT_FN vec<int64_t> per_lane(F f) {
-  int64_t at[W];
-  for (int l = 0; l < W; l++) at[l] = f(l);
-  return load_full(at);
+template <int N = W, class F> PLAIT_FN vec<int64_t, N> per_lane(F f) {
+  int64_t at[N];
+  for (int l = 0; l < N; l++) at[l] = f(l);
+  return from_lanes<int64_t, N>(at);
 }
 
-// body(first iteration, lanes, Int<k>) over [begin, end) in tiles. `Partials` > 1 unrolls: tile t of each group of
-// `Partials` updates partial accumulator k = t, which hides the latency of dependent additions; the order in which
-// values meet is fixed by the position alone.
-template <int Partials, class F> PLAIT_FN void tiles(int64_t begin, int64_t end, F body) {
+// body(first iteration, lanes, Int<k>) over [begin, end) in tiles.
+// `Partials` = 4 unrolls: tile t of each group of four updates partial accumulator k = t, which hides the latency of
+// dependent additions; the order in which values meet is fixed by the position alone.
+// `Tiles` = 4 takes four tiles as one where it can: a column is walked once for 4 W lanes, which saves cache and page misses.
+template <int Partials, int Tiles = 1, class F> PLAIT_FN void tiles(int64_t begin, int64_t end, F body) {
+  static_assert(Partials == 1 || Partials == 4);
   int64_t i = begin;
+  if constexpr (Tiles > 1) {
+    for (; i + Tiles * W <= end; i += Tiles * W) body(i, Full<Tiles * W>{}, Int<0>{});
+  }
   if constexpr (Partials == 4) {
     for (; i + 4 * W <= end; i += 4 * W) {
-      body(i, Full{}, Int<0>{});
-      body(i + W, Full{}, Int<1>{});
-      body(i + 2 * W, Full{}, Int<2>{});
-      body(i + 3 * W, Full{}, Int<3>{});
+      body(i, Full<W>{}, Int<0>{});
+      body(i + W, Full<W>{}, Int<1>{});
+      body(i + 2 * W, Full<W>{}, Int<2>{});
+      body(i + 3 * W, Full<W>{}, Int<3>{});
     }
   }
-  for (; i + W <= end; i += W) body(i, Full{}, Int<0>{});
+  for (; i + W <= end; i += W) body(i, Full<W>{}, Int<0>{});
   if (i < end) body(i, Part{int(end - i)}, Int<Partials - 1>{});
 }
 

@@ -10,7 +10,7 @@
 
 namespace plait {
 
-constexpr float TANH_SPLIT = 0.6f, ERF_SPLIT = 0.9277f;  // ends of the intervals of TANH and ERF in vcoef.h
+constexpr float TANH_SPLIT = 0.55f, ERF_SPLIT = 0.9277f;  // ends of the intervals of TANH and ERF in vcoef.h
 
 // ---- shared parts ------------------------------------------------------------------------------------------------
 
@@ -19,8 +19,12 @@ template <int K = 0, class V, class T, int N> PLAIT_FN V poly(V x, const T (&c)[
   else return fma(poly<K + 1>(x, c), x, V(c[K]));
 }
 
-template <class V> PLAIT_FN V at_most(V x, lane_t<V> limit) { return where(x > limit, V(limit), x); }  // keeps NaN
-template <class V> PLAIT_FN V at_least(V x, lane_t<V> limit) { return where(x < limit, V(limit), x); }
+template <class V> PLAIT_FN V with_sign(V positive, V x) {
+  using I = rebind_t<V, int32_t>;
+  return bitcast<float>(I(bitcast<int32_t>(positive) | (bitcast<int32_t>(x) & int32_t(0x80000000))));
+}
+template <class V> PLAIT_FN V at_most(V x, lane_t<V> limit) { return less_of(V(limit), x); }  // keeps NaN
+template <class V> PLAIT_FN V at_least(V x, lane_t<V> limit) { return more_of(V(limit), x); }
 
 // The nearest integer as float (`n`) and as int32 (`k`), for |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
 template <class V> struct Nearest {
@@ -165,8 +169,11 @@ template <class V> PLAIT_FN V tanh(V x) {
   else {
     const V a = abs(x), u = x * x;
     const V near = fma(V(x * u), poly(u, TANH), x);
-    const V t = expm1_reduced(ExpReduced<V>(at_most(V(2.0f * a), 20.0f)));
-    return where(a < TANH_SPLIT, near, copysign(V(t / (t + 2.0f)), x));
+    // 1 - 2 / (e^2a + 1): from TANH_SPLIT on, an error of e^2a counts less than half
+    const V y = at_most(V(a * (2.0f * LOG2E)), 27.0f);
+    const Nearest<V> by(y);
+    const V e = poly(V(y - by.n), TANH_EXP2) * power_of_two<V>(by.k);
+    return where(a < TANH_SPLIT, near, with_sign(fma(V(-2.0f), V(1.0f / (e + 1.0f)), V(1.0f)), x));
   }
 }
 
@@ -305,7 +312,7 @@ template <class V> PLAIT_FN V erf(V x) {
     const V t = at_most(abs(x), 4.0f);  // erf(4) rounds to 1
     const V near = fma(x, poly(V(x * x), ERF), x);
     const V far = 1.0f - exp(V(-fma(t, poly(t, ERFC), t)));
-    return where(t < ERF_SPLIT, near, copysign(far, x));
+    return where(t < ERF_SPLIT, near, with_sign(far, x));
   }
 }
 

@@ -74,6 +74,77 @@ template <class D, class S> PLAIT_FN rebind_t<S, D> cast(S x) {
   else return number_cast<D>(x);
 }
 
+// ---- one-instruction arithmetic ----------------------------------------------------------------------------------
+
+template <class T> PLAIT_FN T fma(T a, T b, T c) {  // one rounding on floats
+  if constexpr (same<T, float>) return __builtin_fmaf(a, b, c);
+  else if constexpr (same<T, double>) return __builtin_fma(a, b, c);
+  else return T(a * b + c);
+}
+template <class T> PLAIT_FN T sqrt(T x) {
+  if constexpr (same<T, float>) return __builtin_sqrtf(x);
+  else return __builtin_sqrt(x);
+}
+template <class T> PLAIT_FN T less_of(T a, T b) { return a < b ? a : b; }  // b if either is NaN
+template <class T> PLAIT_FN T more_of(T a, T b) { return a > b ? a : b; }
+
+// One register's worth by the instruction itself: GCC does not reliably turn sixteen scalar calls back into one.
+#if defined(__x86_64__) && defined(__FMA__) && !defined(__clang__)
+#ifdef __AVX512F__
+#define PLAIT_X86(ps512, pd512, ps256, pd256)                          \
+  if constexpr (sizeof(a.v) == 64 && same<T, float>) return ps512;     \
+  if constexpr (sizeof(a.v) == 64 && same<T, double>) return pd512;    \
+  if constexpr (sizeof(a.v) == 32 && same<T, float>) return ps256;     \
+  if constexpr (sizeof(a.v) == 32 && same<T, double>) return pd256;
+#else
+#define PLAIT_X86(ps512, pd512, ps256, pd256)                          \
+  if constexpr (sizeof(a.v) == 32 && same<T, float>) return ps256;     \
+  if constexpr (sizeof(a.v) == 32 && same<T, double>) return pd256;
+#endif
+#else
+#define PLAIT_X86(ps512, pd512, ps256, pd256)
+#endif
+template <class T, int N> PLAIT_FN vec<T, N> fma_register(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
+  PLAIT_X86(__builtin_ia32_vfmaddps512_mask(a.v, b.v, c.v, 0xffff, 4), __builtin_ia32_vfmaddpd512_mask(a.v, b.v, c.v, 0xff, 4),
+            __builtin_ia32_vfmaddps256(a.v, b.v, c.v), __builtin_ia32_vfmaddpd256(a.v, b.v, c.v))
+  return lanewise([] [[gnu::always_inline]] (T x, T y, T z) { return fma(x, y, z); }, a, b, c);
+}
+template <class T, int N> PLAIT_FN vec<T, N> sqrt_register(vec<T, N> a) {
+  PLAIT_X86(__builtin_ia32_sqrtps512_mask(a.v, a.v, 0xffff, 4), __builtin_ia32_sqrtpd512_mask(a.v, a.v, 0xff, 4),
+            __builtin_ia32_sqrtps256(a.v), __builtin_ia32_sqrtpd256(a.v))
+  return lanewise([] [[gnu::always_inline]] (T x) { return sqrt(x); }, a);
+}
+template <class T, int N> PLAIT_FN vec<T, N> less_of_register(vec<T, N> a, vec<T, N> b) {
+  PLAIT_X86(__builtin_ia32_minps512_mask(a.v, b.v, a.v, 0xffff, 4), __builtin_ia32_minpd512_mask(a.v, b.v, a.v, 0xff, 4),
+            __builtin_ia32_minps256(a.v, b.v), __builtin_ia32_minpd256(a.v, b.v))
+  return where(a < b, a, b);
+}
+template <class T, int N> PLAIT_FN vec<T, N> more_of_register(vec<T, N> a, vec<T, N> b) {
+  PLAIT_X86(__builtin_ia32_maxps512_mask(a.v, b.v, a.v, 0xffff, 4), __builtin_ia32_maxpd512_mask(a.v, b.v, a.v, 0xff, 4),
+            __builtin_ia32_maxps256(a.v, b.v), __builtin_ia32_maxpd256(a.v, b.v))
+  return where(a > b, a, b);
+}
+#undef PLAIT_X86
+
+template <class T, int N> PLAIT_FN vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
+  if constexpr (whole<T, N>) return fma_register(a, b, c);
+  else return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
+template <class T, int N> PLAIT_FN vec<T, N> sqrt(vec<T, N> x) {
+  if constexpr (whole<T, N>) return sqrt_register(x);
+  else return {sqrt(x.lo), sqrt(x.hi)};
+}
+template <class T, int N> PLAIT_FN vec<T, N> less_of(vec<T, N> a, vec<T, N> b) {
+  if constexpr (same<T, bool>) return a & b;
+  else if constexpr (whole<T, N>) return less_of_register(a, b);
+  else return {less_of(a.lo, b.lo), less_of(a.hi, b.hi)};
+}
+template <class T, int N> PLAIT_FN vec<T, N> more_of(vec<T, N> a, vec<T, N> b) {
+  if constexpr (same<T, bool>) return a | b;
+  else if constexpr (whole<T, N>) return more_of_register(a, b);
+  else return {more_of(a.lo, b.lo), more_of(a.hi, b.hi)};
+}
+
 // ---- order -------------------------------------------------------------------------------------------------------
 
 template <class V> PLAIT_FN auto isnan(V x) { return x != x; }
@@ -82,8 +153,8 @@ template <class V> PLAIT_FN auto isinf(V x) {
   if constexpr (is_float<T>) return (x == highest<T>()) | (x == lowest<T>());
   else return x != x;
 }
-template <class V> PLAIT_FN V maximum(V a, V b) { return where((a > b) | (a != a), a, b); }
-template <class V> PLAIT_FN V minimum(V a, V b) { return where((a < b) | (a != a), a, b); }
+template <class V> PLAIT_FN V maximum(V a, V b) { return where(a != a, a, more_of(a, b)); }
+template <class V> PLAIT_FN V minimum(V a, V b) { return where(a != a, a, less_of(a, b)); }
 template <class V> PLAIT_FN V sign(V x) {
   using T = lane_t<V>;
   return where(x > T(0), V(T(1)), where(x < T(0), V(T(-1)), V(T(0))));
@@ -105,62 +176,8 @@ template <class V> PLAIT_FN V copysign(V magnitude, V sign_of) {
   return bitcast<T>(VI((bitcast<I>(magnitude) & highest<I>()) | (bitcast<I>(sign_of) & lowest<I>())));
 }
 
-// ---- float arithmetic --------------------------------------------------------------------------------------------
+// ---- roots and rounding ------------------------------------------------------------------------------------------
 
-// One register's worth by the instruction itself: GCC does not reliably turn sixteen scalar fma calls back into one.
-template <class T, int N> PLAIT_FN vec<T, N> fma_register(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
-  [[maybe_unused]] constexpr int bytes = N * sizeof(T);
-#if defined(__x86_64__) && defined(__FMA__) && !defined(__clang__)
-#ifdef __AVX512F__
-  if constexpr (bytes == 64 && same<T, float>) return __builtin_ia32_vfmaddps512_mask(a.v, b.v, c.v, 0xffff, 4);
-  else if constexpr (bytes == 64 && same<T, double>) return __builtin_ia32_vfmaddpd512_mask(a.v, b.v, c.v, 0xff, 4);
-  else
-#endif
-  if constexpr (bytes == 32 && same<T, float>) return __builtin_ia32_vfmaddps256(a.v, b.v, c.v);
-  else if constexpr (bytes == 32 && same<T, double>) return __builtin_ia32_vfmaddpd256(a.v, b.v, c.v);
-  else
-#endif
-  return lanewise([] [[gnu::always_inline]] (T x, T y, T z) -> T {
-    if constexpr (same<T, float>) return __builtin_fmaf(x, y, z);
-    else if constexpr (same<T, double>) return __builtin_fma(x, y, z);
-    else return T(x * y + z);
-  }, a, b, c);
-}
-template <class T, int N> PLAIT_FN vec<T, N> sqrt_register(vec<T, N> x) {
-  [[maybe_unused]] constexpr int bytes = N * sizeof(T);
-#if defined(__x86_64__) && defined(__AVX__) && !defined(__clang__)
-#ifdef __AVX512F__
-  if constexpr (bytes == 64 && same<T, float>) return __builtin_ia32_sqrtps512_mask(x.v, x.v, 0xffff, 4);
-  else if constexpr (bytes == 64 && same<T, double>) return __builtin_ia32_sqrtpd512_mask(x.v, x.v, 0xff, 4);
-  else
-#endif
-  if constexpr (bytes == 32 && same<T, float>) return __builtin_ia32_sqrtps256(x.v);
-  else if constexpr (bytes == 32 && same<T, double>) return __builtin_ia32_sqrtpd256(x.v);
-  else
-#endif
-  return lanewise([] [[gnu::always_inline]] (T s) -> T {
-    if constexpr (same<T, float>) return __builtin_sqrtf(s);
-    else return __builtin_sqrt(s);
-  }, x);
-}
-
-template <class T, int N> PLAIT_FN vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {  // one rounding on floats
-  if constexpr (whole<T, N>) return fma_register(a, b, c);
-  else return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
-}
-template <class T> PLAIT_FN T fma(T a, T b, T c) {
-  if constexpr (same<T, float>) return __builtin_fmaf(a, b, c);
-  else if constexpr (same<T, double>) return __builtin_fma(a, b, c);
-  else return T(a * b + c);
-}
-template <class T, int N> PLAIT_FN vec<T, N> sqrt(vec<T, N> x) {
-  if constexpr (whole<T, N>) return sqrt_register(x);
-  else return {sqrt(x.lo), sqrt(x.hi)};
-}
-template <class T> PLAIT_FN T sqrt(T x) {
-  if constexpr (same<T, float>) return __builtin_sqrtf(x);
-  else return __builtin_sqrt(x);
-}
 template <class V> PLAIT_FN V rsqrt(V x) { return lane_t<V>(1) / sqrt(x); }
 template <class V> PLAIT_FN V reciprocal(V x) { return lane_t<V>(1) / x; }
 
@@ -312,8 +329,6 @@ template <class V> struct Arg {
   rebind_t<V, int64_t> index;
   PLAIT_FN Arg(lane_t<V> identity) : value(identity), index(highest<int64_t>()) {}
 };
-template <class L> PLAIT_FN vec<bool> live(L lanes) { return blend(lanes, vec<bool>(true), vec<bool>(false)); }
-
 template <bool Largest, class V, class M>
 PLAIT_FN void arg_join(Arg<V>& best, V value, rebind_t<V, int64_t> index, M candidate) {
   const auto nan = value != value, was_nan = best.value != best.value;
