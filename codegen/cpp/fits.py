@@ -23,8 +23,8 @@ HEADER = Path(__file__).with_name("vcoef.h")
 class Spec:
     """One table of coefficients of `dtype`: `function` on [low, high] as a polynomial of `degree`.
 
-    `formula` says how vmath.h uses it, as a C++ comment. `weight` turns the error of the polynomial q into about the relative
-    error of the result.
+    `formula` says how vmath.h uses it, as a C++ comment. `weight` turns the error of the polynomial q into about the
+    relative error of the result.
     """
 
     name: str
@@ -73,7 +73,8 @@ SPECS = (
         0.0, _QUARTER_PI**2, 3, weight=lambda u: u,
     ),
     Spec(
-        "COS", "cos(r) = 1 - r^2 / 2 + r^4 q(r^2)", _of_square(lambda r: mpmath.cos(r) - 1 + r * r / 2, 4, lambda: mpf(1) / 24),
+        "COS", "cos(r) = 1 - r^2 / 2 + r^4 q(r^2)",
+        _of_square(lambda r: mpmath.cos(r) - 1 + r * r / 2, 4, lambda: mpf(1) / 24),
         0.0, _QUARTER_PI**2, 2, weight=lambda u: u**2,
     ),
     Spec(

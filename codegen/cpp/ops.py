@@ -39,7 +39,7 @@ _KEYWORDS = (
 _HELPERS = (
     "abs accumulate accumulate_arg affine any_lane all_lanes arg_lanes at atomic_add atomic_scatter_if begin bf16 bitcast "
     "blend body bufs calls cast copysign div end f16 fill Full gather gather_if highest indices iota join lanes live load "
-    "load_full load_if load_strided low high lowest main max_of min_of nthreads parallel Part part per_lane plait reduce "
+    "load_full load_if load_strided low high lowest main max_of min_of N nthreads parallel Part part per_lane plait reduce "
     "run scatter scatter_if sizes store store_full store_if store_strided tile_count tiles trunc vec W where l linux unix"
 )
 RESERVED = frozenset(_KEYWORDS.split()) | frozenset(_HELPERS.split()) | frozenset(COMPUTE_OPS) | frozenset(CTYPE.values())
