@@ -328,7 +328,7 @@ def lower(graph: Graph, decompositions: Decompositions, name: str = "") -> Graph
         raise NeedsSizeFact(op="a decomposition", fact=world.assumed())
     places = traced.graph.find_nodes(op="placeholder")
     for n, v in zip(places, lifted.inputs, strict=True):
-        n.name = n.target = traced.graph._graph_namespace.create_name(v.hint or "x", n)
+        n._rename(v.hint or "x")
     results = traced.graph.output_node().args[0]
     written = [(places[i], v) for (i, _), v in zip(graph.writes, results[len(graph.outputs) :], strict=True)]
     outputs_to_writes(traced, written, results[: len(graph.outputs)])

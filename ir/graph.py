@@ -6,6 +6,7 @@ users on demand. Rewriting makes a new graph that shares the nodes it did not to
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ Arg = Any
 a tuple of these."""
 
 LEVELS = ("tensor", "kernel")
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +60,8 @@ class Loc:
         found = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s*([^\n]*))?', self.stack)
         if not found:
             return None
-        file, line, code = found[-1]
+        users = [f for f in found if not f[0].startswith(_TORCH)]
+        file, line, code = (users or found)[-1]
         return file, int(line), code.strip()
 
     @property
@@ -207,6 +211,21 @@ class Graph:
             for v in dict.fromkeys((*n.inputs, *n.after)):
                 found.setdefault(v, []).append(n)
         return {v: tuple(ns) for v, ns in found.items()}
+
+    @cached_property
+    def roots(self) -> dict[Value, Value]:
+        """The value whose memory each result of a view shares, found through chains of views; absent for other values."""
+        found: dict[Value, Value] = {}
+        for n in self.nodes:
+            if n.op.has("view") and n.inputs:
+                base = found.get(n.inputs[0], n.inputs[0])
+                found.update((v, base) for v in n.results)
+        return found
+
+    @cached_property
+    def escapes(self) -> frozenset[Value]:
+        """Values whose memory leaves the graph: results, and what results that are views share memory with."""
+        return frozenset(self.roots.get(v, v) for v in self.results)
 
     @cached_property
     def results(self) -> frozenset[Value]:

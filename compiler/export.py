@@ -1,0 +1,240 @@
+"""From modules and exported programs to graphs that own their weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from ..errors import CannotExport, CannotImport, TrainingMode
+from ..ir import Graph, Node, from_fx, op
+from .capture import outputs_to_writes
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_GRAD_SPAN = "wrap_with_set_grad_enabled"
+_CAST_SPAN = "wrap_with_autocast"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A program as a functional graph before autograd, with its own copies of the weights as constants.
+
+    `state` are buffers that the program writes; they are the graph's first inputs, in order. `in_tree` is the structure of
+    `(args, kwargs)`, whose leaves are the other inputs; `out_tree` that of the result. `examples` are the flat example
+    inputs where there are any.
+    """
+
+    graph: Graph
+    state: Mapping[str, torch.Tensor]
+    in_tree: pytree.TreeSpec
+    out_tree: pytree.TreeSpec
+    examples: tuple[Any, ...] | None
+
+
+def export(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) -> ExportedProgram:
+    """An exported program from a module, a function, a `.pt2` file, or itself.
+
+    `example_inputs` are positional arguments (a tuple or list, or one tensor) or keyword arguments (a dict). Raises
+    CannotExport in torch.export's words.
+    """
+    if isinstance(model, ExportedProgram):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return torch.export.load(os.fspath(model))
+    what = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", repr(model))
+    if not callable(model):
+        raise CannotExport(what=what, why="it is neither a module, a function nor an exported program")
+    if example_inputs is None:
+        raise CannotExport(what=what, why="there are no example inputs to capture it on")
+    args, kwargs = as_arguments(example_inputs)
+    module = model if isinstance(model, torch.nn.Module) else _Function(model)
+    try:
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:  # torch raises many classes here, from the model's code and from its own
+        raise CannotExport(what=what, why=str(error) or type(error).__name__) from error
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`(args, kwargs)` of example inputs: a dict is keywords, a tuple or list positions, anything else one position."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+class _Function(torch.nn.Module):
+    """A plain function as the module that torch.export wants."""
+
+    def __init__(self, fn: Any) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with memory of its own and the same strides."""
+    tensor = tensor.detach()
+    copy = tensor.clone()
+    if copy.stride() == tensor.stride():
+        return copy
+    memory = tensor.untyped_storage().clone()
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def from_exported(program: ExportedProgram) -> Exported:
+    """The graph of an exported program. Equal parameters are one constant.
+
+    Raises TrainingMode where an op draws its behaviour from training mode, CannotImport.
+    """
+    _refuse_training(program)
+    _inline_spans(program.graph_module)
+    functional = program.run_decompositions({})
+    gm, signature = functional.graph_module, functional.graph_signature
+    written = {s.target for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
+    weights, state = _weights(functional, gm, written)
+    _write_outputs(gm, signature)
+    imported = from_fx(gm, "forward")
+    places = dict(zip((n.name for n in gm.graph.find_nodes(op="placeholder")), imported.inputs, strict=True))
+    loads = [Node(op("plait.constant"), (target,), (places[name],)) for name, (target, _) in weights.items()]
+    kept = [places[name] for name in state]
+    constant = {n.out for n in loads}
+    inputs = (*kept, *(v for v in imported.inputs if v not in constant and v not in kept))
+    index = {v: i for i, v in enumerate(inputs)}
+    graph = imported.replace(
+        inputs=inputs,
+        nodes=(*loads, *imported.nodes),
+        writes=tuple(sorted(((index[imported.inputs[i]], v) for i, v in imported.writes), key=lambda w: w[0])),
+        constants={**imported.constants, **dict(weights.values())},
+    )
+    spec = functional.call_spec
+    example = program.example_inputs
+    flat = tuple(pytree.tree_leaves(example)) if example is not None else None
+    assert spec.in_spec is not None and spec.out_spec is not None
+    return Exported(graph, dict(state.values()), spec.in_spec, spec.out_spec, flat)
+
+
+def _refuse_training(program: ExportedProgram) -> None:
+    for n in program.graph.nodes:
+        schema = getattr(n.target, "_schema", None)
+        names = [a.name for a in schema.arguments] if schema is not None else []
+        given = dict(zip(names, n.args, strict=False)) | n.kwargs
+        if any(given.get(name) is True for name in ("train", "training")) or given.get("dropout_p", 0.0) != 0.0:
+            raise TrainingMode(op=n.target)
+
+
+def _weights(
+    program: ExportedProgram, gm: GraphModule, written: set[str]
+) -> tuple[dict[str, tuple[str, torch.Tensor]], dict[str, tuple[str, torch.Tensor]]]:
+    """(constants, state) by placeholder: the name of each tensor and our copy. Tied weights become one placeholder."""
+    weights: dict[str, tuple[str, torch.Tensor]] = {}
+    state: dict[str, tuple[str, torch.Tensor]] = {}
+    seen: dict[Any, FxNode] = {}
+    for n, spec in zip(gm.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            continue
+        if spec.kind not in _WEIGHTS:
+            raise CannotImport(what=f"input {n.name}", why=f"it is a {spec.kind.name.lower()} of the program")
+        source = program.state_dict if spec.target in program.state_dict else program.constants
+        tensor = source[str(spec.target)]
+        if not isinstance(tensor, torch.Tensor):
+            raise CannotImport(what=f"weight {spec.target}", why=f"it is a {type(tensor).__name__}")
+        if spec.target in written:
+            state[n.name] = (str(spec.target), own(tensor))
+            continue
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and key in seen:
+            n.replace_all_uses_with(seen[key])
+            gm.graph.erase_node(n)
+            continue
+        seen[key] = n
+        weights[n.name] = (str(spec.target), own(tensor))
+    return weights, state
+
+
+def _write_outputs(gm: GraphModule, signature: Any) -> None:
+    """Outputs that are new values of buffers and inputs become writes of their placeholders."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    buffers = {s.target: nodes.get(s.arg.name) for s in signature.input_specs if s.kind == InputKind.BUFFER}
+    writes: list[tuple[FxNode, FxNode]] = []
+    results: list[Any] = []
+    for spec, value in zip(signature.output_specs, gm.graph.output_node().args[0], strict=True):
+        if spec.kind == OutputKind.USER_OUTPUT:
+            results.append(spec.arg.value if isinstance(spec.arg, ConstantArgument) else value)
+            continue
+        targets = {OutputKind.BUFFER_MUTATION: buffers, OutputKind.USER_INPUT_MUTATION: nodes}.get(spec.kind)
+        if targets is None:
+            raise CannotImport(what=f"output {value}", why=f"it is a {spec.kind.name.lower()} of the program")
+        writes.append((targets[spec.target], value))
+    outputs_to_writes(gm, writes, results)
+
+
+# -- spans of no_grad and autocast ------------------------------------------------------------------------------------
+
+
+def _inline_spans(gm: GraphModule) -> None:
+    """Inline what torch.export keeps as a call of a submodule: no_grad means nothing here, autocast becomes casts."""
+    for n in list(gm.graph.nodes):
+        name = n.target.name() if isinstance(n.target, torch._ops.HigherOrderOperator) else ""
+        if name == _GRAD_SPAN:
+            _, body, *args = n.args
+            _inline(gm, n, getattr(gm, body.target), args)
+        elif name == _CAST_SPAN:
+            device, dtype, enabled, cache, body, *args = n.args
+            inner = getattr(gm, body.target)
+            if enabled:
+                cast = torch.autocast(device, dtype=dtype, enabled=True, cache_enabled=cache)
+                inner = _with_casts(inner, cast, [a.meta["val"] if isinstance(a, FxNode) else a for a in args])
+            _inline(gm, n, inner, args)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _with_casts(body: GraphModule, cast: Any, inputs: Sequence[Any]) -> GraphModule:
+    """The span traced below autocast, so that its casts are ops of the graph."""
+    mode = next((t.fake_mode for t in inputs if hasattr(t, "fake_mode")), None)
+    if mode is None:
+        raise CannotImport(what="an autocast span", why="it has no tensor inputs")
+
+    def run(*args: Any) -> Any:
+        with cast:
+            return body(*args)
+
+    with mode, torch.no_grad():
+        return make_fx(run)(*inputs)
+
+
+def _inline(gm: GraphModule, call: FxNode, body: GraphModule, args: Sequence[Any]) -> None:
+    """Replace a call of a submodule that returns a tuple by the submodule's nodes."""
+    _inline_spans(body)
+    env: dict[FxNode, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), args, strict=True))
+    with gm.graph.inserting_before(call):
+        for n in body.graph.nodes:
+            if n.op == "get_attr":
+                name = f"_span_{n.target}".replace(".", "_")
+                while hasattr(gm, name):
+                    name += "_"
+                setattr(gm, name, getattr(body, str(n.target)))
+                env[n] = gm.graph.get_attr(name)
+                env[n].meta = dict(n.meta)
+            elif n.op == "call_function":
+                env[n] = gm.graph.node_copy(n, lambda a: env[a])
+            elif n.op not in ("placeholder", "output"):
+                raise CannotImport(what=f"fx node {n.op}", why="spans of exported programs hold calls of ops only")
+    results = pytree.tree_map_only(FxNode, lambda a: env[a], body.graph.output_node().args[0])
+    for user in list(call.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(call)
