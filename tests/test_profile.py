@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plait.codegen.templates import matmul_bench
 from plait.codegen.templates.matmul_choice import (
     MKL,
     PACKED,
@@ -199,6 +200,13 @@ def test_matmul_candidates_all_run(folder, problem):
     assert tuple(calls) == candidate_names(problem)
     for call in calls.values():
         call()
+
+
+def test_matmul_benchmark_checks_and_prints(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["matmul_bench", "--threads", "1", "--seconds", "0.01", "2x9x40x33", "1x4x32x64"])
+    matmul_bench.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3 and "template-packed" in rows[1] and "mkl" in rows[2]
 
 
 def test_matmul_choice_is_kept_and_shared(folder, tmp_path):

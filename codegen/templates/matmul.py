@@ -85,6 +85,9 @@ class MatmulSpec:
             raise InvalidMatmul(name=self.name, why="groups and batch axes exclude each other")
         if self.group_ids and self.group != "m":
             raise InvalidMatmul(name=self.name, why="group_ids choose matrices for groups along m")
+        for names in (self.buffer_names, self.size_names):
+            if twice := {n for n in names if names.count(n) > 1}:
+                raise InvalidMatmul(name=self.name, why=f"two arguments are called {', '.join(sorted(twice))}")
         if not any(isinstance(s, Store) for s in walk(self.epilogue)):
             raise InvalidMatmul(name=self.name, why="the epilogue stores nothing")
 

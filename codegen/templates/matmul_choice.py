@@ -72,17 +72,17 @@ def candidate_names(problem: MatmulProblem) -> tuple[str, ...]:
     return tuple(name for name, possible in wanted.items() if possible)
 
 
-def matmul_candidates(problem: MatmulProblem, threads: int, folder: Path) -> dict[str, Callable[[], object]]:
-    """A call of every implementation of `candidate_names`, on random operands. `folder` is where kernels are built.
+def matmul_candidates(problem: MatmulProblem, threads: int, folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """A call of every implementation of `candidate_names`, on the same random operands; it returns the product.
 
-    Library calls go through torch from Python, as they would in a plan: their overhead counts.
+    `folder` is where kernels are built. Library calls go through torch from Python, as in a plan: their overhead counts.
     """
     dtype = getattr(torch, problem.dtype)
     a = _operand((problem.batch, problem.m, problem.k), dtype, -1 if problem.a == "k" else -2)
     b = _operand((problem.batch, problem.k, problem.n), dtype, -2 if problem.b == "k" else -1)
     out = torch.empty(problem.batch, problem.m, problem.n, dtype=dtype)
     names = candidate_names(problem)
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
     if TEMPLATE in names:
         specs = {TEMPLATE: problem.spec()} | ({PACKED: problem.spec(packed=True)} if PACKED in names else {})
         built = build({s.name: generate(s) for s in specs.values()}, folder)
@@ -92,7 +92,7 @@ def matmul_candidates(problem: MatmulProblem, threads: int, folder: Path) -> dic
             call = bind_matmul(
                 built[spec.name], spec, a, operand, {"out": out}, n=problem.n, symbols=symbols, threads=threads
             )
-            calls[name] = call
+            calls[name] = lambda call=call: (call(), out)[1]
     if ONEDNN in names:
         calls[ONEDNN] = lambda: torch.ops.mkldnn._linear_pointwise(a[0], b[0].mT, None, "none", [], "")
     if problem.batch == 1:

@@ -378,6 +378,8 @@ def test_uses_no_more_threads_than_the_workspace_has_slots(compiled):
         ({"batch": 1, "group": "m"}, "exclude"),
         ({"group_ids": True}, "group_ids"),
         ({"epilogue": ()}, "stores nothing"),
+        ({"buffers": (Buffer("A", "float32", "write"),)}, "two arguments are called A"),
+        ({"sizes": (sympy.Symbol("K"),)}, "two arguments are called K"),
     ],
 )
 def test_refuses_what_it_does_not_have(changes, why):
