@@ -24,3 +24,6 @@ def main() -> None:
 
 for _command in (cache, compile_command, diff, env, inspect, passes, run):
     main.add_command(_command)
+
+if __name__ == "__main__":
+    main()
