@@ -335,6 +335,22 @@ def _euclidean(m: Match) -> Reason | None:
     return None
 
 
+def _filled(value: Any) -> Any:
+    """`x_like` as a constant of that size, so that `x` itself need not be computed."""
+
+    def build(m: Match, b: Builder) -> Value:
+        kind = m.node.out.tensor
+        fill = m.node["fill_value"] if value is None else value
+        return b.call("aten.full.default", kind.shape, fill, dtype=kind.dtype, device=torch.device(kind.device))
+
+    return build
+
+
+def _plain_number(m: Match) -> Reason | None:
+    fill = m.node.get("fill_value", 0)
+    return Reason("filled with a tensor") if isinstance(fill, Value) else None
+
+
 def _rule(op: str, build: Any, check: Any = None) -> Rule:
     return Rule(f"expand-{op.split('.')[1]}", pattern(op), build, check)
 
@@ -360,6 +376,12 @@ RULES: tuple[Rule, ...] = (
     _rule("aten.min.dim", _max_dim("aten.amin.default", "aten.argmin.default"), _not_empty),
     _rule("aten.logsumexp.default", _log_sum_exp, _has_elements),
     _rule("aten.linalg_vector_norm.default", _norm, _euclidean),
+    _rule("aten.zeros_like.default", _filled(0)),
+    _rule("aten.ones_like.default", _filled(1)),
+    _rule("aten.full_like.default", _filled(None), _plain_number),
+    _rule("aten.new_zeros.default", _filled(0)),
+    _rule("aten.new_ones.default", _filled(1)),
+    _rule("aten.new_full.default", _filled(None), _plain_number),
 )
 
 

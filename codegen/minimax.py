@@ -63,6 +63,8 @@ def minimax(
     Raises NoMinimax where the exchange does not settle (a pole, too large a degree for the precision).
     """
     chosen = tuple(powers) if powers is not None else tuple(range((degree or 0) + 1))
+    if len(set(chosen)) < len(chosen):
+        raise NoMinimax(what=f"powers {chosen}", why="they are not independent")
     with mp.workprec(precision):
         a, b = mpf(low), mpf(high)
         f, w = functools.cache(f), functools.cache(weight or _one)  # each exchange samples the same grid
@@ -125,7 +127,8 @@ def _remez(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function) ->
         def error(x: mpf, c: list[mpf] = coefficients) -> mpf:
             return w(x) * (f(x) - sum((ck * x**k for ck, k in zip(c, powers, strict=True)), mpf(0)))
 
-        reference, largest = _exchange(error, reference, a, b)
+        exact = mpf(2) ** (-mp.prec // 2) * max(abs(w(x) * f(x)) for x in reference)
+        reference, largest = _exchange(error, reference, a, b, exact)
         if largest <= abs(level) * (1 + mpf("1e-3")):
             return coefficients, abs(level)
     raise NoMinimax(what=f"powers {powers} on [{float(a)}, {float(b)}]", why="the exchange did not settle")
@@ -147,16 +150,17 @@ def _level(f: Function, powers: tuple[int, ...], reference: list[mpf], w: Functi
     return [solution[k] for k in range(n)], solution[n]
 
 
-def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf) -> tuple[list[mpf], mpf]:
+def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf, exact: mpf) -> tuple[list[mpf], mpf]:
     """The next reference, and the largest error: each point moves to the extremum of its run of one sign, and the largest
-    extremum takes the place of a neighbour if no point reached it. Extrema are found on a grid and refined.
+    extremum takes the place of a neighbour if no point reached it. Extrema are found on a grid and refined. An error of at
+    most `exact` everywhere counts as none.
     """
     count = 16 * len(reference)
     grid = sorted({*reference, *((a + b) / 2 - (b - a) / 2 * mpmath.cos(mpmath.pi * k / count) for k in range(count + 1))})
     values = [error(x) for x in grid]
     largest = max(range(len(grid)), key=lambda i: abs(values[i]))
-    if abs(values[largest]) < mpf(2) ** (-mp.prec + 20):
-        return reference, mpf(0)  # f is such a polynomial
+    if abs(values[largest]) <= exact:
+        return reference, mpf(0)  # f is such a polynomial, and the rest is rounding
 
     def climb(start: int) -> tuple[int, mpf]:
         """Grid index and place of the extremum of the run around `start`."""

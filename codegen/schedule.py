@@ -34,6 +34,8 @@ def schedule(graph: Graph, *, generate: bool = True) -> Scheduled:
     late: list[Item] = []
     for item in grouping.ordered():
         if isinstance(item, Group):
+            if not any(u.value in stored for u in item.units):
+                continue  # nobody reads what it computes: only its sizes mattered
             kernel = _kernel_item(analysis, item, stored, status)
             if item.matmul is not None:
                 scratch.append(kernel.buffers[-1])

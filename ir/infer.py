@@ -93,7 +93,16 @@ def _region_types(op: Op, args: tuple[Arg, ...]) -> tuple[ValueType, ...]:
 def _by_fake_tensors(op: Op, typed: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, ...]:
     key = tuple(_hashable(a) for a in typed)
     used = sorted(_symbols_in(typed), key=lambda s: s.name)
-    return _fake_call(op, key, tuple((s, symbols.get(s, SymbolInfo())) for s in used))
+    infos = tuple((s, symbols.get(s, SymbolInfo())) for s in used)
+    try:
+        return _fake_call(op, key, infos)
+    except NeedsSizeFact:
+        # Which layout torch picks may hang on how unknown sizes compare. Ops that make new memory may promise any layout,
+        # so promise the row-major one; views have no such choice.
+        plain = map_arg(key, lambda a: a.with_(shape=a.shape) if isinstance(a, TensorType) else a)
+        if op.has("view") or plain == key:
+            raise
+        return _fake_call(op, plain, infos)
 
 
 def _hashable(arg: Arg) -> Arg:

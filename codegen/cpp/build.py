@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ...cost.device import cpu_flags
+from ...cost.device import host_isa as host_isa  # for callers of this module: the instruction set to build for
 from ...errors import KernelBuildFailed, NoCompiler
 
 HEADER_DIRS = (Path(__file__).parent, Path(__file__).parents[1] / "templates")
@@ -30,7 +31,7 @@ FLAGS = (
 ISAS = {
     "native": ("-march=native",),
     "x86-64-v3": ("-march=x86-64-v3",),
-    "x86-64-v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "x86-64-v4": ("-march=x86-64-v4",),
     "aarch64": ("-march=armv8.2-a",),
 }
 
@@ -55,29 +56,6 @@ def compiler_version() -> str:
     return _version_of(compiler())
 
 
-def host_isa() -> str:
-    """The richest artifact instruction set that this machine runs: "x86-64-v4", "x86-64-v3" or "aarch64".
-
-    An x86 machine below v3 gives "x86-64", for which artifacts carry no binary.
-    """
-    machine = platform.machine()
-    if machine in ("aarch64", "arm64"):
-        return "aarch64"
-    flags = _cpu_flags()
-    if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
-        return "x86-64-v4"
-    if {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"} <= flags:
-        return "x86-64-v3"
-    return "x86-64"
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    info = Path("/proc/cpuinfo")
-    rows = info.read_text().splitlines() if info.exists() else []
-    return frozenset(next((r.split(":", 1)[1].split() for r in rows if r.startswith("flags")), ()))
-
-
 def command(isa: str = "native", flags: Sequence[str] = ()) -> list[str]:
     """The compiler's command line for `isa` (a key of ISAS), without sources and output."""
     return [compiler(), *FLAGS, *ISAS[isa], *flags, *(f"-I{folder}" for folder in HEADER_DIRS)]
@@ -85,13 +63,15 @@ def command(isa: str = "native", flags: Sequence[str] = ()) -> list[str]:
 
 def content_hash(source: str, isa: str = "native", flags: Sequence[str] = ()) -> str:
     """Name of the binary that `source` builds to: covers headers, flags, compiler and, for "native", this machine."""
-    digest = hashlib.sha256(_toolchain(isa, tuple(flags)).encode())
-    digest.update(source.encode())
-    return digest.hexdigest()[:32]
+    return _hash(_toolchain(isa, flags), source)
 
 
-def _toolchain(isa: str, flags: tuple[str, ...]) -> str:
-    machine = " ".join(sorted(_cpu_flags())) if isa == "native" else ""
+def _hash(toolchain: str, source: str) -> str:
+    return hashlib.sha256(f"{toolchain}\n{source}".encode()).hexdigest()[:32]
+
+
+def _toolchain(isa: str, flags: Sequence[str]) -> str:
+    machine = " ".join(sorted(cpu_flags())) if isa == "native" else ""
     headers = [hashlib.sha256(h.read_bytes()).hexdigest() for h in HEADERS]
     return "\n".join([compiler_version(), *FLAGS, *ISAS[isa], *flags, machine, *headers])
 
@@ -113,7 +93,8 @@ def build(
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    hashes = {name: content_hash(source, isa, flags) for name, source in sources.items()}
+    toolchain = _toolchain(isa, flags)
+    hashes = {name: _hash(toolchain, source) for name, source in sources.items()}
     missing = {h: sources[n] for n, h in sorted(hashes.items()) if not (out / f"{h}.so").exists()}
     jobs = jobs or len(os.sched_getaffinity(0))
     groups = _deal(missing, jobs)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 
 from ...errors import InvalidKernel
-from ..kernel_ir import Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
+from ..kernel_ir import COMPUTE_OPS, Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
 from .index import Affine, affine, index_text
 from .ops import ARG_OPS, CTYPE, HEAVY, HEAVY_WEIGHT, REDUCER, compute_text, identifier, literal
 
@@ -102,7 +102,9 @@ class _Printer:
         return self.lanes is not None and name in self.lanes.varying
 
     def ref(self, name: str) -> str:
-        """How the value of scalar `name` is read."""
+        """How the value of scalar `name` is read. Raises InvalidKernel if it was not defined before."""
+        if name not in self.dtype:
+            raise InvalidKernel(kernel=self.kernel.name, why=f"{name} is read before it is defined")
         acc = self.accs.get(name)
         return f"{identifier(name)}.index" if acc is not None and acc.op in ARG_OPS else identifier(name)
 
@@ -126,11 +128,10 @@ class _Printer:
         return index_text(expr, self.symbol, self.axes)
 
     def symbol(self, symbol: sympy.Symbol) -> str:
-        if symbol in self.axes or self.dtype.get(symbol.name) == "int64":
-            return self.ref(symbol.name)
-        if symbol.name not in self.dtype:
-            raise InvalidKernel(kernel=self.kernel.name, why=f"index reads {symbol.name}, which is not defined there")
-        return f"int64_t({self.ref(symbol.name)})"
+        if symbol in self.axes:
+            return identifier(symbol.name)
+        name = self.ref(symbol.name)
+        return name if self.dtype[symbol.name] == "int64" else f"int64_t({name})"
 
     def lane_symbol(self, symbol: sympy.Symbol) -> str:
         """A symbol inside `per_lane`, where `l` is the lane."""
@@ -192,6 +193,8 @@ class _Printer:
             case Load():
                 self.load(stmt)
             case Compute(name, dtype, op, args):
+                if COMPUTE_OPS.get(op) != len(args):
+                    raise InvalidKernel(kernel=self.kernel.name, why=f"{name} = {op} of {len(args)} operands")
                 texts, varying = [self.ref(a) for a in args], [self.varies(a) for a in args]
                 operand = self.dtype[args[-1] if op == "where" else args[0]]
                 self.define(name, dtype, compute_text(op, operand, dtype, texts, varying, self.vec))
@@ -274,6 +277,8 @@ class _Printer:
             self.line(f"{ctype} {identifier(acc.name)} = {_identity(acc)};")
 
     def accumulate(self, stmt: Accumulate) -> None:
+        if stmt.acc not in self.accs:
+            raise InvalidKernel(kernel=self.kernel.name, why=f"{stmt.acc} is not an accumulator in scope")
         acc = self.accs[stmt.acc]
         partial = self.lanes.partial.get(stmt.acc) if self.lanes else None
         spread = partial is not None or self.varies(stmt.acc)

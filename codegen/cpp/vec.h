@@ -418,7 +418,10 @@ template <int Partials, int Tiles = 1, class F> PLAIT_FN void tiles(int64_t begi
 extern "C" int omp_get_thread_num() noexcept;
 extern "C" int omp_get_num_threads() noexcept;
 
-constexpr int64_t GRAIN = 1 << 14;  // scalar statements that are worth waking a thread for
+#ifndef PLAIT_GRAIN
+#define PLAIT_GRAIN (1 << 14)
+#endif
+constexpr int64_t GRAIN = PLAIT_GRAIN;  // scalar statements that are worth waking a thread for
 
 // By value and out of line: the closure's fields are then locals of one function, which no store can alias.
 template <class F> [[gnu::noinline]] void run_span(F body, int64_t begin, int64_t end) { body(begin, end); }

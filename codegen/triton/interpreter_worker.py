@@ -1,10 +1,10 @@
 """The process in which Triton's interpreter runs: a script, started by interpret.py with TRITON_INTERPRET=1.
 
 It reads one JSON request per line from its standard input and answers each with one line on the pipe that was its
-standard output. Three things of the interpreter are put right here, so that it computes what a device computes:
+standard output. Some things of the interpreter are put right here, so that it computes what a device computes:
 float32 to bfloat16 rounds to nearest even (it truncates) and the way back keeps subnormal numbers; `tl.dot` multiplies
 bfloat16 numbers (it multiplies their bit patterns); an access outside the kernel's buffers is an error (it reads or
-corrupts this process).
+corrupts this process); a scalar can bound a loop (not in Triton 3.6 with NumPy 2.4).
 """
 
 import importlib.util
@@ -58,9 +58,10 @@ class Bounds:
 
 
 def correct_interpreter(bounds):
-    """Put the three things right (see the module's docstring)."""
+    """Put right what the module's docstring names."""
     builder = interpreter.InterpreterBuilder
     convert, dot = interpreter._convert_float, builder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
 
     def convert_float(data, source, target, rounding):
@@ -90,7 +91,12 @@ def correct_interpreter(bounds):
         bounds.check(pointers, mask, "atomic add")
         return atomic(self, op, pointers, value, mask, *args)
 
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     interpreter._convert_float = convert_float
+    interpreter._patch_lang_tensor = patch_lang_tensor
     for function in (create_dot, create_masked_load, create_masked_store, create_atomic_rmw):
         setattr(builder, function.__name__, function)
 
