@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
-from plait.codegen.cpp.build import build, host_isa
+from plait.codegen.cpp.build import build
 from plait.codegen.kernel_ir import Buffer, Compute, Const, Load, Store
 from plait.codegen.templates import matmul as mm
 from plait.codegen.templates.launch import bind, bind_matmul
 from plait.codegen.templates.matmul import MatmulSpec, generate, generate_pack, packed_elements, workspace_elements
+from plait.cost.device import host_isa
 from plait.errors import InvalidMatmul
 
 OUT_M, OUT_B0, OUT_B1 = (sympy.Symbol(s, integer=True) for s in ("out_m", "out_b0", "out_b1"))
