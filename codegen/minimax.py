@@ -73,16 +73,18 @@ def minimax(
             widths = (bits,) * len(chosen) if isinstance(bits, int) else tuple(bits)
             coefficients = _round_in_turn(f, chosen, a, b, w, widths, coefficients)
         raw = Fit(chosen, tuple(coefficients), a, b, 0.0, float(level))
-        error = error_bound(lambda x: w(x) * (f(x) - raw(x)), a, b, len(chosen) + max(chosen))
+        noise = mpf(2) ** (-precision // 2) * max(abs(w(x) * f(x)) for x in (a, (a + b) / 2, b))
+        error = error_bound(lambda x: w(x) * (f(x) - raw(x)), a, b, len(chosen) + max(chosen), noise)
         return Fit(chosen, raw.coefficients, a, b, error, float(level))
 
 
-def error_bound(g: Function, low: float, high: float, degree: int = 16) -> float:
+def error_bound(g: Function, low: float, high: float, degree: int = 16, noise: float = 0.0) -> float:
     """Upper bound of |g| on [low, high], for `g` analytic there.
 
     g is interpolated at Chebyshev points until its coefficients have decayed; between `m` Chebyshev points a polynomial of
     degree n exceeds its largest sample by at most 1 / cos(pi n / 2m) (Ehlich and Zeller); what the interpolant leaves out
-    is bounded by the geometric decay of the coefficients. Raises NoMinimax if they do not decay (g is not analytic).
+    is bounded by the geometric decay of the coefficients. What is below `noise` is taken for rounding of g.
+    Raises NoMinimax if the coefficients do not decay (g is not analytic).
     """
     a, b = mpf(low), mpf(high)
     n = max(16, degree)
@@ -90,7 +92,7 @@ def error_bound(g: Function, low: float, high: float, degree: int = 16) -> float
         coefficients = _chebyshev_coefficients(g, a, b, n)
         largest = max(map(abs, coefficients))
         tail = max(abs(c) for c in coefficients[-(n // 4) :]) * n
-        if tail <= largest * mpf("1e-3"):
+        if tail <= max(largest * mpf("1e-3"), noise):
             break
         if n > 512:
             raise NoMinimax(what=f"the error on [{float(a)}, {float(b)}]", why="it is not smooth there")
