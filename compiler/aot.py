@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .. import __version__
 from ..codegen.compile import CompiledGraph
+from ..codegen.coverage import Coverage
 from ..codegen.cpp import build
 from ..errors import BadTarget
 from ..ir import Graph, print_graph
@@ -20,7 +22,7 @@ from ..passes.base import Step
 from ..runtime import native
 from ..runtime.artifact import Parts, write
 from . import env
-from .source import CPU_ISAS, Targets
+from .source import CPU_ISAS, Source, Targets
 
 ALL_CPUS = Targets(isas=CPU_ISAS)
 """What an artifact carries binaries for unless it is told otherwise."""
@@ -37,6 +39,32 @@ class Ready:
     in_tree: pytree.TreeSpec
     out_tree: pytree.TreeSpec
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What `compile_source` did: passes, what runs where, and seconds for each part of the work."""
+
+    history: Sequence[Step]
+    coverage: Coverage
+    seconds: Mapping[str, float]
+
+
+def compile_source(source: Source, options: Mapping[str, Any], path: str | Path | None, targets: Targets = ALL_CPUS) -> Done:
+    """Compile a model of the command line and write the artifact `path`; with None nothing is built or written.
+
+    Raises what `plait.compile` and `save` raise.
+    """
+    from .api import compile
+
+    start = time.perf_counter()
+    model = compile(source.model, source.inputs, dynamic_shapes=source.dynamic_shapes, options=options)
+    seconds = {"compile": time.perf_counter() - start}
+    if path is not None:
+        start = time.perf_counter()
+        model.save(path, targets=targets)
+        seconds["build and write"] = time.perf_counter() - start
+    return Done(model.history, model.coverage, seconds)
 
 
 def save(model: Ready, path: str | Path, *, targets: Targets = ALL_CPUS) -> None:
