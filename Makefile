@@ -42,7 +42,7 @@ format: .venv/.test  ## apply the style
 	$(BIN)/ruff format .
 
 demo: .venv/.demo  ## compile a pretrained model ahead of time, load it elsewhere, compare
-	$(BIN)/plait demo
+	$(BIN)/plait demo --out build/demo
 
 bench: .venv/.test .venv/.demo  ## every benchmark, against its peers
 	$(BIN)/python -m benchmarks

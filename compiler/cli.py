@@ -7,7 +7,7 @@ import click
 from .. import __version__
 from .commands.cache import cache
 from .commands.look import diff, env, passes
-from .commands.models import compile_command, inspect, run
+from .commands.models import bench, compile_command, demo, explain, inspect, run
 from .commands.shared import Main
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     """
 
 
-for _command in (cache, compile_command, diff, env, inspect, passes, run):
+for _command in (bench, cache, compile_command, demo, diff, env, explain, inspect, passes, run):
     main.add_command(_command)
 
 if __name__ == "__main__":

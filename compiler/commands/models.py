@@ -191,3 +191,85 @@ def inspect(file: str, level: str | None, kernels: bool, coverage: bool, as_json
         summary = inspection.summary(file)
         shown = {**summary, "bytes": size(summary["bytes"]), "weight_bytes": size(summary["weight_bytes"])}
         emit(summary, as_json, lambda: fields(shown))
+
+
+@click.command()
+@click.argument("src")
+@click.option("--seconds", default=4.0, show_default=True, help="Time to spend on timing.")
+@click.option("--inductor/--no-inductor", default=True, show_default=True, help="Compare with Inductor too.")
+@inputs_of_source
+@choices_of_passes
+@common
+def bench(
+    src: str, seconds: float, inductor: bool, shapes: tuple[str, ...], dynamic: tuple[str, ...], seed: int,
+    passes: tuple[str, ...], disabled: tuple[str, ...], settings: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Time SRC in eager, through Inductor and through plait, by turns. Exit code 1 where plait's answer differs."""
+    from ..bench import bench as measure
+    from ..source import load
+
+    with progress("loading"):
+        source = load(src, shapes, dynamic, seed=seed)
+    with progress("compiling and timing"):
+        data = measure(source, options_of(passes, disabled, settings), inductor=inductor, seconds=seconds)
+
+    def render() -> str:
+        times, gaps, spent = data["milliseconds"], data["differences"], data["compile_seconds"]
+        rows = [
+            (
+                name,
+                f"{times[name]:.3f}",
+                f"{times[name] / times['plait']:.2f}",
+                f"{spent[name]:.1f}" if name in spent else "",
+                f"{gaps[name]['max_abs']:.2g}{'' if gaps[name]['equal'] else ' DIFFERS'}" if name in gaps else "",
+            )
+            for name in times
+        ]
+        head = ("", "ms per call", "times plait", "compile s", "largest difference from eager")
+        return f"{table(head, rows)}\n\n{coverage_text(data['coverage'])}"
+
+    emit(data, as_json, render)
+    sys.exit(0 if data["differences"]["plait"]["equal"] else 1)
+
+
+@click.command()
+@click.argument("src")
+@inputs_of_source
+@choices_of_passes
+@common
+def explain(
+    src: str, shapes: tuple[str, ...], dynamic: tuple[str, ...], seed: int, passes: tuple[str, ...],
+    disabled: tuple[str, ...], settings: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Show what torch.compile(SRC, backend="plait") makes of a call: graphs, graph breaks, what runs where and why."""
+    from ..api import explain as explain_call
+    from ..source import load
+
+    with progress("loading"):
+        source = load(src, shapes, dynamic, seed=seed)
+    with progress("compiling"):
+        found = explain_call(source.eager(), options=options_of(passes, disabled, settings))(*source.inputs)
+    data = {
+        "graphs": [
+            {"name": r.name, "kind": r.kind, "coverage": asdict(r.coverage), "not_applied": list(r.not_applied)}
+            for r in found.graphs
+        ],
+        "breaks": [asdict(b) for b in found.breaks],
+    }
+    emit(data, as_json, lambda: str(found))
+
+
+@click.command()
+@click.option(
+    "--out", default="plait-demo", show_default=True, type=click.Path(file_okay=False), help="Where to leave files."
+)
+@click.option("--inductor/--no-inductor", default=True, show_default=True, help="Compare with Inductor too.")
+@click.option("--seconds", default=4.0, show_default=True, help="Time to spend on each timing.")
+@common
+def demo(out: str, inductor: bool, seconds: float, as_json: bool) -> None:
+    """Compile a pretrained sentence encoder ahead of time, load it in another process, compare times and answers."""
+    from ..demo import run as run_demo
+
+    data = run_demo(out, inductor=inductor, seconds=seconds, say=(lambda _: None) if as_json else click.echo)
+    if as_json:
+        emit(data, True, str)
