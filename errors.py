@@ -648,3 +648,11 @@ class ForeignProfile(PlaitError):
     code = "P0351"
     message = "the profile was measured on another kind of machine ({theirs}) than this one ({ours})"
     fix = "measure here, or merge it into a table of that kind of machine"
+
+
+class NumericsBroken(PlaitError):
+    """With `verify="each-pass"`, a pass changed results more than it promises."""
+
+    code = "P0413"
+    message = "pass {name} changed {result}: {why}\n{table}"
+    fix = "this is a mistake of the pass: disable it with disable_passes and report it with a dump (dump_dir)"

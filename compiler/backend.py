@@ -142,9 +142,15 @@ class _Compilation:
         record.captured = graph
         record.graph, steps = self.session.run(graph, "split")
         record.history = tuple(steps)
-        record.compiled = compile_graph(record.graph, CodegenOptions())
+        record.compiled = compile_graph(record.graph, codegen_options(options))
         check_fallbacks(record.compiled, options)
+        self.session.dump_compiled(record.compiled)
         return record.compiled.executable.run
+
+
+def codegen_options(options: Options) -> CodegenOptions:
+    """What code generation wants to know of a compilation's options."""
+    return CodegenOptions()
 
 
 def check_fallbacks(compiled: CompiledGraph, options: Options) -> None:

@@ -6,6 +6,8 @@ a training step (`split`), or a graph without autograd.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import sys
 import threading
@@ -16,10 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch._logging import trace_structured
 
+from ..codegen.compile import CompiledGraph
 from ..errors import InterfaceChanged
 from ..ir import Graph, TensorType, Value
 from ..passes.base import CapturePoint, Context, Pass, Step, run_pipeline
+from ..passes.fold import Fold
+from ..passes.layout import Layout
+from ..passes.normalise import Normalise
 from ..passes.prune import Prune
+from ..passes.share import Share
+from ..passes.simplify import Simplify
+from . import debug
 
 if TYPE_CHECKING:
     from .options import Options
@@ -30,6 +39,11 @@ log = logging.getLogger(__name__)
 def ground() -> list[Pass]:
     """Passes that every compiled graph goes through."""
     return [
+        Normalise(),  # one spelling for each operation, which the others match
+        Fold(),
+        Simplify(),
+        Share(),
+        Layout(),  # views move once sharing has shown who uses what
         Prune(),
     ]
 
@@ -74,10 +88,17 @@ class Session:
     def __post_init__(self) -> None:
         self.firings = Firings(self.options.bisect_limit)
 
-    def run(self, graph: Graph, point: CapturePoint, devices: Sequence[str] = ("cpu",)) -> tuple[Graph, list[Step]]:
+    def run(
+        self,
+        graph: Graph,
+        point: CapturePoint,
+        inputs: Sequence[Any] | None = None,
+        devices: Sequence[str] = ("cpu",),
+    ) -> tuple[Graph, list[Step]]:
         """Run the pipeline of a capture point over a graph. The graph's inputs and outputs keep their types.
 
-        Raises what `run_pipeline` raises, and InterfaceChanged.
+        With `verify="each-pass"` numerics are judged on `inputs`, by default random ones. Raises what `run_pipeline`
+        raises, InterfaceChanged, and then NumericsBroken.
         """
         chosen = passes(point, self.options)
         watch = self._watch(graph)
@@ -85,7 +106,26 @@ class Session:
         verify: Any = self.options.verify
         after, steps = run_pipeline(graph, chosen, ctx, verify=verify, on_step=watch)
         _check_interface(graph, after, point, chosen)
+        if verify == "each-pass":
+            debug.check_numerics(graph, steps, debug.random_inputs(graph) if inputs is None else inputs)
         return after, steps
+
+    def dump_compiled(self, compiled: CompiledGraph) -> None:
+        """Write kernel sources and coverage to the dump folder and the structured log, where these are on."""
+        label = f"{self.name}_{compiled.graph.name}"
+        coverage = json.dumps(dataclasses.asdict(compiled.coverage), indent=1)
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": f"plait_{label}_coverage", "encoding": "json"},
+            payload_fn=lambda: coverage,
+        )
+        log.info("%s: %s", label, compiled.coverage)
+        if self.options.dump_dir:
+            folder = Path(self.options.dump_dir) / label
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "coverage.json").write_text(coverage)
+            for name, text in compiled.sources.items():
+                (folder / f"{name}.cpp").write_text(text)
 
     def _watch(self, first: Graph) -> Callable[[Step], None]:
         label = f"{self.name}_{first.name}"

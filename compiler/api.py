@@ -1,0 +1,266 @@
+"""`plait.compile` and `plait.explain`: compile a model on its own, and say what torch.compile makes of a function.
+
+model = plait.compile(module, (x,))
+y = model(x)
+print(model)                 # what runs where, and why
+print(model.diff("fold"))    # what a pass changed
+model.run_until("fold")(x)   # the model as it was after that pass
+model.save("model.plait")
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..codegen.compile import CompiledGraph, compile_graph
+from ..codegen.coverage import Coverage
+from ..codegen.items import KernelItem
+from ..errors import NotSupported, UnknownStep, WrongCapturePoint
+from ..ir import Graph
+from ..passes.base import Step, reassociates
+from ..passes.decompositions import table
+from ..runtime.structure import Structure
+from . import capture
+from .backend import check_fallbacks, codegen_options, plait
+from .export import Exported, export, from_exported
+from .observe import Record, active, observe
+from .options import Options
+from .pipelines import Session
+from .terminal import coverage_text
+
+
+def compile(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    passes: Iterable[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledModel:
+    """Compile a model for inference; the result owns copies of the weights.
+
+    `model` is a module in eval mode, a function, an ExportedProgram or the path of a `.pt2` file. `example_inputs` are
+    positional arguments (a tuple or list, or one tensor) or keyword arguments (a dict); an exported program needs none.
+    `dynamic_shapes` are torch.export's. `passes` run besides the ground passes: objects, names or `name:option=value`.
+    `options` are those of `torch.compile(options=...)`, see `compiler.options.Options`.
+
+    Raises CannotExport, TrainingMode, CannotImport, CannotLower, UnknownOption, and what the passes raise.
+    """
+    chosen = Options.of(options, passes=passes)
+    for one in chosen.passes:
+        if one.at == "joint":
+            raise WrongCapturePoint(name=one.name, at="joint", here="inference")
+    exported = from_exported(export(model, example_inputs, dynamic_shapes))
+    name = type(model).__name__ if isinstance(model, torch.nn.Module) else "model"
+    done = _compile(exported, Session(name, chosen))
+    for observation in active():
+        observation.graphs.append(done.record)
+    return done
+
+
+def _compile(exported: Exported, session: Session) -> CompiledModel:
+    inputs = None if exported.examples is None else [*exported.state.values(), *exported.examples]
+    graph, before = session.run(exported.graph, "forward", inputs)
+    start = time.perf_counter()
+    lowered = capture.lower(graph, table(session.options.keep_ops), "inference")
+    seconds = time.perf_counter() - start
+    lower = Step("lower", {}, reassociates(), graph, lowered, {}, (), seconds)
+    graph, after = session.run(lowered, "split", inputs)
+    return CompiledModel(exported, graph, (*before, lower, *after), session)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A generated kernel: its source text, how often a call launches it, and the nodes that it computes."""
+
+    name: str
+    source: str
+    launches: int
+    nodes: tuple[str, ...]
+
+
+class CompiledModel:
+    """A compiled model. Call it like the original; calls may overlap in threads where it has no state.
+
+    `captured` and `graph` are the graph as captured and after the passes, `history` the passes in between, `compiled` the
+    plan and its kernels. `state` are buffers that the model writes, by name. No gradients flow through it.
+    """
+
+    def __init__(self, exported: Exported, graph: Graph, history: tuple[Step, ...], session: Session) -> None:
+        self.captured = exported.graph
+        self.graph = graph
+        self.history = history
+        self.options = session.options
+        self.state = dict(exported.state)
+        self._exported = exported
+        self._session = session
+        self.compiled: CompiledGraph = compile_graph(graph, codegen_options(session.options))
+        check_fallbacks(self.compiled, session.options)
+        session.dump_compiled(self.compiled)
+        self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)
+        self._structure = Structure(exported.in_tree, exported.out_tree)
+        self._executable = self.compiled.executable_checking()
+        self._held = list(self.state.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Raises the WrongInput* errors for inputs that it was not compiled for."""
+        self.record.runs += 1
+        flat = self._structure.flatten(args, kwargs)
+        return self._structure.unflatten(self._executable.run([*self._held, *flat]))
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which nodes run in generated kernels, and why the rest does not."""
+        return self.compiled.coverage
+
+    @cached_property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The generated kernels in the order of their first launch."""
+        found: dict[str, Kernel] = {}
+        for item in self.compiled.scheduled.items:
+            if isinstance(item, KernelItem):
+                old = found.get(item.name)
+                nodes = tuple(f"{n.op.name}  {n.loc.short}".rstrip() for n in item.nodes)
+                source = self.compiled.sources[item.name]
+                found[item.name] = Kernel(item.name, source, 1 if old is None else old.launches + 1, nodes)
+        return tuple(found.values())
+
+    def __str__(self) -> str:
+        return coverage_text(asdict(self.coverage))
+
+    def __repr__(self) -> str:
+        c = self.coverage
+        return f"<CompiledModel {self._session.name}: {c.generated} generated, {c.library} library, {c.fallback} fallback>"
+
+    def step(self, which: int | str) -> Step:
+        """A step of the history by position or pass name (the first of that name). Raises UnknownStep."""
+        if isinstance(which, int) and -len(self.history) <= which < len(self.history):
+            return self.history[which]
+        for one in self.history:
+            if one.pass_name == which:
+                return one
+        raise UnknownStep(name=which, known=", ".join(f"{i} {s.pass_name}" for i, s in enumerate(self.history)))
+
+    def diff(self, which: int | str) -> str:
+        """What a step changed, as a unified diff of the graph's text; "" for nothing. Raises UnknownStep."""
+        step = self.step(which)
+        if not step.changed:
+            return ""
+        old, new = (str(g).splitlines(keepends=True) for g in (step.before, step.after))
+        return "".join(difflib.unified_diff(old, new, "before", f"after {step.pass_name}"))
+
+    def run_until(self, which: int | str) -> CompiledModel:
+        """The model as it was after a step: the same call, its own `graph` and `history`. Raises UnknownStep."""
+        step = self.step(which)
+        history = self.history[: self.history.index(step) + 1]
+        return CompiledModel(self._exported, step.after, history, self._session)
+
+    def save(self, path: str | Path, **how: Any) -> None:
+        """Write an artifact that `plait.load` runs without the compiler; see `compiler.aot.save` for `how`.
+
+        Raises NotSupported for a model that writes its own buffers.
+        """
+        from . import aot
+
+        if self.state:
+            raise NotSupported(
+                what="an artifact of a model that writes its own buffers",
+                why=f"it writes {', '.join(self.state)}, and artifacts hold constants only",
+                way="pass these buffers as inputs of the model",
+            )
+        aot.save(self.ready(), path, **how)
+
+    def ready(self) -> Any:
+        """This model as `compiler.aot` takes it."""
+        from . import aot
+
+        return aot.Ready(self.compiled, self.captured, self.history, self._structure.in_tree, self._structure.out_tree)
+
+    def report(self, path: str | Path) -> None:
+        """Write one HTML page: coverage, passes with their changes, graph, kernels. It needs no network."""
+        from .report import write_report
+
+        write_report(self, path)
+
+
+# -- what torch.compile makes of a function -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Break:
+    """Where Dynamo had to leave the graph: its reason, and the user's line."""
+
+    reason: str
+    source: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: a record for each compiled graph, and the graph breaks between them."""
+
+    graphs: tuple[Record, ...]
+    breaks: tuple[Break, ...]
+
+    @property
+    def coverage(self) -> Coverage:
+        """The sum over all graphs."""
+        return Coverage.total([r.coverage for r in self.graphs])
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.graphs)} graphs, {len(self.breaks)} graph breaks"]
+        lines += [f"  break at {b.source}: {b.reason}\n    {b.code}" for b in self.breaks]
+        for r in self.graphs:
+            lines += ["", f"{r.name}:", coverage_text(asdict(r.coverage))]
+            lines += [f"not applied: {why}" for why in r.not_applied]
+        return "\n".join(lines)
+
+
+def explain(fn: Callable[..., Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Explanation]:
+    """Say what `torch.compile(fn, backend="plait")` makes of a call, as `torch._dynamo.explain` does.
+
+    print(plait.explain(model)(x))
+
+    The call runs once. A backward graph is part of the answer where a result carries gradients.
+    """
+
+    def explained(*args: Any, **kwargs: Any) -> Explanation:
+        breaks: list[Break] = []
+
+        def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+            reason = gm.compile_subgraph_reason
+            if reason is not None and reason.graph_break:
+                breaks.append(_break(reason))
+            return plait(gm, example_inputs, options=options)
+
+        with observe() as seen:
+            result = torch.compile(fn, backend=backend)(*args, **kwargs)
+            _ask_gradients(result, fn, (args, kwargs))
+        return Explanation(tuple(seen.graphs), tuple(breaks))
+
+    return explained
+
+
+def _break(reason: Any) -> Break:
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    source = f"{frame.filename}:{frame.lineno}" if frame else ""
+    return Break(reason.reason.strip().split("\n")[0], source, (frame.line or "") if frame else "")
+
+
+def _ask_gradients(result: Any, fn: Any, given: Any) -> None:
+    """Ask for gradients without storing them, so that backward graphs are compiled too."""
+    outs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
+    leaves = [t for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if isinstance(fn, torch.nn.Module):
+        leaves += [p for p in fn.parameters() if p.requires_grad]
+    if outs and leaves:
+        torch.autograd.grad(outs, leaves, [torch.zeros_like(t) for t in outs], allow_unused=True)

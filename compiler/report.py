@@ -1,0 +1,34 @@
+"""One HTML page about a compiled model: what runs where and why, what each pass did, the graph, the kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+import torch
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from .api import CompiledModel
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def render_report(model: CompiledModel) -> str:
+    """The page as text. It refers to nothing outside itself."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(TEMPLATE.read_text()).render(
+        name=model.record.name,
+        versions=f"plait {__version__}, torch {torch.__version__}",
+        coverage=model.coverage,
+        steps=[(s, model.diff(i).splitlines()) for i, s in enumerate(model.history)],
+        graph=model.graph,
+        kernels=model.kernels,
+    )
+
+
+def write_report(model: CompiledModel, path: str | Path) -> None:
+    """Write the page to `path`."""
+    Path(path).write_text(render_report(model), encoding="utf-8")
