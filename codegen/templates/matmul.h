@@ -164,8 +164,11 @@ template <class S> struct Driver {
   void run(const Task& t, T* scratch) const {
     const int64_t many = t.m1 - t.m0;
     if (many <= 0) return;
-    if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KB)
-      return many > 2 ? thin<4>(t, scratch) : many > 1 ? thin<2>(t, scratch) : thin<1>(t, scratch);
+    if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KB) {
+      if (many > 4) return thin<8>(t, scratch);
+      if (many > 2) return thin<4>(t, scratch);
+      return many > 1 ? thin<2>(t, scratch) : thin<1>(t, scratch);
+    }
     const int64_t rows = ceildiv(ceildiv(many, ceildiv(many, MC)), PR) * PR;
     for (int64_t n = t.n0; n < t.n1; n += NC)
       for (int64_t m = t.m0; m < t.m1; m += rows) block(t, m, least(t.m1, m + rows), n, least(t.n1, n + NC), scratch);

@@ -1,14 +1,14 @@
-// One to THIN rows of A: a product whose time is reading B once. B is read where it lies and in the order of memory; the
-// k-sum has the order of matmul_tile.h. Packed A comes in blocks of KB steps of k, THIN_BLOCK elements apart.
+// One to THIN rows of A: a product whose time is that of reading B once. B is read where it lies, in the order of memory;
+// the k-sum has the order of matmul_tile.h. Packed A comes in blocks of KB steps of k, THIN_BLOCK elements apart.
 #pragma once
 #include "matmul_tile.h"
 
 namespace plait::matmul {
 
-constexpr int THIN = 4;
+constexpr int THIN = 8;
 constexpr int64_t THIN_BLOCK = PR * AS;
 constexpr int64_t THIN_BLOCKS = 64;  // of packed A at most; longer k-sums take the general path
-constexpr int64_t STRIP = 1024;      // columns of rows-of-k B whose sums stay in L1: THIN x STRIP, twice, fit KB x NR
+constexpr int64_t STRIP = 512;       // columns of rows-of-k B whose sums stay in L1: THIN x STRIP, twice, fit KB x NR
 
 // c[r][0:L] = sum over k < K of a[r, k] * src[0:L][k], for B stored as rows of n.
 template <class T, int R, int Row, int Step>
@@ -19,7 +19,7 @@ template <class T, int R, int Row, int Step>
     const int64_t kc = least(KB, K - k0);
     reg<T> acc[R] = {};
     const auto step = [&](int64_t k, reg<T> b) PLAIT_BODY {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) acc[r] = muladd(a[r * Row + k * Step] - reg<T>{}, b, acc[r]);
     };
     int64_t k = 0;
@@ -46,15 +46,15 @@ PLAIT_FN void thin_rows(const T* a, const T* const* row, int64_t cols, T* acc, b
   int64_t j = 0;
   for (; j + L <= cols; j += L) {
     reg<T> s[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) s[r] = first ? reg<T>{} : get(acc + r * STRIP + j);
 #pragma GCC unroll 4
     for (int u = 0; u < U; u++) {
       const reg<T> b = get(row[u] + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) s[r] = muladd(a[r * Row + u * Step] - reg<T>{}, b, s[r]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) put(acc + r * STRIP + j, s[r]);
   }
   for (; j < cols; j++)
