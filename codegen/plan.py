@@ -107,7 +107,7 @@ class _Planner:
         for block in blocks:
             self.define(block.key, "arena", None, offsets[block.key])
         for item in self.scheduled.items:
-            if isinstance(item, AliasItem):
+            if isinstance(item, AliasItem) and item.of in self.specs:  # else fused away with what it is a view of
                 self.define_alias(item)
         for value, home in self.scheduled.stored.items():
             self.define(value, "view", self.id(home))
