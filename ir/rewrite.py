@@ -13,7 +13,7 @@ from .fx import advance, order_after
 from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind, flatten, map_arg
 from .infer import effect_of, infer, type_of
 from .op import Op, op
-from .types import Symbols, TokenType
+from .types import ScalarType, Symbols, TokenType
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,18 @@ class Builder:
             self.producers[v] = node
         return node
 
+    def mark(self) -> tuple[int, dict[str, Value]]:
+        """The present state, for `rewind`."""
+        return len(self.nodes), dict(self.tokens)
+
+    def rewind(self, mark: tuple[int, dict[str, Value]]) -> None:
+        """Forget the nodes appended since `mark`."""
+        count, self.tokens = mark
+        for node in self.nodes[count:]:
+            for v in node.outputs:
+                del self.producers[v]
+        del self.nodes[count:]
+
     def constant(self, tensor: torch.Tensor, hint: str = "constant") -> Value:
         """A new constant of the graph."""
         name, i = hint, 0
@@ -109,6 +121,14 @@ class Var:
     """Matches any argument; the same name must match the same thing twice."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Such:
+    """Matches an argument for which `test(match, argument)` holds, and names it."""
+
+    name: str
+    test: Callable[[Match, Arg], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +176,11 @@ Build = Callable[[Match, Builder], Any]
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One rewrite: `pattern` anchors it, `check` returns why not, `build` returns the replacement of the anchor's results
-    (one argument, or a tuple of one for each)."""
+    (one argument, or a tuple of one for each).
+
+    A replacement must have the type of what it replaces, strides included, since the nodes that read it keep their types;
+    the rule is refused where it has another.
+    """
 
     name: str
     pattern: Pattern
@@ -191,6 +215,9 @@ def _match_arg(want: Any, got: Arg, m: Match) -> bool:
             return known is got or (not isinstance(known, Value) and not isinstance(got, Value) and bool(known == got))
         m.vars[want.name] = got
         return True
+    if isinstance(want, Such):
+        m.vars[want.name] = got
+        return want.test(m, got)
     if isinstance(want, Pattern):
         node = m.producer(got)
         if node is None or node.op.name not in want.ops:
@@ -218,7 +245,7 @@ def match(rule: Rule, node: Node, builder: Builder, graph: Graph) -> Match | Rea
     return m if reason is None else reason
 
 
-def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 8,
+def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 32,
             allow: Callable[[str], bool] | None = None) -> Graph:  # fmt: skip
     """Apply rules until none fires. Dead nodes are left for `prune`.
 
@@ -230,7 +257,9 @@ def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 
         for name in rule.pattern.ops:
             by_op.setdefault(name, []).append(rule)
     last = ""
+    known = len(log.refused)
     for _ in range(rounds):
+        del log.refused[known:]  # refusals of the last sweep are those that hold in the result
         graph, last = _sweep(graph, by_op, log, allow)
         if not last:
             return graph
@@ -239,6 +268,8 @@ def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 
 
 def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
            allow: Callable[[str], bool] | None) -> tuple[Graph, str]:  # fmt: skip
+    if not any(n.op.name in by_op for n in graph.nodes):
+        return graph, ""
     builder = Builder(graph)
     fired = ""
     for old in graph.nodes:
@@ -248,18 +279,38 @@ def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
             found = match(rule, node, builder, graph)
             if isinstance(found, Reason):
                 log.refuse(rule.name, old, found)
-            elif found is not None and (allow is None or allow(rule.name)):
-                builder.loc = node.loc.by(rule.name)
-                replacement = rule.build(found, builder)
-                replacements = replacement if isinstance(replacement, tuple) else (replacement,)
-                builder.subst.update(zip(node.results, replacements, strict=True))
-                log.fire(rule.name)
+            elif found is not None and _apply(rule, found, builder, log, old, allow):
                 fired = rule.name
                 break
         else:
             builder.append(node)
     log.trying = None
     return (builder.finish(), fired) if fired else (graph, "")
+
+
+def _apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
+           allow: Callable[[str], bool] | None) -> bool:  # fmt: skip
+    """Build the replacement and put it in place of the node's results. False where it has another type."""
+    mark = builder.mark()
+    builder.loc = found.node.loc.by(rule.name)
+    replacement = rule.build(found, builder)
+    replacements = replacement if isinstance(replacement, tuple) else (replacement,)  # pyright: ignore
+    pairs = list(zip(found.node.results, replacements, strict=True))  # pyright: ignore
+    reason = next((r for r in (_type_change(v, new) for v, new in pairs) if r is not None), None)
+    if reason is not None:
+        log.refuse(rule.name, old, reason)
+    if reason is not None or (allow is not None and not allow(rule.name)):
+        builder.rewind(mark)
+        return False
+    builder.subst.update(pairs)
+    log.fire(rule.name)
+    return True
+
+
+def _type_change(old: Value, new: Arg) -> Reason | None:
+    if not isinstance(new, Value):
+        return None if isinstance(old.type, ScalarType) else Reason(f"{new!r} is no {old.type}", old)
+    return None if new.type == old.type else Reason(f"the replacement is {new.type}, not {old.type}", old)
 
 
 def prune(graph: Graph) -> Graph:
@@ -278,5 +329,5 @@ def prune(graph: Graph) -> Graph:
     return graph.replace(nodes=tuple(keep), constants={k: t for k, t in graph.constants.items() if k in named})
 
 
-__all__ = ["Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Var", "flatten", "match", "pattern", "prune",
+__all__ = ["Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Such", "Var", "flatten", "match", "pattern", "prune",
            "rewrite"]  # fmt: skip

@@ -1,6 +1,6 @@
 """Graph passes: the base class, the registry, and one module for each pass."""
 
-from . import prune as _prune
+from . import fold, layout, normalise, prune, share, simplify
 from .base import (
     PASSES,
     CapturePoint,
@@ -18,9 +18,8 @@ from .base import (
 )
 from .registry import OptionInfo, describe, find, make, parse, summary
 
-assert _prune is not None  # imported to register their passes
-
 __all__ = [
     "PASSES", "CapturePoint", "Context", "Numerics", "OptionInfo", "Pass", "Step", "approximate", "describe", "exact",
-    "find", "make", "map_regions", "option", "parse", "reassociates", "register", "run_pipeline", "summary",
+    "find", "fold", "layout", "make", "map_regions", "normalise", "option", "parse", "prune", "reassociates", "register",
+    "run_pipeline", "share", "simplify", "summary",
 ]  # fmt: skip

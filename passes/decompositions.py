@@ -141,7 +141,7 @@ def _base() -> Table:
             for overload in _overloads(packet):
                 table.pop(overload, None)
     for name, fn in OWN.items():
-        table.update({o: fn for o in _overloads(name)})
+        table.update(dict.fromkeys(_overloads(name), fn))
     return table
 
 
