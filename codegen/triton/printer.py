@@ -191,9 +191,9 @@ class _Nest:
         return lines + split[::-1]
 
     def _config(self) -> KernelConfig:
-        """Tiles of about a thousand elements, no larger than the extents need."""
+        """Tiles of about a thousand elements, no larger than the extents need; long programs get few, so that many run."""
         tiles: list[tuple[str, int]] = []
-        budget = 256 if any(isinstance(s, Loop) for s in self.inner) else 1024
+        budget = 64 if any(isinstance(s, Loop) for s in self.inner) else 1024
         if self.lanes:
             lanes = max(_tile(extent, 2048) for extent in self.lanes)
             tiles.append(("RBLOCK", lanes))
