@@ -52,7 +52,8 @@ def _value_names(plan: Plan) -> Iterator[str]:
     """Values, symbols and outputs whose references do not exist or do not fit."""
     specs = {v.id: v for v in plan.values}
     named = {"value": [v.id for v in plan.values], "kernel": [k.name for k in plan.kernels]}
-    named |= {"region": [name for name, _ in plan.regions], "symbol": [s.name for s in plan.symbols]}
+    named |= {"region": [name for name, _ in plan.regions]}
+    named |= {"symbol": [*(s.name for s in plan.symbols), *(name for name, _ in plan.sizes)]}
     for kind, names in named.items():
         yield from (f"{kind} {name} is defined twice" for name, count in Counter(names).items() if count > 1)
     for v in plan.values:
@@ -112,7 +113,12 @@ def _launch_names(number: int, step: Launch, kernels: Mapping[str, KernelSpec]) 
 
 
 def _inputs(layout: Layout) -> Iterator[str]:
-    """Inputs that a kernel or a view addresses as they may not lie in memory."""
+    """Inputs over sizes that other inputs do not bind, or that are addressed as they may not lie in memory."""
+    bound = {s.name for s in layout.plan.symbols if s.input >= 0}
+    for spec in layout.plan.inputs:
+        exprs = [e for e in (*spec.shape, *(spec.strides or ()), spec.expr) if isinstance(e, (int, str, list))]
+        for name in sorted({name for e in exprs for name in sizes.symbols(e)} - bound):
+            yield f"input {spec.name} needs the symbol {name}, which no input binds"
     addressed = {layout.place(b)[0] for s in layout.plan.steps if isinstance(s, Launch) for b in s.buffers}
     addressed |= {layout.place(v.id)[0] for v in layout.plan.values if v.storage == "view"}
     for v in layout.plan.values:

@@ -47,6 +47,9 @@ class Layout:
         self.count = later
         self.stages = self._stages()
         self.slots = sizes.Slots(self.stages)
+        for name, expr in plan.sizes:
+            self.slots.define(name, self.slot(expr))
+            self.stages[name] = max((self.stages[s] for s in sizes.symbols(expr)), default=0)
         self._places: dict[int, tuple[int, SizeExpr]] = {}
         self.last_use = self._last_uses()
 
@@ -56,7 +59,7 @@ class Layout:
         return v.ref
 
     def _stages(self) -> dict[str, int]:
-        """Symbol -> 0 when inputs bind it, else 1 + the index of the step that does."""
+        """Symbol -> 0 when inputs bind it, else 1 + the index of the step that does. Named sizes are added later."""
         stages = {s.name: 0 for s in self.plan.symbols if s.input >= 0}
         for number, step in enumerate(self.plan.steps):
             for out in step.outs if isinstance(step, Call) else ():

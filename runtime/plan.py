@@ -136,7 +136,11 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ordered steps over values; see the parts. `arena` is the byte size of the call's arena as a size expression."""
+    """Ordered steps over values; see the parts. `arena` is the byte size of the call's arena as a size expression.
+
+    `sizes` names expressions that other expressions use like symbols; each may use symbols and the names before it. Long
+    sums, such as the offsets of values stacked in the arena, are chains of names: nested, they would grow quadratically.
+    """
 
     inputs: tuple[InputSpec, ...]
     symbols: tuple[SymbolSpec, ...]
@@ -147,6 +151,7 @@ class Plan:
     arena: SizeExpr = 0
     regions: tuple[tuple[str, Plan], ...] = ()
     asserts: tuple[tuple[SizeExpr, str], ...] = ()  # guard expressions that must be non-zero, with the message
+    sizes: tuple[tuple[str, SizeExpr], ...] = ()
     version: int = VERSION
     origin: dict[str, str] = field(default_factory=dict)
 
@@ -205,6 +210,12 @@ def _int(x: Any, at: str) -> int:
 def _str(x: Any, at: str) -> str:
     if type(x) is not str:
         raise _bad(at, "a string", x)
+    return x
+
+
+def _name(x: Any, at: str) -> str:
+    if type(x) is not str or not x.isidentifier():
+        raise _bad(at, "a name", x)
     return x
 
 
@@ -339,7 +350,7 @@ _input = _record(
     strides=_optional(_shape),
     expr=_optional(_number),
 )
-_symbol = _record(SymbolSpec, name=_str, input=_int, dim=_optional(_int), low=_int, high=_optional(_int))
+_symbol = _record(SymbolSpec, name=_name, input=_int, dim=_optional(_int), low=_int, high=_optional(_int))
 _value = _record(
     ValueSpec,
     id=_int,
@@ -389,6 +400,7 @@ _plan = _record(
     arena=_size,
     regions=_list(_pair(_str, _region)),
     asserts=_list(_pair(_size, _str)),
+    sizes=_list(_pair(_name, _size)),
     version=_int,
     origin=_names,
 )

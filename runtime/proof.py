@@ -6,7 +6,7 @@ divisions, remainders, maxima and minima, which are opaque but have bounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -14,22 +14,23 @@ from .sizes import SizeExpr
 
 # A symbol's name, or (op, operand polynomials frozen into tuples). Monomials are sorted tuples of atoms.
 Atom = Any
-Poly = dict[tuple[Atom, ...], Fraction]
+Number = int | Fraction  # an int wherever it is one: much cheaper
+Poly = dict[tuple[Atom, ...], Number]
 
 DEPTH = 12
 """How many atoms a proof may replace by bounds."""
 
 
-def constant(value: int | Fraction) -> Poly:
+def constant(value: int) -> Poly:
     """The polynomial of a number."""
-    return {(): Fraction(value)} if value else {}
+    return {(): value} if value else {}
 
 
-def add(a: Poly, b: Poly, factor: int | Fraction = 1) -> Poly:
+def add(a: Poly, b: Poly, factor: int = 1) -> Poly:
     """a + factor * b."""
     total = dict(a)
     for monomial, c in b.items():
-        c = total.get(monomial, Fraction(0)) + factor * c
+        c = total.get(monomial, 0) + factor * c
         if c:
             total[monomial] = c
         else:
@@ -39,11 +40,22 @@ def add(a: Poly, b: Poly, factor: int | Fraction = 1) -> Poly:
 
 def mul(a: Poly, b: Poly) -> Poly:
     """a * b."""
+    if not b.keys() - {()}:
+        return {m: _whole(c * b[()]) for m, c in a.items()} if b else {}
     total: Poly = {}
     for m, c in a.items():
         for n, d in b.items():
-            total = add(total, {tuple(sorted((*m, *n), key=repr)): c * d})
+            total = add(total, {tuple(sorted((*m, *n), key=repr)): _whole(c * d)})
     return total
+
+
+def divide(a: Poly, by: int) -> Poly:
+    """a / by."""
+    return {m: _whole(Fraction(c, by)) for m, c in a.items()}
+
+
+def _whole(c: Number) -> Number:
+    return c.numerator if c.denominator == 1 else c
 
 
 def freeze(p: Poly) -> tuple[Any, ...]:
@@ -52,18 +64,24 @@ def freeze(p: Poly) -> tuple[Any, ...]:
 
 
 class Prover:
-    """Proofs under lower bounds of symbols (`lows`; a symbol without one is >= 0)."""
+    """Proofs under lower bounds of symbols (`lows`; a symbol without one is >= 0) and definitions of `names`, in order."""
 
-    def __init__(self, lows: Mapping[str, int]) -> None:
+    def __init__(self, lows: Mapping[str, int], names: Iterable[tuple[str, SizeExpr]] = ()) -> None:
         self._lows = lows
         self._polys: dict[Any, Poly] = {}
+        self._signs: dict[Atom, bool] = {}  # opaque atoms -> whether they are proven to be >= 0
+        self._names: dict[str, Poly] = {}
+        for name, expr in names:
+            self._names[name] = self.poly(expr)
 
     def poly(self, expr: SizeExpr) -> Poly:
         """The polynomial of an expression."""
         if isinstance(expr, int):
             return constant(expr)
         if isinstance(expr, str):
-            return add({(expr,): Fraction(1)}, constant(self._lows.get(expr, 0)))
+            if expr in self._names:
+                return self._names[expr]
+            return add({(expr,): 1}, constant(self._lows.get(expr, 0)))
         key = repr(expr)
         if key not in self._polys:
             self._polys[key] = self._operation(expr[0], [self.poly(part) for part in expr[1:]])
@@ -85,10 +103,10 @@ class Prover:
         if op == "pow" and (n := _integer(parts[1])) is not None and 0 <= n <= 8:
             return self._operation("mul", [constant(1), *[parts[0]] * n])
         if op in ("floordiv", "ceildiv") and (d := _integer(parts[1])):
-            quotient = {m: c / d for m, c in parts[0].items()}
+            quotient = divide(parts[0], d)
             if all(c.denominator == 1 for c in quotient.values()):
                 return quotient
-        return {((op, *map(freeze, parts)),): Fraction(1)}
+        return {((op, *map(freeze, parts)),): 1}
 
     def at_least_zero(self, p: Poly) -> bool:
         """Whether `p` is proven to be >= 0 for all values of the symbols."""
@@ -125,7 +143,7 @@ class Prover:
         divisor = _integer(operands[1]) if len(operands) == 2 else None
         if op in ("floordiv", "ceildiv") and divisor and divisor > 0:
             slack = (divisor - 1) * (1 if op == "ceildiv" else -1) if upper == (op == "ceildiv") else 0
-            yield {m: c / divisor for m, c in add(operands[0], constant(slack)).items()}
+            yield divide(add(operands[0], constant(slack)), divisor)
         elif op == "mod" and divisor and divisor > 0:
             yield constant(divisor - 1 if upper else 0)
         elif op in (("min",) if upper else ("max",)):
@@ -134,6 +152,11 @@ class Prover:
     def _nonnegative(self, atom: Atom) -> bool:
         if isinstance(atom, str):
             return True
+        if atom not in self._signs:
+            self._signs[atom] = self._find_sign(atom)
+        return self._signs[atom]
+
+    def _find_sign(self, atom: Atom) -> bool:
         op, *parts = atom
         operands = [dict(p) for p in parts]
         if op in ("floordiv", "ceildiv", "mod"):
@@ -150,5 +173,5 @@ def _integer(p: Poly) -> int | None:
     """The value of a constant polynomial that is an integer."""
     if any(p.keys() - {()}):
         return None
-    value = p.get((), Fraction(0))
-    return int(value) if value.denominator == 1 else None
+    value = p.get((), 0)
+    return value if isinstance(value, int) else None

@@ -158,6 +158,10 @@ class Slots:
         """The slot of `expr`; equal expressions share one."""
         return self._place(fold(expr))
 
+    def define(self, name: str, slot: int) -> None:
+        """Let `name` stand for the expression that has this slot."""
+        self._slot[name] = slot
+
     def _place(self, expr: SizeExpr) -> int:
         key = _key(expr)
         found = self._slot.get(key)

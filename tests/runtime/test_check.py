@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from plait.errors import OpNotAvailable, UnsafePlan
 from plait.runtime import sizes
 from plait.runtime.check import check, problems
-from plait.runtime.plan import InputSpec, KernelSpec, Launch, OutputSpec, Plan, SymbolSpec
+from plait.runtime.plan import InputSpec, KernelSpec, Launch, OutputSpec, Plan, SymbolSpec, from_json, to_json
 
 from tests.runtime.kit import call, chain, make_plan, tensor_input, v, value
 
@@ -131,6 +131,32 @@ def test_a_symbolic_stack_is_accepted():
     assert "values 1 and 2 may share" in why(
         straight([0, aligned("b"), 4096], ["a", "b", 1], [3, 3, 3], plan.arena, symbols)
     )
+
+
+def test_a_tall_stack_of_named_offsets():
+    # as a planner for dynamic shapes makes it: every value on top of the one before
+    count = 300
+    symbols = (SymbolSpec("a", 1, None), SymbolSpec("b", 2, None, low=1))
+    lengths = [["mul", 1 + i % 7, "a"] if i % 2 else ["add", "b", i % 5] for i in range(count)]
+    names, top = [], 0
+    for i, n in enumerate(lengths):
+        names.append((f"o{i}", ["add", top, ["mul", 64, ["ceildiv", ["mul", 4, n], 64]]]))
+        top = f"o{i}"
+    offsets = [0, *(name for name, _ in names[:-1])]
+    plan = replace(straight(offsets, lengths, [count] * count, top, symbols), sizes=tuple(names))
+    assert why(plan) == ""
+    assert from_json(to_json(plan)) == plan
+    slipped = list(names)
+    slipped[70] = ("o70", ["add", "o69", ["mul", 64, ["floordiv", ["mul", 4, lengths[70]], 64]]])
+    assert why(replace(plan, sizes=tuple(slipped))) == "values 71 and 72 may share bytes of the arena while both are alive"
+    again = replace(plan, sizes=(*names, names[0]))
+    assert "symbol o0 is defined twice" in why(again)
+    assert "'c'" in why(replace(plan, sizes=(("o0", "c"), *names[1:])))
+
+
+def test_inputs_over_unknown_sizes():
+    plan = make_plan([tensor_input("x", ("s0",)), tensor_input("y", ("u",))], [], [], [], symbols=(SymbolSpec("s0", 0, 0),))
+    assert why(plan) == "input y needs the symbol u, which no input binds"
 
 
 def test_views_keep_their_memory_alive():

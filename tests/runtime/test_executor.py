@@ -51,6 +51,24 @@ def test_derived_sizes_and_offsets(kernels):
         assert size == (shape[0] - 1) * shape[1]
 
 
+def test_named_sizes(kernels):
+    plan = make_plan(
+        [tensor_input("x", ("s0",))],
+        [value(0, "input", ("s0",), 0), value(1, "arena", ("s0",), offset="second"), value(2, "fresh", ("s0",))],
+        [Launch("twice", (0, 1), ("s0",)), Launch("twice", (1, 2), ("s0",))],
+        [2, OutputSpec("size", expr=["add", "bytes", 1])],
+        symbols=S0,
+        sizes=(("bytes", ["mul", "s0", 4]), ("second", ["mul", 64, ["ceildiv", "bytes", 64]])),
+        arena=["mul", 2, "second"],
+    )
+    run = Executable(plan, kernels, {})
+    for n in (7, 1, 100):
+        x = torch.randn(n)
+        y, size = run(x)
+        assert torch.equal(y, 4 * x)
+        assert size == 4 * n + 1
+
+
 def test_outputs_are_not_touched_by_later_calls(kernels):
     run = Executable(chain(), kernels, {})
     inputs = [torch.randn(50) for _ in range(100)]

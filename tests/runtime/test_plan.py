@@ -58,6 +58,7 @@ def everything():
         ["mul", "s0", 8],
         (("inner", inner),),
         ((["le", "s0", 100], "s0 is at most 100"),),
+        (("twice", ["mul", "s0", 2]),),
         origin={"aten.relu": "model.py:3"},
     )
 
