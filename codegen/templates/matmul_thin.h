@@ -39,30 +39,34 @@ template <class T, int R, int Row, int Step>
   for (int r = 0; r < R; r++) put(c + r * NR, total[r]);
 }
 
+// n lanes at p; the others are zero, and are not stored.
+template <class T> PLAIT_FN reg<T> get_part(const T* p, int64_t n) {
+  reg<T> r = {};
+  __builtin_memcpy(&r, p, n * sizeof(T));
+  return r;
+}
+template <class T> PLAIT_FN void put_part(T* p, reg<T> v, int64_t n) { __builtin_memcpy(p, &v, n * sizeof(T)); }
+
 // acc[r][0:cols] = (first ? 0 : acc) + sum over k < U of a[r, k] * row[k][0:cols]
 template <class T, int R, int U, int Row, int Step>
 PLAIT_FN void thin_rows(const T* a, const T* const* row, int64_t cols, T* acc, bool first) {
   constexpr int L = lanes<T>;
-  int64_t j = 0;
-  for (; j + L <= cols; j += L) {
+  const auto one = [&](int64_t j, int64_t n) PLAIT_BODY {
     reg<T> s[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) s[r] = first ? reg<T>{} : get(acc + r * STRIP + j);
+    for (int r = 0; r < R; r++) s[r] = first ? reg<T>{} : get_part(acc + r * STRIP + j, n);
 #pragma GCC unroll 4
     for (int u = 0; u < U; u++) {
-      const reg<T> b = get(row[u] + j);
+      const reg<T> b = get_part(row[u] + j, n);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) s[r] = muladd(a[r * Row + u * Step] - reg<T>{}, b, s[r]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) put(acc + r * STRIP + j, s[r]);
-  }
-  for (; j < cols; j++)
-    for (int r = 0; r < R; r++) {
-      T s = first ? T(0) : acc[r * STRIP + j];
-      for (int u = 0; u < U; u++) s = fma(a[r * Row + u * Step], row[u][j], s);
-      acc[r * STRIP + j] = s;
-    }
+    for (int r = 0; r < R; r++) put_part(acc + r * STRIP + j, s[r], n);
+  };
+  int64_t j = 0;
+  for (; j + L <= cols; j += L) one(j, L);
+  if (j < cols) one(j, cols - j);
 }
 
 // total[r][0:cols] = sum over k < K of a[r, k] * b[k0 + k][n0:n0 + cols], for B stored as rows of k; cols <= STRIP.

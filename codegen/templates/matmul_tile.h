@@ -159,7 +159,7 @@ template <class T, int R, int Row, int Step>
 // Rows of the next tile: full ones, and 8 + 8 rather than 12 + 4 or less.
 inline int64_t tile_rows(int64_t left) { return MR == 12 && left > 12 && left <= 16 ? 8 : least(left, MR); }
 
-// May compute and write up to the next of 1, 2, 4, 6, 8, 12 rows.
+// May compute and write more rows: up to the next of 4, 6, 8, 12. (Products of few rows take the path of matmul_thin.h.)
 template <class T, int Row, int Step>
 static void micro_rows(int64_t rows, int64_t kc, const T* a, const T* b, int64_t ldb, T* c, bool add) {
   if constexpr (MR == 12) {
@@ -168,9 +168,7 @@ static void micro_rows(int64_t rows, int64_t kc, const T* a, const T* b, int64_t
   } else {
     if (rows > 4) return micro<T, 6, Row, Step>(kc, a, b, ldb, c, add);
   }
-  if (rows > 2) return micro<T, 4, Row, Step>(kc, a, b, ldb, c, add);
-  if (rows > 1) return micro<T, 2, Row, Step>(kc, a, b, ldb, c, add);
-  return micro<T, 1, Row, Step>(kc, a, b, ldb, c, add);
+  return micro<T, 4, Row, Step>(kc, a, b, ldb, c, add);
 }
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
