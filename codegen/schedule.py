@@ -118,7 +118,8 @@ def _kernel_item(analysis: Analysis, group: Group, stored: set[Value], status: V
     made = emit(analysis, group, stored)
     buffers = tuple(status if v is None else v for v in made.buffers)
     assert all(v is not None for v in buffers)
-    access = tuple(b.access for b in made.kernel.buffers)
+    own = {u.value for u in group.units}  # what a kernel writes and then reads again it does not read from before
+    access = tuple("write" if v in own else b.access for v, b in zip(buffers, made.kernel.buffers, strict=True))
     nodes = tuple(dict.fromkeys(n for u in group.units for n in _covered(analysis, u.node)))
     return KernelItem(made.kernel.name, buffers, access, made.kernel.sizes, nodes, made.kernel)  # type: ignore[arg-type]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 _library = torch.library.Library("plait", "FRAGMENT")
-_library.define("clear_status(Tensor(a!) status) -> ()")
+_library.define("clear_status(*, Tensor(a!) status) -> ()")  # keyword-only: written, not read
 _library.define("check_rows(Tensor status) -> ()")
 
 
-def _clear_status(status: torch.Tensor) -> None:
+def _clear_status(*, status: torch.Tensor) -> None:
     status.zero_()
 
 
