@@ -10,7 +10,7 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, Modu
 
 from ...errors import IndexNotPrintable
 
-_ADD, _MUL, _ATOM = 1, 2, 3  # binding strength of the printed text
+_ADD, _MUL, _ATOM = 1, 2, 3  # binding strength of the printed text; / and % bind as * does, to the left
 
 
 def index_text(expr: sympy.Expr, name: Callable[[sympy.Symbol], str], nonnegative: Iterable[sympy.Symbol] = ()) -> str:
@@ -35,15 +35,15 @@ class _Text:
     def text(self, expr: sympy.Expr) -> tuple[str, int]:
         match expr:
             case sympy.Integer():
-                return (str(expr), _ATOM) if expr >= 0 else (f"({expr})", _ATOM)
+                return str(expr), _ATOM if expr >= 0 else _ADD
             case sympy.Symbol():
                 return self.name(expr), _ATOM
             case sympy.Add():
                 return self.add(expr)
             case sympy.Mul() if all(a.is_integer is not False for a in expr.args):
-                return " * ".join(self.at(a, _MUL) for a in _sorted(expr.args)), _MUL
+                return " * ".join(self.at(a, _ATOM) for a in _sorted(expr.args)), _MUL
             case sympy.Pow() if expr.exp.is_Integer and expr.exp > 0:
-                return " * ".join([self.at(expr.base, _MUL)] * int(expr.exp)), _MUL
+                return " * ".join([self.at(expr.base, _ATOM)] * int(expr.exp)), _MUL
             case FloorDiv() | CleanDiv():
                 return self.floordiv(*expr.args)
             case Mod() | PythonMod() | sympy.Mod():
@@ -95,8 +95,8 @@ class _Text:
 
 
 def _sorted(args: Iterable[sympy.Expr]) -> list[sympy.Expr]:
-    """Names first, then numbers, in an order that does not depend on the process."""
-    return sorted(args, key=lambda a: (a.is_Integer, sympy.default_sort_key(a)))
+    """Products, names, numbers, in an order that does not depend on the process."""
+    return sorted(args, key=lambda a: (a.is_Integer, a.is_Symbol, sympy.default_sort_key(a)))
 
 
 @dataclass(frozen=True)

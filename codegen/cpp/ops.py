@@ -36,11 +36,11 @@ _KEYWORDS = (
     "noexcept not nullptr operator or private protected public register return short signed sizeof static struct switch "
     "template this throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor"
 )
-_HELPERS = (
-    "abs accumulate accumulate_arg affine any_lane all_lanes arg_lanes at atomic_add atomic_scatter_if begin bf16 bitcast "
-    "blend body bufs calls cast copysign div end f16 fill Full gather gather_if highest indices iota join lanes live load "
-    "load_full load_if load_strided low high lowest main max_of min_of N nthreads parallel Part part per_lane plait reduce "
-    "run scatter scatter_if sizes store store_full store_if store_strided tile_count tiles trunc vec W where l linux unix"
+_HELPERS = (  # what printed text itself uses of the headers and of its own frame
+    "accumulate accumulate_arg accumulate_lanes All Any Arg at atomic_add atomic_scatter_if begin bf16 bufs end f16 fill "
+    "gather gather_if highest iota l lanes live load load_if load_strided lowest Max max_of Min min_of nthreads parallel "
+    "part per_lane plait PLAIT_BODY Prod reduce scatter scatter_if sizes store store_if store_strided Sum tile_count tiles "
+    "vec W WIDE"
 )
 RESERVED = frozenset(_KEYWORDS.split()) | frozenset(_HELPERS.split()) | frozenset(COMPUTE_OPS) | frozenset(CTYPE.values())
 

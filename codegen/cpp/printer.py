@@ -14,12 +14,12 @@ import sympy
 
 from ...errors import InvalidKernel
 from ..kernel_ir import COMPUTE_OPS, Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
+from .analysis import UNKNOWN_EXTENT, is_column, is_light, names, varying, work
 from .index import Affine, affine, index_text
-from .ops import ARG_OPS, CTYPE, HEAVY, HEAVY_WEIGHT, REDUCER, compute_text, identifier, literal
+from .ops import ARG_OPS, CTYPE, REDUCER, compute_text, identifier, literal
 
 _PARTIALS = 4  # independent accumulators per lane in a light reduction; `tiles` and `reduce` in the headers know 1 and 4
 _TILES = 4  # tiles taken as one where columns are reduced
-_UNKNOWN_EXTENT = 64  # iterations that the estimate of work assumes for a loop whose extent is loaded
 
 
 def print_kernel(kernel: Kernel) -> str:
@@ -46,7 +46,7 @@ class _Lanes:
     axis: sympy.Symbol
     varying: frozenset[str]
     partial: dict[str, str]
-    width: str  # ", N" where the tile's width is a constant N of the lambda, "" where it is W
+    width: str  # ", WIDE" where the tile's width is the constant WIDE of the lambda, "" where it is W
 
 
 class _Printer:
@@ -58,6 +58,7 @@ class _Printer:
         self.accs: dict[str, Acc] = {}
         self.axes: frozenset[sympy.Symbol] = frozenset(s.axis for s in walk(kernel.body) if isinstance(s, Loop))
         self.lanes: _Lanes | None = None
+        self.taken = names(kernel)
 
     # ---- text ----------------------------------------------------------------------------------------------------
 
@@ -110,7 +111,17 @@ class _Printer:
 
     def spread(self, name: str) -> str:
         """Scalar `name` as lanes."""
-        return self.ref(name) if self.varies(name) else f"{self.vec(self.dtype[name])}({self.ref(name)})"
+        text = self.ref(name)
+        return text if self.varies(name) else f"{self.vec(self.dtype[name])}({text})"
+
+    def fresh(self, name: str) -> str:
+        """An identifier of the printer's own, like `name` and unlike any other of the kernel."""
+        text, count = identifier(name), 1
+        while text in self.taken:
+            count += 1
+            text = identifier(f"{name}_{count}")
+        self.taken.add(text)
+        return text
 
     def vec(self, dtype: str) -> str:
         return f"vec<{CTYPE[dtype]}{self.lanes.width if self.lanes else ''}>"
@@ -152,23 +163,30 @@ class _Printer:
         return identifier(base) if expr == 0 else f"{identifier(base)} + {self.text(expr)}"
 
     def index_lanes(self, expr: sympy.Expr) -> str:
-        """`expr` as vec<int64_t>."""
+        """`expr` as vec<int64_t>: lane arithmetic where it is affine in what varies, else computed lane by lane."""
         moving = self.moving(expr)
         split = affine(expr, moving)
         if split is None:
             text = index_text(expr, self.lane_symbol, self.axes)
-            width = "<N>" if self.lanes and self.lanes.width else ""
-            return f"per_lane{width}([&](int64_t l) -> int64_t {{ return {text}; }})"
-        parts = [self.term(symbol, coefficient) for symbol, coefficient in split.terms]
-        if split.rest != 0 or not parts:
-            parts.append(f"{self.vec('int64')}({self.text(split.rest)})")
-        return " + ".join(parts)
+            width = "<WIDE>" if self.lanes and self.lanes.width else ""
+            return f"per_lane{width}([&](int64_t l) {{ return {text}; }})"
+        terms = [self.term(symbol, coefficient) for symbol, coefficient in split.terms]
+        if not terms:
+            return f"{self.vec('int64')}({self.text(split.rest)})"
+        return " + ".join(terms if split.rest == 0 else [*terms, f"int64_t({self.text(split.rest)})"])
+
+    def offsets(self, name: str, expr: sympy.Expr) -> str:
+        """The lanes' offsets `expr` of an access to or from `name`, on a line of their own."""
+        text = self.fresh(f"{name}_at")
+        self.line(f"const {self.vec('int64')} {text} = {self.index_lanes(expr)};")
+        return text
 
     def term(self, symbol: sympy.Symbol, coefficient: sympy.Expr) -> str:
         assert self.lanes is not None
         if symbol == self.lanes.axis:
-            text = f"({identifier(symbol.name)} + iota<int64_t{self.lanes.width}>())"
-        elif self.dtype[symbol.name] == "int64":
+            text = f"{identifier(symbol.name)} + iota<int64_t{self.lanes.width}>()"
+            return text if coefficient == 1 else f"({text}) * int64_t({self.text(coefficient)})"
+        if self.dtype[symbol.name] == "int64":
             text = self.ref(symbol.name)
         else:
             text = f"cast<int64_t>({self.ref(symbol.name)})"
@@ -195,9 +213,9 @@ class _Printer:
             case Compute(name, dtype, op, args):
                 if COMPUTE_OPS.get(op) != len(args):
                     raise InvalidKernel(kernel=self.kernel.name, why=f"{name} = {op} of {len(args)} operands")
-                texts, varying = [self.ref(a) for a in args], [self.varies(a) for a in args]
+                texts, varies = [self.ref(a) for a in args], [self.varies(a) for a in args]
                 operand = self.dtype[args[-1] if op == "where" else args[0]]
-                self.define(name, dtype, compute_text(op, operand, dtype, texts, varying, self.vec))
+                self.define(name, dtype, compute_text(op, operand, dtype, texts, varies, self.vec))
             case Acc():
                 self.acc(stmt)
             case Accumulate():
@@ -220,18 +238,18 @@ class _Printer:
             return
         step = self.along_axis(load.index)
         if mask is not None:
-            other = f"{CTYPE[load.dtype]}({other})"
+            other = other if load.dtype == "float32" else f"{CTYPE[load.dtype]}({other})"
             if step and step[1] == 1:
                 text = f"load_if({self.spread(mask)}, {self.offset(base, load.index)}, lanes, {other})"
             else:
-                at = self.index_lanes(load.index)
+                at = self.offsets(load.name, load.index)
                 text = f"gather_if({self.spread(mask)}, {identifier(base)}, {at}, lanes, {other})"
         elif step and step[1] == 1:
             text = f"load({self.offset(base, load.index)}, lanes)"
         elif step:
             text = f"load_strided({self.offset(base, load.index)}, {self.text(step[1])}, lanes)"
         else:
-            text = f"gather({identifier(base)}, {self.index_lanes(load.index)}, lanes)"
+            text = f"gather({identifier(base)}, {self.offsets(load.name, load.index)}, lanes)"
         self.define(load.name, load.dtype, text)
 
     def store(self, store: Store) -> None:
@@ -245,14 +263,15 @@ class _Printer:
         value = self.spread(store.value)
         if store.atomic:
             guard = f"{self.vec('bool')}(true)" if mask is None else self.spread(mask)
-            self.line(f"atomic_scatter_if({guard}, {base}, {self.index_lanes(store.index)}, {value}, lanes);")
+            at = self.offsets(store.value, store.index)
+            self.line(f"atomic_scatter_if({guard}, {base}, {at}, {value}, lanes);")
             return
         step = self.along_axis(store.index)
         contiguous = step is not None and step[1] == 1
         if mask is not None and contiguous:
             self.line(f"store_if({self.spread(mask)}, {self.offset(store.buffer, store.index)}, {value}, lanes);")
         elif mask is not None:
-            at = self.index_lanes(store.index)
+            at = self.offsets(store.value, store.index)
             self.line(f"scatter_if({self.spread(mask)}, {base}, {at}, {value}, lanes);")
         elif contiguous:
             self.line(f"store({self.offset(store.buffer, store.index)}, {value}, lanes);")
@@ -260,7 +279,7 @@ class _Printer:
             stride = self.text(step[1])
             self.line(f"store_strided({self.offset(store.buffer, store.index)}, {stride}, {value}, lanes);")
         else:
-            self.line(f"scatter({base}, {self.index_lanes(store.index)}, {value}, lanes);")
+            self.line(f"scatter({base}, {self.offsets(store.value, store.index)}, {value}, lanes);")
 
     def any_varies(self, *names: str | None) -> bool:
         return any(n is not None and self.varies(n) for n in names)
@@ -276,10 +295,13 @@ class _Printer:
         else:
             self.line(f"{ctype} {identifier(acc.name)} = {_identity(acc)};")
 
+    def acc_named(self, name: str) -> Acc:
+        if name not in self.accs:
+            raise InvalidKernel(kernel=self.kernel.name, why=f"{name} is not an accumulator in scope")
+        return self.accs[name]
+
     def accumulate(self, stmt: Accumulate) -> None:
-        if stmt.acc not in self.accs:
-            raise InvalidKernel(kernel=self.kernel.name, why=f"{stmt.acc} is not an accumulator in scope")
-        acc = self.accs[stmt.acc]
+        acc = self.acc_named(stmt.acc)
         partial = self.lanes.partial.get(stmt.acc) if self.lanes else None
         spread = partial is not None or self.varies(stmt.acc)
         into = partial or identifier(stmt.acc)
@@ -290,7 +312,8 @@ class _Printer:
             args.append(self.spread(stmt.index) if spread else self.ref(stmt.index))
         if partial is not None:
             args.append("lanes")
-        self.line(f"{_accumulate(acc, self.ctype(_value_dtype(acc), spread))}({', '.join(args)});")
+        function = f"accumulate_arg<{ARG_OPS[acc.op]}>" if acc.op in ARG_OPS else f"accumulate<{REDUCER[acc.op]}>"
+        self.line(f"{function}({', '.join(args)});")
 
     # ---- loops ---------------------------------------------------------------------------------------------------
 
@@ -312,24 +335,25 @@ class _Printer:
             raise InvalidKernel(kernel=self.kernel.name, why=f"vector loop {loop.axis} inside vector loop {self.lanes.axis}")
         declared = {s.name for s in walk(loop.body) if isinstance(s, Acc)}
         updated = dict.fromkeys(s.acc for s in walk(loop.body) if isinstance(s, Accumulate) and s.acc not in declared)
-        accs = [self.accs[name] for name in updated]
-        partials = _PARTIALS if accs and _is_light(loop.body) else 1
+        accs = [self.acc_named(name) for name in updated]
+        lanes = {a.name: self.fresh(f"{a.name}_lanes") for a in accs}
+        partials = _PARTIALS if accs and is_light(loop.body) else 1
         for acc in accs:
-            lanes, ctype = identifier(acc.name + "_lanes"), f"vec<{CTYPE[_value_dtype(acc)]}>"
+            ctype = f"vec<{CTYPE[_value_dtype(acc)]}>"
             if acc.op in ARG_OPS:
-                self.line(f"Arg<{ctype}> {lanes}({_identity(acc)});")
+                self.line(f"Arg<{ctype}> {lanes[acc.name]}({_identity(acc)});")
             else:
-                self.line(f"{ctype} {lanes}[{partials}];")
-                self.line(f"fill({lanes}, {_identity(acc)});")
+                self.line(f"{ctype} {lanes[acc.name]}[{partials}];")
+                self.line(f"fill({lanes[acc.name]}, {_identity(acc)});")
         axis = identifier(loop.axis.name)
         part = "auto part" if any(a.op not in ARG_OPS for a in accs) else "auto"
-        wide = not accs and _is_column(loop.body)
+        wide = not accs and is_column(loop.body)
         form = f"{partials}, {_TILES}" if wide else f"{partials}"
         self.open(f"tiles<{form}>({first}, {end}, [&](int64_t {axis}, auto lanes, {part}) PLAIT_BODY {{")
         if wide:
-            self.line("constexpr int N = lanes.width;")
-        partial = {a.name: identifier(a.name + "_lanes") + ("" if a.op in ARG_OPS else "[part]") for a in accs}
-        self.lanes = _Lanes(loop.axis, _varying(loop), partial, ", N" if wide else "")
+            self.line("constexpr int WIDE = lanes.width;")
+        partial = {a.name: lanes[a.name] + ("" if a.op in ARG_OPS else "[part]") for a in accs}
+        self.lanes = _Lanes(loop.axis, varying(loop), partial, ", WIDE" if wide else "")
         if inner is not None:
             self.count(*inner)
             self.body(inner[0].body)
@@ -339,12 +363,11 @@ class _Printer:
         self.lanes = None
         self.close("});")
         for acc in accs:
-            name, lanes = identifier(acc.name), identifier(acc.name + "_lanes")
+            name, reducer = identifier(acc.name), REDUCER.get(acc.op)
             if acc.op in ARG_OPS:
-                self.line(f"accumulate_lanes<{ARG_OPS[acc.op]}>({name}, {lanes});")
+                self.line(f"accumulate_lanes<{ARG_OPS[acc.op]}>({name}, {lanes[acc.name]});")
             else:
-                reducer = REDUCER[acc.op]
-                self.line(f"accumulate<{reducer}>({name}, reduce<{reducer}>({lanes}));")
+                self.line(f"accumulate<{reducer}>({name}, reduce<{reducer}>({lanes[acc.name]}));")
 
     # ---- threads -------------------------------------------------------------------------------------------------
 
@@ -361,57 +384,60 @@ class _Printer:
             if inner.extent.free_symbols & self.axes:
                 raise InvalidKernel(kernel=self.kernel.name, why=f"the extent of parallel loop {inner.axis} is not uniform")
         total = sympy.Mul(*(n.extent for n in nest))
-        work = self.text(self.work_estimate(total * _work(nest[-1].body)))
-        units = [self.units(n) for n in nest]
-        for n, unit in zip(nest[1:], units[1:], strict=True):
-            self.line(f"const int64_t {identifier(n.axis.name + '_count')} = {unit};")
-        counts = [units[0], *(identifier(n.axis.name + "_count") for n in nest[1:])]
-        self.open(f"parallel({' * '.join(counts)}, {work}, nthreads, [=](int64_t begin, int64_t end) PLAIT_BODY {{")
+        weight = self.text(self.estimate(total * work(nest[-1].body)))
+        counts = [self.units(nest[0])]
+        for n in nest[1:]:
+            counts.append(self.fresh(f"{n.axis.name}_count"))
+            self.line(f"const int64_t {counts[-1]} = {self.units(n)};")
+        head = f"parallel({' * '.join(counts)}, {weight}, nthreads, [=](int64_t begin, int64_t end) PLAIT_BODY {{"
+        self.open(head)
         if len(nest) == 1:
-            self.span(nest, "begin", "end")
+            self.span(nest[0], None, "begin", "end")
         else:
-            self.open("for (int64_t at = begin; at < end;) {")
-            last = nest[-1]
-            first, run = identifier(last.axis.name + "_first"), identifier(last.axis.name + "_end")
-            self.line(f"const int64_t {first} = at % {counts[-1]};")
-            self.line(f"const int64_t {run} = min_of({first} + (end - at), {counts[-1]});")
-            divisor = counts[-1]
-            for k in range(len(nest) - 2, -1, -1):
-                axis = identifier(nest[k].axis.name + ("_tile" if nest[k].vector else ""))
-                text = f"at / {divisor}" if divisor == counts[-1] else f"at / ({divisor})"
-                self.line(f"const int64_t {axis} = {text if k == 0 else f'{text} % {counts[k]}'};")
-                divisor = f"{counts[k]} * {divisor}"
-            self.line(f"at += {run} - {first};")
-            self.span(nest, first, run)
-            self.close()
+            self.collapsed(nest, counts)
         self.close("});")
 
-    def work_estimate(self, work: sympy.Expr) -> sympy.Expr:
-        """`work` in sizes alone: an axis counts as its extent, a loaded extent as _UNKNOWN_EXTENT iterations."""
+    def collapsed(self, nest: list[Loop], counts: list[str]) -> None:
+        """Units [begin, end) of several loops: the outer axes are decoded once for each run along the last one."""
+        last = nest[-1]
+        self.open("for (int64_t at = begin; at < end;) {")
+        first, stop = self.fresh(f"{last.axis.name}_first"), self.fresh(f"{last.axis.name}_end")
+        self.line(f"const int64_t {first} = at % {counts[-1]};")
+        self.line(f"const int64_t {stop} = min_of({first} + (end - at), {counts[-1]});")
+        outer = [self.fresh(f"{n.axis.name}_tile") if n.vector else identifier(n.axis.name) for n in nest[:-1]]
+        divisor = counts[-1]
+        for k in range(len(outer) - 1, -1, -1):
+            quotient = f"at / {divisor}" if divisor == counts[-1] else f"at / ({divisor})"
+            self.line(f"const int64_t {outer[k]} = {quotient if k == 0 else f'{quotient} % {counts[k]}'};")
+            divisor = f"{counts[k]} * {divisor}"
+        self.line(f"at += {stop} - {first};")
+        vector = next(((n, name) for n, name in zip(nest, outer, strict=False) if n.vector), None)
+        self.span(last, vector, first, stop)
+        self.close()
+
+    def estimate(self, work: sympy.Expr) -> sympy.Expr:
+        """`work` in sizes alone: an axis counts as its extent, a loaded extent as UNKNOWN_EXTENT iterations."""
         extents = {s.axis: s.extent for s in walk(self.kernel.body) if isinstance(s, Loop)}
         while inner := work.free_symbols - set(self.kernel.sizes):
-            work = work.subs({s: extents.get(s, sympy.Integer(_UNKNOWN_EXTENT)) for s in inner})
+            work = work.subs({s: extents.get(s, sympy.Integer(UNKNOWN_EXTENT)) for s in inner})
         return work
 
     def units(self, loop: Loop) -> str:
         extent = self.text(loop.extent)
         return f"tile_count({extent})" if loop.vector else extent if loop.extent.is_Atom else f"({extent})"
 
-    def span(self, nest: list[Loop], first: str, end: str) -> None:
-        """The units [first, end) of the last loop of `nest`; the axes of the others are set."""
-        last = nest[-1]
-        vector = next((n for n in nest if n.vector), None)
-        if vector is None:
+    def span(self, last: Loop, vector: tuple[Loop, str] | None, first: str, end: str) -> None:
+        """Units [first, end) of loop `last`, inside the given tile of an outer `vector` loop if there is one."""
+        if vector is not None:
+            loop, tile = vector
+            bound = f"min_of(({tile} + 1) * W, {self.text(loop.extent)})"
+            self.vector_loop(loop, f"{tile} * W", bound, inner=(last, first, end))
+        elif last.vector:
+            self.vector_loop(last, f"{first} * W", f"min_of({end} * W, {self.text(last.extent)})")
+        else:
             self.count(last, first, end)
             self.body(last.body)
             self.close()
-        elif vector is last:
-            extent = self.text(last.extent)
-            self.vector_loop(last, f"{first} * W", f"min_of({end} * W, {extent})")
-        else:
-            tile = identifier(vector.axis.name + "_tile")
-            bound = f"min_of(({tile} + 1) * W, {self.text(vector.extent)})"
-            self.vector_loop(vector, f"{tile} * W", bound, inner=(last, first, end))
 
 
 def _value_dtype(acc: Acc) -> str:
@@ -433,62 +459,3 @@ def _identity(acc: Acc) -> str:
             return "false"
         case _:
             return "true"
-
-
-def _accumulate(acc: Acc, ctype: str) -> str:
-    if acc.op in ARG_OPS:
-        return f"accumulate_arg<{ARG_OPS[acc.op]}, {ctype}>"
-    return f"accumulate<{REDUCER[acc.op]}, {ctype}>"
-
-
-def _is_light(body: tuple[Stmt, ...]) -> bool:
-    """Whether the latency of the accumulators is what a tile waits for: few cheap statements and no inner loop."""
-    for stmt in walk(body):
-        if isinstance(stmt, Loop) or (isinstance(stmt, Compute) and stmt.op in HEAVY):
-            return False
-        if isinstance(stmt, Accumulate) and stmt.index is not None:
-            return False
-    return sum(1 for _ in walk(body)) <= 16
-
-
-def _is_column(body: tuple[Stmt, ...]) -> bool:
-    """Whether a vector loop's body walks down columns with few values alive: an inner loop of cheap statements."""
-    inner = [s for s in body if isinstance(s, Loop)]
-    light = all(not isinstance(s, Compute) or s.op not in HEAVY for s in walk(body))
-    return bool(inner) and light and sum(1 for _ in walk(body)) <= 16
-
-
-def _work(body: tuple[Stmt, ...]) -> sympy.Expr:
-    """Scalar statements that one run of `body` executes, as an expression over sizes."""
-    total: sympy.Expr = sympy.Integer(0)
-    for stmt in body:
-        if isinstance(stmt, Loop):
-            inner = _work(stmt.body)
-            extent = stmt.extent
-            total += (extent * inner) if extent.is_Integer or extent.is_Symbol else sympy.Mul(extent, inner, evaluate=False)
-        else:
-            total += HEAVY_WEIGHT if isinstance(stmt, Compute) and stmt.op in HEAVY else 1
-    return total
-
-
-def _varying(loop: Loop) -> frozenset[str]:
-    """Names defined in vector `loop` whose value differs between lanes."""
-    varying: set[str] = set()
-    while True:
-        before = len(varying)
-        for stmt in walk(loop.body):
-            match stmt:
-                case Index(name, expr):
-                    reads = {s.name for s in expr.free_symbols}
-                case Load(name, _, _, expr, mask):
-                    reads = {s.name for s in expr.free_symbols} | ({mask} if mask else set())
-                case Compute(name, _, _, args):
-                    reads = set(args)
-                case Accumulate(name, value, index):
-                    reads = {value} | ({index} if index else set())
-                case _:
-                    continue
-            if loop.axis.name in reads or reads & varying:
-                varying.add(name)
-        if len(varying) == before:
-            return frozenset(varying)
