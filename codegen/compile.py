@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from ..ir import Graph
 from ..runtime import plan as P
 from ..runtime.executor import Executable
-from ..runtime.native import cache_folder
 from .coverage import Coverage, Reported
-from .cpp.build import build
 from .cpp.printer import print_kernel
 from .items import AliasItem, CallItem, KernelItem, Scheduled
+from .kernels import current_cache, load_kernels
 from .plan import build_plan
 from .schedule import schedule
 
 
 @dataclass(frozen=True)
 class CodegenOptions:
-    """Choices of code generation. `generate` False runs every node through torch (a reference for debugging)."""
+    """Choices of code generation. `generate` False runs every node through torch (a reference for debugging). `isa` is
+    what just-in-time kernels are compiled for."""
 
     generate: bool = True
-    build_dir: Path | None = None
     isa: str = "native"
 
 
@@ -35,7 +32,6 @@ class CompiledGraph:
     """A graph with its plan and kernels. `sources` maps kernel names to C++ text, `coverage` says what runs where."""
 
     graph: Graph
-    scheduled: Scheduled
     plan: P.Plan
     sources: Mapping[str, str]
     coverage: Coverage
@@ -44,28 +40,21 @@ class CompiledGraph:
     @cached_property
     def executable(self) -> Executable:
         """The plan, ready to run on flat inputs; builds what is not built yet."""
-        return Executable(self.plan, self.addresses(), self.graph.constants, check=False)
+        return self._executable(check=False)
 
     def executable_checking(self) -> Executable:
         """Like `executable`, but inputs are checked against the plan."""
-        return Executable(self.plan, self.addresses(), self.graph.constants, check=True)
+        return self._executable(check=True)
 
-    def addresses(self) -> dict[str, int]:
-        """Address of every kernel's function, built into the cache folder."""
-        folder = self.options.build_dir or cache_folder() / "kernels"
-        found: dict[str, int] = {}
-        for name, path in build(self.sources, folder, isa=self.options.isa).items():
-            library = ctypes.CDLL(str(path))
-            address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-            assert address is not None
-            found[name] = address
-        return found
+    def _executable(self, *, check: bool) -> Executable:
+        addresses = load_kernels(self.sources, current_cache(), self.options.isa)
+        return Executable(self.plan, addresses, self.graph.constants, check=check)
 
 
 def coverage_of(scheduled: Scheduled) -> Coverage:
     """Count what runs each node of a scheduled graph."""
     kernels = [i for i in scheduled.items if isinstance(i, KernelItem)]
-    calls = [i for i in scheduled.items if isinstance(i, CallItem)]
+    calls = [i for i in scheduled.items if isinstance(i, CallItem) and i.kind != "internal"]
     generated = len({id(n) for i in kernels for n in i.nodes})
     reported = tuple(Reported(c.node.op.name, c.kind, c.reason, c.node.loc.short) for c in calls)
     library = sum(c.kind == "library" for c in calls)
@@ -86,7 +75,7 @@ def compile_graph(graph: Graph, options: CodegenOptions | None = None) -> Compil
             sources[item.name] = item.source if item.source is not None else print_kernel(_kernel(item))
     hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sources.items()}
     plan = build_plan(scheduled, hashes)
-    return CompiledGraph(graph, scheduled, plan, sources, coverage_of(scheduled), options)
+    return CompiledGraph(graph, plan, sources, coverage_of(scheduled), options)
 
 
 def _kernel(item: KernelItem):

@@ -37,7 +37,8 @@ class KernelItem:
 
 @dataclass(frozen=True)
 class CallItem:
-    """A torch op run by the runtime: kind "library" (the best known way) or "fallback" (no lowering), with the reason."""
+    """A torch op run by the runtime: kind "library" (the best known way), "fallback" (no lowering) or
+    "internal" (bookkeeping of plait itself), with the reason."""
 
     node: Node
     kind: str

@@ -137,11 +137,15 @@ def _covered(analysis: Analysis, node: Node) -> list[Node]:
 
 
 def _clear(status: Value) -> CallItem:
-    return CallItem(Node(op("plait.clear_status.default"), (status,), ()), "library", "clears the status word of row checks")
+    return CallItem(
+        Node(op("plait.clear_status.default"), (status,), ()), "internal", "clears the status word"
+    )
 
 
 assert runtime_ops is not None  # importing registers the ops named above
 
 
 def _check(status: Value) -> CallItem:
-    return CallItem(Node(op("plait.check_rows.default"), (status,), ()), "library", "raises where a row id was out of range")
+    return CallItem(
+        Node(op("plait.check_rows.default"), (status,), ()), "internal", "raises for row ids out of range"
+    )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..codegen.compile import CompiledGraph, compile_graph
+from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage
 from ..codegen.items import KernelItem
 from ..errors import NotSupported, UnknownStep, WrongCapturePoint
@@ -31,6 +31,7 @@ from ..passes.decompositions import table
 from ..runtime.structure import Structure
 from . import capture
 from .backend import check_fallbacks, codegen_options, plait
+from .cache import compile_cached
 from .export import Exported, export, from_exported
 from .observe import Record, active, observe
 from .options import Options
@@ -103,7 +104,7 @@ class CompiledModel:
         self.state = dict(exported.state)
         self._exported = exported
         self._session = session
-        self.compiled: CompiledGraph = compile_graph(graph, codegen_options(session.options))
+        self.compiled: CompiledGraph = compile_cached(graph, codegen_options(session.options))
         check_fallbacks(self.compiled, session.options)
         session.dump_compiled(self.compiled)
         self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)

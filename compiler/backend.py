@@ -16,11 +16,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
-from ..codegen.compile import CodegenOptions, CompiledGraph, compile_graph
+from ..codegen.compile import CodegenOptions, CompiledGraph
 from ..errors import CannotCapture, CannotImport, CannotLower, FallbackRefused, PlaitError
-from ..ir import from_fx
+from ..ir import Graph, from_fx
 from ..passes.decompositions import table
 from . import capture, pipelines, rng
+from .cache import compile_cached
+from .freeze import Frozen, freeze, static_inputs
 from .observe import Observation, Record, active
 from .options import Options
 from .pipelines import Session
@@ -117,35 +119,46 @@ class _Compilation:
 
         def compile_fx(gm: GraphModule, example_inputs: Sequence[Any]) -> Boxed:
             with capture.real_tensors():
-                return self.compile(gm, kind)
+                return _boxed(self.compile(gm, kind))
 
         return compile_fx
 
     def compile(self, gm: GraphModule, kind: str) -> Boxed:
         """The compiled graph as a boxed callable; recorded."""
-        record = Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied))
+        record = self.record(kind)
+        if kind == "inference":
+            names = ", ".join(p.name for p in pipelines.passes("joint", self.session.options))
+            record.not_applied += (f"{names}: there is no backward",) if names else ()
         try:
-            run = self.lowered(gm, kind, record)
+            graph = from_fx(rng.unfold(gm), kind)
+            frozen = static_inputs(graph, self.inputs) if kind == "inference" and self.session.options.freeze else {}
+            if not frozen:
+                return self.lowered(graph, record)
+            run = self.lowered(freeze(graph, frozen), record)
+            return Frozen(record.name, run, frozen, lambda: self.lowered(graph, self.record(f"{kind}_unfrozen")))
         except (CannotImport, CannotLower) as error:
             self.refuse(f"the {kind} graph runs in torch", error)
             record.torch_reason = str(error)
             record.torch_ops = sum(n.op == "call_function" for n in gm.graph.nodes)
-            run = _by_torch(gm)
+            return _counted(_by_torch(gm), record)
+
+    def record(self, kind: str) -> Record:
+        """A new record, handed to everyone who observes."""
+        record = Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied))
         for observation in dict.fromkeys((*self.seen_by, *active())):
             observation.graphs.append(record)
-        return _counted(run, record)
+        return record
 
-    def lowered(self, gm: GraphModule, kind: str, record: Record) -> Boxed:
-        """Import, run the passes, generate code. Raises CannotImport, CannotLower, FallbackRefused."""
-        options = self.session.options
-        graph = from_fx(rng.unfold(gm), kind)
-        record.captured = graph
-        record.graph, steps = self.session.run(graph, "split")
-        record.history = tuple(steps)
-        record.compiled = compile_graph(record.graph, codegen_options(options))
-        check_fallbacks(record.compiled, options)
-        self.session.dump_compiled(record.compiled)
-        return record.compiled.executable.run
+    def lowered(self, graph: Graph, record: Record) -> Boxed:
+        """Run the passes and generate code. Raises CannotLower, FallbackRefused."""
+        with capture.real_tensors():
+            record.captured = graph
+            record.graph, steps = self.session.run(graph, "split")
+            record.history = tuple(steps)
+            record.compiled = compile_cached(record.graph, codegen_options(self.session.options))
+            check_fallbacks(record.compiled, self.session.options)
+            self.session.dump_compiled(record.compiled)
+            return _counted(record.compiled.executable.run, record)
 
 
 def codegen_options(options: Options) -> CodegenOptions:
@@ -172,9 +185,14 @@ def _by_torch(gm: GraphModule) -> Boxed:
 
 
 def _counted(run: Boxed, record: Record) -> Boxed:
-    def boxed(args: list[Any]) -> Sequence[Any]:
+    def counted(args: list[Any]) -> Sequence[Any]:
         record.runs += 1
         return run(args)
 
-    boxed._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd hands over its list of inputs
-    return boxed
+    return counted
+
+
+def _boxed(run: Boxed) -> Boxed:
+    """Marked so that AOTAutograd hands over its list of inputs, and frees them as soon as they are dead."""
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -20,8 +20,10 @@ import torch
 
 from .. import __version__
 from ..codegen.cache import Cache, Entry, Key, sha256
+from ..codegen.compile import CodegenOptions, CompiledGraph, compile_graph
 from ..codegen.coverage import Coverage, Reported
 from ..codegen.cpp.build import host_isa
+from ..codegen.kernels import current_cache
 from ..errors import ArtifactVersion, DamagedArtifact
 from ..ir import Graph, print_graph
 from ..runtime.plan import Plan, from_json, to_json
@@ -122,3 +124,15 @@ def store(cache: Cache, key: Key, compiled: Stored) -> None:
             "coverage.json": json.dumps(dataclasses.asdict(compiled.coverage)).encode(),
         },
     )
+
+
+def compile_cached(graph: Graph, options: CodegenOptions) -> CompiledGraph:
+    """`compile_graph`, unless the disk cache holds the result; what is compiled anew is kept."""
+    cache = current_cache()
+    key = graph_key(graph, options)
+    found = find(cache, key)
+    if found is not None:
+        return CompiledGraph(graph, found.plan, found.sources, found.coverage, options)
+    compiled = compile_graph(graph, options)
+    store(cache, key, Stored(compiled.plan, compiled.sources, compiled.coverage))
+    return compiled
