@@ -97,7 +97,7 @@ class Call:
     results that nobody reads; a result is copied into an `out` that lies in the arena, is fresh, an input or a view,
     unless that value was itself an argument that the op writes. Control flow has the ops plait.cond, plait.while_loop,
     plait.while_loop_stack_output, plait.scan and plait.call over regions, see `regions.py`. `reason` says why no kernel
-    was generated; kind is "library" or "fallback".
+    was generated; kind is "library", "fallback" or "internal".
     """
 
     op: str
@@ -369,7 +369,7 @@ _call = _record(
     args=_list(_template),
     kwargs=_list(_pair(_str, _template)),
     outs=_list(_optional(_int)),
-    kind=_one_of("library", "fallback"),
+    kind=_one_of("library", "fallback", "internal"),
     reason=_str,
     origin=_str,
 )
