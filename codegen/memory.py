@@ -6,7 +6,7 @@ behind them and share space only with blocks of the very same size expression, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,17 @@ def aligned(nbytes: Any) -> Any:
     return ["mul", ["ceildiv", nbytes, ALIGN], ALIGN]
 
 
-def plan_arena(blocks: Sequence[Block]) -> tuple[dict[Any, Any], Any]:
-    """Byte offset of each block (int or prefix expression) and the arena's size. Blocks that overlap in time never
-    overlap in space."""
+@dataclass(frozen=True)
+class Arena:
+    """Where blocks lie: byte offset by key (int or a name of `sizes`), the arena's size, and the named sums."""
+
+    offsets: Mapping[Any, Any]
+    size: Any
+    sizes: tuple[tuple[str, Any], ...]
+
+
+def plan_arena(blocks: Sequence[Block]) -> Arena:
+    """Place blocks so that those which overlap in time never overlap in space."""
     offsets: dict[Any, Any] = {}
     static = sorted((b for b in blocks if isinstance(b.nbytes, int)), key=lambda b: (-aligned(b.nbytes), b.first))
     placed: list[tuple[Block, int]] = []
@@ -44,7 +52,8 @@ def plan_arena(blocks: Sequence[Block]) -> tuple[dict[Any, Any], Any]:
         placed.append((block, offset))
         offsets[block.key] = offset
         top = max(top, offset + size)
-    return offsets, _place_symbolic([b for b in blocks if not isinstance(b.nbytes, int)], offsets, top)
+    size, sizes = _place_symbolic([b for b in blocks if not isinstance(b.nbytes, int)], offsets, top)
+    return Arena(offsets, size, sizes)
 
 
 def _best_gap(busy: list[tuple[int, int]], size: int) -> int:
@@ -57,9 +66,10 @@ def _best_gap(busy: list[tuple[int, int]], size: int) -> int:
     return best[1] if best is not None else at
 
 
-def _place_symbolic(blocks: list[Block], offsets: dict[Any, Any], top: int) -> Any:
+def _place_symbolic(blocks: list[Block], offsets: dict[Any, Any], top: int) -> tuple[Any, tuple[tuple[str, Any], ...]]:
     slots: list[tuple[str, Any, int, Any]] = []  # (size as text, offset, last step that uses it, size)
     end: Any = top
+    sizes: list[tuple[str, Any]] = []
     for block in sorted(blocks, key=lambda b: b.first):
         size = aligned(block.nbytes)
         text = repr(size)
@@ -71,5 +81,7 @@ def _place_symbolic(blocks: list[Block], offsets: dict[Any, Any], top: int) -> A
         else:
             offsets[block.key] = end
             slots.append((text, end, block.last, size))
-            end = ["add", end, size]
-    return end
+            name = f"arena{len(sizes)}"
+            sizes.append((name, ["add", end, size]))
+            end = name
+    return end, tuple(sizes)

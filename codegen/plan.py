@@ -13,7 +13,7 @@ from ..ir import Graph, Node, OpaqueType, ScalarType, TensorType, Value, flatten
 from ..runtime import plan as P
 from .body import dtype_name
 from .items import AliasItem, CallItem, KernelItem, Scheduled
-from .memory import Block, plan_arena
+from .memory import Arena, Block, plan_arena
 from .size_expr import prefix, product
 
 _SCALARS = {"int": "int64", "float": "float64", "bool": "bool"}
@@ -74,7 +74,7 @@ class _Planner:
             return 0 if any(n == 0 for n in kind.shape) else sum(span[1:]) * kind.dtype.itemsize
         return product([span, kind.dtype.itemsize])
 
-    def place_values(self) -> P.SizeExpr:
+    def place_values(self) -> Arena:
         for i, v in enumerate(self.graph.inputs):
             if isinstance(v.type, TensorType):
                 self.define(v, "input", i)
@@ -103,9 +103,9 @@ class _Planner:
                 self.define(v, "fresh")
             else:
                 blocks.append(Block(v, self.nbytes(v), step, last[v]))
-        offsets, arena = plan_arena(blocks)
+        arena = plan_arena(blocks)
         for block in blocks:
-            self.define(block.key, "arena", None, offsets[block.key])
+            self.define(block.key, "arena", None, arena.offsets[block.key])
         for item in self.scheduled.items:
             if isinstance(item, AliasItem) and item.of in self.specs:  # else fused away with what it is a view of
                 self.define_alias(item)
@@ -224,7 +224,9 @@ class _Planner:
         kernels = {i.name: i for i in self.scheduled.items if isinstance(i, KernelItem)}
         specs = tuple(P.KernelSpec(n, "cpp", self.hashes[n], i.access) for n, i in kernels.items())
         values = tuple(sorted(self.specs.values(), key=lambda s: s.id))
-        return P.Plan(self.inputs(), self.symbols(), values, steps, outputs, specs, arena, tuple(self.regions))
+        return P.Plan(
+            self.inputs(), self.symbols(), values, steps, outputs, specs, arena.size, tuple(self.regions), sizes=arena.sizes
+        )
 
 
 def _views_by_calls(scheduled: Scheduled) -> Iterator[tuple[Value, Value]]:
