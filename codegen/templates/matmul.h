@@ -131,6 +131,7 @@ template <class S> struct Driver {
 
   // At most THIN rows: all of k for a few columns, then the next columns.
   template <int R> void thin(const Task& t, T* scratch) const {
+    static_assert(R <= MR);
     const int64_t rows = t.m1 - t.m0, K = t.k1 - t.k0;
     T* const a = scratch;
     T* const b = a + most(1, ceildiv(K, KB)) * THIN_BLOCK;
@@ -165,7 +166,9 @@ template <class S> struct Driver {
     const int64_t many = t.m1 - t.m0;
     if (many <= 0) return;
     if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KB) {
-      if (many > 4) return thin<8>(t, scratch);
+      if constexpr (THIN > 4) {
+        if (many > 4) return thin<8>(t, scratch);
+      }
       if (many > 2) return thin<4>(t, scratch);
       return many > 1 ? thin<2>(t, scratch) : thin<1>(t, scratch);
     }

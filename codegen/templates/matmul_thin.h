@@ -5,10 +5,10 @@
 
 namespace plait::matmul {
 
-constexpr int THIN = 8;
+constexpr int THIN = MR < 8 ? 4 : 8;  // at most the rows of a packed block of A
 constexpr int64_t THIN_BLOCK = PR * AS;
 constexpr int64_t THIN_BLOCKS = 64;  // of packed A at most; longer k-sums take the general path
-constexpr int64_t STRIP = 512;       // columns of rows-of-k B whose sums stay in L1: THIN x STRIP, twice, fit KB x NR
+constexpr int64_t STRIP = 512;       // columns of rows-of-k B whose sums stay in L1: THIN x STRIP, twice, fit in KB x NR
 
 // c[r][0:L] = sum over k < K of a[r, k] * src[0:L][k], for B stored as rows of n.
 template <class T, int R, int Row, int Step>
