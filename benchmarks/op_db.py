@@ -33,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,16 @@ SAMPLE_SECONDS = 120.0
 TASKS_PER_PROCESS = 120  # Dynamo and caches grow; a new process costs a few seconds
 QUICK_OPS = "^(add|softmax|matmul|nn.functional.layer_norm|cumsum|sort|where|sum|cat|nn.functional.conv2d)$"
 
+DOC = ROOT / "docs" / "op_db.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
 Record = dict[str, Any]
 
 
 class Worker:
     """A process of `op_db_worker`, read line by line with a time limit."""
 
-    def __init__(self, backend: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.op_db_worker", backend]
+    def __init__(self, command: Sequence[str]) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `stop`
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, bufsize=0
@@ -106,6 +108,7 @@ class Shard:
     path: Path
     backend: str
     every: bool
+    command: Sequence[str]
     seconds: float = SAMPLE_SECONDS
     records: list[Record] = field(default_factory=list)
     lost: int = 0
@@ -122,7 +125,7 @@ class Shard:
                 if worker is not None and worker.tasks >= TASKS_PER_PROCESS:
                     worker.stop()
                     worker = None
-                worker = self._one_op(worker or Worker(self.backend), op, set(done.get(op, ())), deadline)
+                worker = self._one_op(worker or Worker(self.command), op, set(done.get(op, ())), deadline)
         if worker is not None:
             worker.stop()
 
@@ -149,7 +152,7 @@ class Shard:
             if current < 0 or current in skip:
                 return None  # it died outside of a sample: trying again would not end
             skip.add(current)
-            worker = Worker(self.backend)
+            worker = Worker(self.command)
 
     def _keep(self, record: Record) -> None:
         self.records.append(record)
@@ -206,7 +209,8 @@ def run(
         for name in names:
             tasks.put(name)
         count = min(shards or os.cpu_count() or 1, max(len(names), 1))
-        slots = [Shard(Path(f"{stem}.{k}"), backend, every) for k in range(count)]
+        command = [sys.executable, "-m", "benchmarks.op_db_worker", backend]
+        slots = [Shard(Path(f"{stem}.{k}"), backend, every, command) for k in range(count)]
         for slot in slots:
             with slot.path.open("a") as file:
                 file.write(json.dumps({"settings": wanted}) + "\n")
@@ -283,6 +287,24 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_results(found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Put the counts, the ops of each class and the reasons between the markers of docs/op_db.md."""
+    head, rest = DOC.read_text().split(BEGIN)
+    lines = [f"{k}: {v}" for k, v in about.items() if k != "every"]
+    what = "all samples" if about["every"] else "the eight most different samples of each op"
+    text = [f"{what[0].upper()}{what[1:]}; {', '.join(lines)}.", "", table(found), ""]
+    for kind, groups in found["reasons"].items():
+        if groups:
+            text += [f"### {kind.capitalize()}", "", "| samples | reason | such as |", "|---|---|---|"]
+            text += [f"| {g['samples']} | {_cell(g['reason'])} | {', '.join(g['such as'][:4])} |" for g in groups]
+            text += [""]
+    DOC.write_text(head + BEGIN + "\n" + "\n".join(text) + END + rest.split(END)[1])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
 def show_one(where: str, backend: str) -> int:
     """Run one sample here, with the whole traceback."""
     import torch
@@ -312,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write records to FILE.0, FILE.1, …")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with the records in FILE.*")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write counts, reasons, machine and versions")
+    parser.add_argument("--doc", action="store_true", help="write the results into docs/op_db.md")
     parser.add_argument("--backend", default="plait")
     parser.add_argument("--one", metavar="OP:SAMPLE", help="run one sample in this process")
     given = parser.parse_args(argv)
@@ -334,6 +357,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.json:
         report = {"settings": settings(given.backend, given.all), "machine": machine(), "versions": versions(), **found}
         given.json.write_text(json.dumps(report, indent=1) + "\n")
+    if given.doc:
+        write_results(found, settings(given.backend, given.all))
     return 1 if found["by sample"].get("silently wrong") else 0
 
 

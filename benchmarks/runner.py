@@ -147,6 +147,7 @@ def store(report: Mapping[str, Any]) -> Path:
         if entry["when"] == "now":
             same = {k: report[k] for k in ("commit", "backend", "machine", "versions")}
             letters[key] = same | {k: entry[k] for k in ("figure", "goal", "holds")} | {"detail": report["detail"].get(key)}
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{report['suite']}.json"
     path.write_text(json.dumps({"letters": dict(sorted(letters.items()))}, indent=1, default=str) + "\n")
     return path

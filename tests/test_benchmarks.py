@@ -1,0 +1,172 @@
+"""The benchmarks' own machinery: timing, stored results, shards that lose their process, choice of samples."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__, harness, op_db, plait_seam, runner
+from benchmarks.runner import Letter, Outcome, Run, Suite
+
+# a worker that obeys the protocol of op_db_worker: sample 1 of every op kills it, sample 2 of `slow` hangs
+FAKE_WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    task = json.loads(line)
+    say = lambda m: print(json.dumps(m), flush=True)
+    say({"plan": [0, 1, 2, 3]})
+    for i in range(4):
+        if i in task["skip"]:
+            continue
+        say({"start": i})
+        if i == 1:
+            os.kill(os.getpid(), 11)
+        if i == 2 and task["op"] == "slow":
+            time.sleep(60)
+        say({"record": {"op": task["op"], "sample": i, "class": "generated"}})
+    say({"done": task["op"]})
+"""
+
+
+class TestHarness:
+    def test_the_faster_candidate_is_faster(self) -> None:
+        timings = harness.side_by_side(
+            {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.006)}, rounds=3, seconds=2.0
+        )
+        assert timings.rounds >= 1
+        assert timings.speedup("short", "long").median > 1.5
+        assert set(timings.as_json("long")["speedup_over_long"]) == {"short"}
+
+    def test_disturbed_rounds_are_thrown_away_and_counted(self) -> None:
+        class Loud(harness.Probe):
+            def __init__(self) -> None:
+                self.calls = 0
+
+            def quiet(self) -> bool:
+                self.calls += 1
+                return self.calls > 4  # the first two rounds are disturbed
+
+        timings = harness.side_by_side({"a": lambda: None}, rounds=6, seconds=30.0, probe=Loud())
+        assert (timings.rounds, timings.thrown, timings.trusted) == (6, 2, True)
+
+    def test_a_machine_that_is_never_quiet_gives_figures_that_are_not_trusted(self) -> None:
+        class Never(harness.Probe):
+            def __init__(self) -> None: ...
+
+            def quiet(self) -> bool:
+                return False
+
+        timings = harness.side_by_side({"a": lambda: None}, rounds=6, seconds=0.05, probe=Never())
+        assert timings.rounds >= 1 and not timings.trusted
+
+    def test_the_probe_takes_about_a_millisecond(self) -> None:
+        assert 0.3 < harness.Probe().calibrated_ms < 10
+
+
+def letters(figure: int) -> Suite:
+    return Suite(
+        "made-up",
+        "for this test",
+        (
+            Letter("a", "a number", "at most 3", lambda run: Outcome(figure, figure <= 3, ["row"]), sample="one row"),
+            Letter("b", "costly", "none", lambda run: Outcome(0, True), optional=True),
+        ),
+    )
+
+
+class TestRunner:
+    @pytest.fixture(autouse=True)
+    def results(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "RESULTS", tmp_path)
+
+    def test_a_full_run_is_stored_and_a_quick_one_shows_it_beside_its_sample(self) -> None:
+        full = runner.run_suite(letters(2), Run())
+        assert full["summary"]["a"]["when"] == "now" and full["summary"]["b"]["when"] == "never measured"
+        runner.store(full)
+        quick = runner.run_suite(letters(4), Run(quick=True))["summary"]["a"]
+        assert quick["figure"] == 2 and quick["when"].startswith("stored@")
+        assert quick["sample"]["figure"] == 4 and not quick["holds"]
+        assert "FAILS" in runner.table(runner.run_suite(letters(4), Run()))
+
+    def test_a_quick_run_is_never_stored(self) -> None:
+        with pytest.raises(SystemExit, match="never stored"):
+            runner.store(runner.run_suite(letters(2), Run(quick=True)))
+
+    def test_storing_one_letter_keeps_the_others(self) -> None:
+        runner.store(runner.run_suite(letters(2), Run(), "b"))
+        runner.store(runner.run_suite(letters(3), Run(), "a"))
+        assert {k: v["figure"] for k, v in runner.stored("made-up").items()} == {"a": 3, "b": 0}
+
+    def test_without_time_left_a_quick_run_measures_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "QUICK_SECONDS", 1.0)
+        assert runner.run_suite(letters(2), Run(quick=True))["summary"]["a"]["when"] == "never measured"
+
+
+class TestCommandLine:
+    def test_list_names_every_letter(self, capsys: pytest.CaptureFixture) -> None:
+        assert __main__.main(["--list"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith("spine: ") and all(f"\n  {key}  " in printed for key in "abcdefg")
+
+    def test_an_unknown_suite_is_refused_by_name(self, capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit):
+            __main__.main(["spin"])
+        assert "no suite is called 'spin'; there are: spine" in capsys.readouterr().err
+
+
+class TestOpDatabase:
+    def test_a_lost_process_is_replaced_and_its_sample_raises(self, tmp_path: Path) -> None:
+        script = tmp_path / "worker.py"
+        script.write_text(FAKE_WORKER)
+        tasks: queue.Queue[str] = queue.Queue()
+        for op in ("quick", "slow"):
+            tasks.put(op)
+        shard = op_db.Shard(tmp_path / "out.0", "plait", False, [sys.executable, str(script)], seconds=2.0)
+        shard.drain(tasks, {"quick": {0}}, time.monotonic() + 60)
+        found = {(r["op"], r["sample"]): (r["class"], r.get("reason")) for r in shard.records}
+        assert found == {
+            ("quick", 1): ("raises", "killed by SIGSEGV"),
+            ("quick", 2): ("generated", None),
+            ("quick", 3): ("generated", None),
+            ("slow", 0): ("generated", None),
+            ("slow", 1): ("raises", "killed by SIGSEGV"),
+            ("slow", 2): ("raises", "no answer within 2 s"),
+            ("slow", 3): ("generated", None),
+        }
+        assert [json.loads(line) for line in (tmp_path / "out.0").read_text().splitlines()] == shard.records
+
+    def test_records_of_another_run_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "out.0").write_text('{"settings": {"backend": "x"}}\n{"op": "a", "sam')
+        assert op_db.load(tmp_path / "out", {"backend": "x"}) == []
+        with pytest.raises(SystemExit, match="another run"):
+            op_db.load(tmp_path / "out", {"backend": "y"})
+
+    def test_an_op_is_as_good_as_its_worst_sample(self) -> None:
+        kinds = ["generated", "fallback", "generated", "silently wrong"]
+        found = op_db.summary(
+            {"op": "ab"[i // 2], "sample": i, "class": k, "reason": f"at {i}"} for i, k in enumerate(kinds)
+        )
+        assert found["by op"] == {"fallback": 1, "silently wrong": 1}
+        assert found["by sample"] == {"generated": 2, "fallback": 1, "silently wrong": 1}
+        assert "| silently wrong | 1 | 1 |" in op_db.table(found)
+
+    @pytest.mark.slow
+    def test_one_op_through_a_real_process(self, tmp_path: Path) -> None:
+        records = op_db.run("aot_eager", ops="^empty_permuted$", shards=1, stem=tmp_path / "out")
+        assert {r["class"] for r in records} == {"ran"} and all("values" in r for r in records)
+        again = op_db.run("aot_eager", ops="^empty_permuted$", shards=1, stem=tmp_path / "out", resume=True)
+        assert again == records
+
+
+def test_peers_are_observed_by_counting() -> None:
+    plait_seam.fresh()
+    with plait_seam.observe("eager") as seen:
+        compiled = torch.compile(lambda x: x + 1, backend=seen.backend)
+        compiled(torch.ones(2)), compiled(torch.ones(2))
+    assert seen.runs == 2 and plait_seam.coverage(seen.graphs)["graphs"] == 1
