@@ -55,10 +55,10 @@ def compile_source(source: Source, options: Mapping[str, Any], path: str | Path 
 
     Raises what `plait.compile` and `save` raise.
     """
-    from .api import compile
+    from .api import prepare
 
     start = time.perf_counter()
-    model = compile(source.model, source.inputs, dynamic_shapes=source.dynamic_shapes, options=options)
+    model = prepare(source.model, source.inputs, dynamic_shapes=source.dynamic_shapes, options=options)
     seconds = {"compile": time.perf_counter() - start}
     if path is not None:
         start = time.perf_counter()

@@ -28,6 +28,7 @@ from ..errors import NotSupported, UnknownStep, WrongCapturePoint
 from ..ir import Graph
 from ..passes.base import Step, reassociates
 from ..passes.decompositions import table
+from ..runtime.executor import Executable
 from ..runtime.structure import Structure
 from . import capture
 from .backend import check_fallbacks, codegen_options, plait
@@ -54,8 +55,23 @@ def compile(
     `dynamic_shapes` are torch.export's. `passes` run besides the ground passes: objects, names or `name:option=value`.
     `options` are those of `torch.compile(options=...)`, see `compiler.options.Options`.
 
-    Raises CannotExport, TrainingMode, CannotImport, CannotLower, UnknownOption, and what the passes raise.
+    Raises CannotExport, TrainingMode, CannotImport, CannotLower, UnknownOption, what the passes raise, and NoCompiler or
+    KernelBuildFailed where the kernels cannot be built.
     """
+    done = prepare(model, example_inputs, dynamic_shapes=dynamic_shapes, passes=passes, options=options)
+    assert done.executable is not None  # builds the kernels now, not in the first call
+    return done
+
+
+def prepare(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    passes: Iterable[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledModel:
+    """`compile` without building kernels for this machine: for looking at them, and for artifacts, which build their own."""
     chosen = Options.of(options, passes=passes)
     for one in chosen.passes:
         if one.at == "joint":
@@ -109,14 +125,18 @@ class CompiledModel:
         session.dump_compiled(self.compiled)
         self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)
         self._structure = Structure(exported.in_tree, exported.out_tree)
-        self._executable = self.compiled.executable_checking()
         self._held = list(self.state.values())
+
+    @cached_property
+    def executable(self) -> Executable:
+        """The plan, ready to run on the state and the flat inputs; builds what is not built yet."""
+        return self.compiled.executable_checking()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Raises the WrongInput* errors for inputs that it was not compiled for."""
         self.record.runs += 1
         flat = self._structure.flatten(args, kwargs)
-        return self._structure.unflatten(self._executable.run([*self._held, *flat]))
+        return self._structure.unflatten(self.executable.run([*self._held, *flat]))
 
     @property
     def coverage(self) -> Coverage:
