@@ -140,14 +140,22 @@ class _Compilation:
             self.refuse(f"the {kind} graph runs in torch", error)
             record.torch_reason = str(error)
             record.torch_ops = sum(n.op == "call_function" for n in gm.graph.nodes)
-            return _counted(_by_torch(gm), record)
+            return self.counted(_by_torch(gm), record)
 
     def record(self, kind: str) -> Record:
-        """A new record, handed to everyone who observes."""
-        record = Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied))
+        """A record to fill while a graph is compiled."""
+        return Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied))
+
+    def counted(self, run: Boxed, record: Record) -> Boxed:
+        """The callable, counting its executions; hands the record to everyone who observes."""
         for observation in dict.fromkeys((*self.seen_by, *active())):
             observation.graphs.append(record)
-        return record
+
+        def counted(args: list[Any]) -> Sequence[Any]:
+            record.runs += 1
+            return run(args)
+
+        return counted
 
     def lowered(self, graph: Graph, record: Record) -> Boxed:
         """Run the passes and generate code. Raises CannotLower, FallbackRefused."""
@@ -158,7 +166,7 @@ class _Compilation:
             record.compiled = compile_cached(record.graph, codegen_options(self.session.options))
             check_fallbacks(record.compiled, self.session.options)
             self.session.dump_compiled(record.compiled)
-            return _counted(record.compiled.executable.run, record)
+            return self.counted(record.compiled.executable.run, record)
 
 
 def codegen_options(options: Options) -> CodegenOptions:
@@ -182,14 +190,6 @@ def _by_torch(gm: GraphModule) -> Boxed:
         return gm(*given)
 
     return run
-
-
-def _counted(run: Boxed, record: Record) -> Boxed:
-    def counted(args: list[Any]) -> Sequence[Any]:
-        record.runs += 1
-        return run(args)
-
-    return counted
 
 
 def _boxed(run: Boxed) -> Boxed:
