@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from ..ir import Dim, Value
+from ..ir import Dim, TensorType, Value, dim
 from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
 from .body import Body, Index, dtype_name
@@ -21,7 +22,10 @@ from .matmul import matmul_source, size_arguments, workspace
 from .templates import matmul as T
 from .views import tidy, unravel
 
-_CHUNK = 4096  # elements of one partial sum: bounds the rounding error of long float32 sums
+_CHUNK = 4096  # elements of one partial sum over SIMD lanes: bounds the rounding error of long float32 sums
+_SERIAL_CHUNK = 128  # the same where one accumulator takes all elements in turn
+_MANY_ROWS = 16
+_SERIAL_LIMIT = 1 << 15  # elements that one core reduces about as fast as two can be woken for
 _RECOMPUTE = 4  # an elementwise value of at most this weight is computed again in a later phase rather than kept
 
 
@@ -33,6 +37,7 @@ class _Order:
     reduced: tuple[Axis, ...]
     vector: sympy.Symbol | None
     names: Mapping[sympy.Symbol, Any]  # axes of the group in terms of these loops
+    split: bool = False  # reduce in chunks side by side, then combine: for few rows of many elements
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,9 @@ class _GroupBody(Evaluator):
     def emit(self) -> None:
         """The whole kernel."""
         group = self.group
+        if self.order.split:
+            self._split_reduction()
+            return
         with self.loops(self.order.outer, "parallel"):
             for phase in range(max(group.phase.values()) + 2):
                 self.now, self.kept = phase, {}
@@ -169,43 +177,97 @@ class _GroupBody(Evaluator):
         reductions = [u for u in work if u.reduce is not None]
         accs = {u.value: self._accumulator(u) for u in reductions}
         axes = self.order.reduced
-        if reductions and axes and self._is_long(axes[-1].extent):
+        if reductions and axes and self._is_long(axes):
             self._chunked(work, accs)
         else:
             with self.loops(axes, "serial"):
                 self._point(work, accs)
+        self._finish(reductions, accs)
+
+    def _finish(self, reductions: list[Unit], accs: Mapping[Value, str]) -> None:
         for u in reductions:
             result = self.body.cast(accs[u.value], dtype_name(u.value.tensor.dtype))
             self.scalars[u.value] = result
             self._store(u, result)
 
+    def _split_reduction(self) -> None:
+        """Partial results of all chunks in one nest, their combination and what follows in a second one."""
+        work = [u for u in self.group.units if self._runs_in(u, 0)]
+        reductions = [u for u in work if u.reduce is not None]
+        last = self.order.reduced[-1]
+        extent = sympy.sympify(last.extent)
+        chunks = FloorDiv(extent + self.chunk - 1, sympy.Integer(self.chunk))
+        row: Any = 0
+        rows: Any = 1
+        for axis in self.order.outer:
+            row, rows = row * axis.extent + axis.symbol, rows * axis.extent
+        chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
+        partial = {u.value: self._partial(u, dim(chunks * rows)) for u in reductions}
+        with self.body.loop(chunk, chunks, kind="parallel"), self.loops(self.order.outer, "parallel"):
+            parts = {u.value: self._accumulator(u) for u in reductions}
+            self._chunk_points(work, parts, chunk, last, extent)
+            for u in reductions:
+                dtype = self.body.dtype[parts[u.value]]
+                self.body.store(partial[u.value], dtype, chunk * rows + row, parts[u.value])
+        with self.loops(self.order.outer, "parallel"):
+            accs = {u.value: self._accumulator(u) for u in reductions}
+            with self.body.loop(chunk, chunks):
+                for u in reductions:
+                    element = self.body.load(partial[u.value], self.body.dtype[accs[u.value]], chunk * rows + row)
+                    self.body.accumulate(accs[u.value], element)
+            self._finish(reductions, accs)
+            self.now, self.kept = 1, {}
+            self._outer_units(1)
+
+    def _partial(self, unit: Unit, elements: Dim) -> str:
+        """A scratch buffer for the partial results of a reduction."""
+        assert unit.reduce is not None
+        scratch = Value(TensorType((elements,), getattr(torch, unit.reduce.dtype)), "partial")
+        name = self.param(scratch)
+        self.body.pinned.add(name)
+        return name
+
     def _accumulator(self, unit: Unit) -> str:
         assert unit.reduce is not None
         return self.body.accumulator(unit.reduce.op, unit.reduce.dtype, unit.reduce.value_dtype)
 
-    @staticmethod
-    def _is_long(extent: Dim) -> bool:
-        return not isinstance(extent, int) or extent > 2 * _CHUNK
+    @property
+    def chunk(self) -> int:
+        """Elements of the innermost reduced loop that go into one partial result."""
+        return _CHUNK if self.order.reduced[-1].symbol == self.order.vector else _SERIAL_CHUNK
+
+    def _is_long(self, axes: tuple[Axis, ...]) -> bool:
+        total: Any = 1
+        for axis in axes:
+            total = total * axis.extent
+        return not isinstance(total, int) or total > 2 * self.chunk
 
     def _chunked(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
-        """The innermost reduced loop in chunks, each with partial sums of its own."""
+        """The reduced loops with partial sums of their own for every chunk of the innermost one."""
         *lead, last = self.order.reduced
         chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
-        inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
         extent = sympy.sympify(last.extent)
-        with self.loops(tuple(lead), "serial"), self.body.loop(chunk, FloorDiv(extent + _CHUNK - 1, sympy.Integer(_CHUNK))):
+        chunks = FloorDiv(extent + self.chunk - 1, sympy.Integer(self.chunk))
+        with self.loops(tuple(lead), "serial"), self.body.loop(chunk, chunks):
             sums = [u for u in work if u.reduce is not None and u.reduce.op == "sum"]
             parts = {**accs, **{u.value: self._accumulator(u) for u in sums}}
-            saved = self.form, self.place
-            names = {last.symbol: chunk * _CHUNK + inner}
-            self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
-            self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
-            vector = last.symbol == self.order.vector
-            with self.body.loop(inner, sympy.Min(_CHUNK, extent - chunk * _CHUNK), vector=vector):
-                self._point(work, parts)
-            self.form, self.place = saved
+            self._chunk_points(work, parts, chunk, last, extent)
             for u in sums:
                 self.body.accumulate(accs[u.value], parts[u.value])
+
+    def _chunk_points(
+        self, work: list[Unit], accs: Mapping[Value, str], chunk: sympy.Symbol, last: Axis, extent: sympy.Expr
+    ) -> None:
+        """The points of one chunk of the innermost reduced loop."""
+        inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
+        saved = self.form, self.place
+        names = {last.symbol: chunk * self.chunk + inner}
+        self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
+        self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
+        vector = last.symbol == self.order.vector
+        with self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk), vector=vector):
+            self._point(work, accs)
+        self.form, self.place = saved
 
     def _point(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
         for u in work:
@@ -312,7 +374,23 @@ def _choose(group: Group, strides: _Strides) -> _Order:
             vector = outer_axes[-1].symbol
     elif outer_axes:
         vector = outer_axes[-1].symbol
-    return _Order(outer_axes, reduced_axes, vector, names)
+    return _Order(outer_axes, reduced_axes, vector, names, _few_long_rows(group, outer_axes, reduced_axes))
+
+
+def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...]) -> bool:
+    """True where a reduction has too few rows to keep the cores busy, and a form that can be combined from chunks."""
+    rows: Any = 1
+    for axis in outer:
+        rows = rows * axis.extent
+    if len(reduced) != 1 or not isinstance(rows, int) or rows >= _MANY_ROWS:
+        return False
+    if not isinstance(reduced[0].extent, int) or reduced[0].extent * rows <= _SERIAL_LIMIT:
+        return False
+    full_later = any(group.phase[u.value] > 0 and u.value not in group.outer for u in group.units)
+    reduce_later = any(group.phase[u.value] > 0 and u.reduce is not None for u in group.units)
+    early_outer = any(group.phase[u.value] == 0 and u.reduce is None and u.value in group.outer for u in group.units)
+    plain = all(u.reduce is None or u.reduce.value_dtype is None for u in group.units)
+    return plain and not (full_later or reduce_later or early_outer)
 
 
 def emit(analysis: Analysis, group: Group, stored: set[Value]) -> Emitted:
