@@ -11,8 +11,8 @@ UNKNOWN_EXTENT = 64  # iterations that an estimate of work assumes for a loop wh
 
 
 def names(kernel: Kernel) -> set[str]:
-    """Identifiers of everything that the kernel names."""
-    found = [b.name for b in kernel.buffers] + [s.name for s in kernel.sizes]
+    """Identifiers of the kernel's sizes, axes and scalars; buffers have a name space of their own."""
+    found = [s.name for s in kernel.sizes]
     for stmt in walk(kernel.body):
         match stmt:
             case Loop(axis):

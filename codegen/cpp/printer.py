@@ -59,6 +59,7 @@ class _Printer:
         self.axes: frozenset[sympy.Symbol] = frozenset(s.axis for s in walk(kernel.body) if isinstance(s, Loop))
         self.lanes: _Lanes | None = None
         self.taken = names(kernel)
+        self.pointer: dict[str, str] = {b.name: identifier(b.name) for b in kernel.buffers}
 
     # ---- text ----------------------------------------------------------------------------------------------------
 
@@ -84,9 +85,10 @@ class _Printer:
         self.line("")
         self.open(f'extern "C" void {kernel.name}(void* const* bufs, const int64_t* sizes, int nthreads) {{')
         for i, buffer in enumerate(kernel.buffers):
+            self.pointer[buffer.name] = self.fresh(buffer.name)  # a scalar may have the same name
             const = "const " if buffer.access == "read" else ""
             ctype = f"{const}{CTYPE[buffer.dtype]}*"
-            self.line(f"{ctype} const {identifier(buffer.name)} = static_cast<{ctype}>(bufs[{i}]);")
+            self.line(f"{ctype} const {self.pointer[buffer.name]} = static_cast<{ctype}>(bufs[{i}]);")
         for i, size in enumerate(kernel.sizes):
             self.line(f"const int64_t {identifier(size.name)} = sizes[{i}];")
         for stmt in kernel.body:
@@ -159,8 +161,9 @@ class _Printer:
             return frozenset()
         return frozenset(s for s in expr.free_symbols if s == self.lanes.axis or s.name in self.lanes.varying)
 
-    def offset(self, base: str, expr: sympy.Expr) -> str:
-        return identifier(base) if expr == 0 else f"{identifier(base)} + {self.text(expr)}"
+    def offset(self, buffer: str, expr: sympy.Expr) -> str:
+        base = self.pointer[buffer]
+        return base if expr == 0 else f"{base} + {self.text(expr)}"
 
     def index_lanes(self, expr: sympy.Expr) -> str:
         """`expr` as vec<int64_t>: lane arithmetic where it is affine in what varies, else computed lane by lane."""
@@ -230,30 +233,30 @@ class _Printer:
             self.stmt(stmt)
 
     def load(self, load: Load) -> None:
-        base, mask = load.buffer, load.mask
+        base, mask = self.pointer[load.buffer], load.mask
         other = literal(load.other, load.dtype)
         if not self.varies(load.name):
-            text = f"{identifier(base)}[{self.text(load.index)}]"
+            text = f"{base}[{self.text(load.index)}]"
             self.define(load.name, load.dtype, text if mask is None else f"{self.ref(mask)} ? {text} : {other}")
             return
         step = self.along_axis(load.index)
         if mask is not None:
             other = other if load.dtype == "float32" else f"{CTYPE[load.dtype]}({other})"
             if step and step[1] == 1:
-                text = f"load_if({self.spread(mask)}, {self.offset(base, load.index)}, lanes, {other})"
+                text = f"load_if({self.spread(mask)}, {self.offset(load.buffer, load.index)}, lanes, {other})"
             else:
                 at = self.offsets(load.name, load.index)
-                text = f"gather_if({self.spread(mask)}, {identifier(base)}, {at}, lanes, {other})"
+                text = f"gather_if({self.spread(mask)}, {base}, {at}, lanes, {other})"
         elif step and step[1] == 1:
-            text = f"load({self.offset(base, load.index)}, lanes)"
+            text = f"load({self.offset(load.buffer, load.index)}, lanes)"
         elif step:
-            text = f"load_strided({self.offset(base, load.index)}, {self.text(step[1])}, lanes)"
+            text = f"load_strided({self.offset(load.buffer, load.index)}, {self.text(step[1])}, lanes)"
         else:
-            text = f"gather({identifier(base)}, {self.offsets(load.name, load.index)}, lanes)"
+            text = f"gather({base}, {self.offsets(load.name, load.index)}, lanes)"
         self.define(load.name, load.dtype, text)
 
     def store(self, store: Store) -> None:
-        base, mask = identifier(store.buffer), store.mask
+        base, mask = self.pointer[store.buffer], store.mask
         if self.lanes is None or not (store.atomic or self.moving(store.index) or self.any_varies(store.value, mask)):
             at = self.text(store.index)
             value = self.ref(store.value)

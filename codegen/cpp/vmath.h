@@ -168,12 +168,12 @@ template <class V> PLAIT_FN V tanh(V x) {
   if constexpr (!same<lane_t<V>, float>) return libm_tanh(x);
   else {
     const V a = abs(x), u = x * x;
-    const V near = fma(V(x * u), poly(u, TANH), x);
+    const V near = fma(V(a * u), poly(u, TANH), a);
     // 1 - 2 / (e^2a + 1): from TANH_SPLIT on, an error of e^2a counts less than half
     const V y = at_most(V(a * (2.0f * LOG2E)), 27.0f);
     const Nearest<V> by(y);
     const V e = poly(V(y - by.n), TANH_EXP2) * power_of_two<V>(by.k);
-    return where(a < TANH_SPLIT, near, with_sign(fma(V(-2.0f), V(1.0f / (e + 1.0f)), V(1.0f)), x));
+    return with_sign(where(a < TANH_SPLIT, near, fma(V(-2.0f), V(1.0f / (e + 1.0f)), V(1.0f))), x);
   }
 }
 

@@ -282,7 +282,8 @@ template <class V> PLAIT_FN V shr(V a, V count) {
   using T = lane_t<V>;
   const T width = T(sizeof(T) * 8);
   const auto ok = (count >= T(0)) & (count < width);
-  return V(a >> where(ok, count, V(T(width - 1))));
+  if constexpr (T(-1) > T(0)) return where(ok, V(a >> where(ok, count, V(T(0)))), V(T(0)));
+  else return V(a >> where(ok, count, V(T(width - 1))));
 }
 
 // ---- reductions over lanes ---------------------------------------------------------------------------------------
