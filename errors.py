@@ -656,3 +656,19 @@ class NumericsBroken(PlaitError):
     code = "P0413"
     message = "pass {name} changed {result}: {why}\n{table}"
     fix = "this is a mistake of the pass: disable it with disable_passes and report it with a dump (dump_dir)"
+
+
+class CannotRetarget(PlaitError):
+    """A graph that was captured on the CPU has an op that other devices do not have."""
+
+    code = "P0346"
+    message = "{op} cannot be compiled for {device}: {why}"
+    fix = "leave the device's target out, capture the model on the device itself, or replace the op in the model"
+
+
+class DeviceNotAvailable(PlaitError):
+    """An artifact is to run on a device that this process cannot use, or that the artifact was not compiled for."""
+
+    code = "P0545"
+    message = "the artifact cannot run on {device}: {why}"
+    fix = 'load it with device="cpu", or compile it with the target of this device'
