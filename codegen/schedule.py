@@ -13,17 +13,19 @@ from .emit import emit, emit_matmul
 from .expand import expand
 from .groups import Group, Grouping
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
+from .unbacked import bind_sizes
 
 
 def schedule_calls(graph: Graph) -> Scheduled:
     """Every node as a call of its torch op: the form of region bodies."""
+    graph = bind_sizes(graph)
     nodes = [n for n in graph.nodes if n.op.name != "plait.constant"]
     return Scheduled(graph, tuple(CallItem(n, "fallback", "region bodies run op by op") for n in nodes))
 
 
 def schedule(graph: Graph, *, generate: bool = True) -> Scheduled:
     """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end."""
-    graph = _with_write_backs(expand(graph) if generate else graph)
+    graph = bind_sizes(_with_write_backs(expand(graph) if generate else graph))
     analysis = Analysis(graph, generate=generate)
     grouping = Grouping(analysis)
     stored = _stored(analysis, grouping)
