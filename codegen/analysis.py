@@ -21,6 +21,7 @@ from .kernel_ir import DTYPES
 from .matmul import Matmul, matmul_of
 from .pointwise import CHEAP, POINTWISE, At
 from .reductions import ReduceSpec, reduction
+from .target import CPU, Target
 from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
 
 _HEAVY = 8
@@ -65,9 +66,11 @@ def is_view(node: Node) -> bool:
 class Analysis:
     """Decisions about every node of a graph (composites already opened)."""
 
-    def __init__(self, graph: Graph, *, generate: bool = True) -> None:
+    def __init__(self, graph: Graph, *, generate: bool = True, target: Target = CPU) -> None:
         self.graph = graph
         self.generate = generate
+        self.target = target
+        self.device = target.device(graph)
         self.calls: dict[Node, tuple[str, str]] = {}
         self.memory: dict[Value, Memory] = {}
         self.aliases: dict[Value, Memory] = {}
@@ -90,7 +93,7 @@ class Analysis:
                 continue
             why = self._refusal(node)
             if why is not None:
-                self.calls[node] = library.kind_of(node, why)
+                self.calls[node] = library.kind_of(node, why, self.target.kind)
 
     def _refusal(self, node: Node) -> str | None:
         """Why no kernel can be generated for a node; None where one can."""
@@ -112,7 +115,7 @@ class Analysis:
                 return f"operand {v.type} is no tensor"
             if dtype_name(v.type.dtype) not in DTYPES:
                 return f"dtype {dtype_name(v.type.dtype)}"
-            if v.type.device != "cpu":
+            if v.type.device != self.device:
                 return f"device {v.type.device}"
         if node.token is not None:
             return "it has an effect"

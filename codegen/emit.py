@@ -222,7 +222,7 @@ class _GroupBody(Evaluator):
     def _partial(self, unit: Unit, elements: Dim) -> str:
         """A scratch buffer for the partial results of a reduction."""
         assert unit.reduce is not None
-        scratch = Value(TensorType((elements,), getattr(torch, unit.reduce.dtype)), "partial")
+        scratch = Value(TensorType((elements,), getattr(torch, unit.reduce.dtype), self.analysis.device), "partial")
         name = self.param(scratch)
         self.body.pinned.add(name)
         return name

@@ -217,7 +217,7 @@ def _batch_norm_inference(m: Match, b: Builder) -> Any:
     scale = b.call("aten.rsqrt.default", b.call("aten.add.Tensor", var, node["eps"]))
     weight, bias = _channel(b, node["weight"], rank), _channel(b, node["bias"], rank)
     y = _normalise_channels(b, x, mean, scale, weight, bias)
-    empty = b.call("aten.full.default", (0,), 0.0, dtype=torch.float32)
+    empty = b.call("aten.full.default", (0,), 0.0, dtype=torch.float32, device=torch.device(x.tensor.device))
     return _to(b, y, node.results[0].tensor.dtype), empty, empty
 
 

@@ -34,9 +34,32 @@ LIBRARY: dict[str, str] = {
 }
 
 
-def kind_of(node: Node, why: str) -> tuple[str, str]:
-    """("library" or "fallback", reason) of a node that no kernel is generated for."""
-    found = LIBRARY.get(node.op.name)
+_ATTENTION = dict.fromkeys(
+    (
+        *("aten._scaled_dot_product_flash_attention.default", "aten._scaled_dot_product_flash_attention_backward.default"),
+        *("aten._scaled_dot_product_cudnn_attention.default", "aten._scaled_dot_product_cudnn_attention_backward.default"),
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_efficient_attention_backward.default",
+    ),
+    "torch's fused attention",
+)
+
+#: The same on CUDA devices.
+CUDA_LIBRARY: dict[str, str] = {
+    **LIBRARY,
+    **_ATTENTION,
+    "aten.convolution.default": "cuDNN's convolution",
+    "aten.convolution_backward.default": "cuDNN's convolution",
+    **dict.fromkeys(("aten.mm.default", "aten.addmm.default", "aten.linear.default"), "cuBLAS's matmul"),
+    **dict.fromkeys(("aten.bmm.default", "aten.baddbmm.default"), "cuBLAS's matmul"),
+}
+
+_LIBRARIES = {"cpu": LIBRARY, "cuda": CUDA_LIBRARY}
+
+
+def kind_of(node: Node, why: str, device: str = "cpu") -> tuple[str, str]:
+    """("library" or "fallback", reason) of a node that no kernel is generated for on a kind of device."""
+    found = _LIBRARIES[device].get(node.op.name)
     return ("library", found) if found is not None else ("fallback", why)
 
 

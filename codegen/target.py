@@ -43,6 +43,9 @@ class Target:
         return next((d for d in devices if torch.device(d).type == self.kind), "cpu" if self.kind == "cpu" else CUDA_DEVICE)
 
 
+CPU = Target("cpu")
+
+
 #: Ops of ATen that torch implements for dense tensors on CPUs only.
 CPU_ONLY = frozenset(
     f"aten.{name}"
