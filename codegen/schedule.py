@@ -13,6 +13,7 @@ from .emit import emit, emit_matmul
 from .expand import expand
 from .groups import Group, Grouping
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
+from .target import CPU, Target
 from .unbacked import bind_sizes
 
 
@@ -23,16 +24,16 @@ def schedule_calls(graph: Graph) -> Scheduled:
     return Scheduled(graph, tuple(CallItem(n, "fallback", "region bodies run op by op") for n in nodes))
 
 
-def schedule(graph: Graph, *, generate: bool = True) -> Scheduled:
+def schedule(graph: Graph, *, generate: bool = True, target: Target = CPU) -> Scheduled:
     """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end."""
     graph = bind_sizes(_with_write_backs(expand(graph) if generate else graph))
-    analysis = Analysis(graph, generate=generate)
+    analysis = Analysis(graph, generate=generate, target=target)
     grouping = Grouping(analysis)
     stored = _stored(analysis, grouping)
     items: list[Item] = []
     scratch: list[Value] = []
     homes = dict(zip((v for _, v in graph.writes), (graph.inputs[i] for i, _ in graph.writes), strict=True))
-    status = Value(TensorType((1,), torch.int64), "status") if analysis.checks_rows else None
+    status = Value(TensorType((1,), torch.int64, analysis.device), "status") if analysis.checks_rows else None
     late: list[Item] = []
     for item in grouping.ordered():
         if isinstance(item, Group):
@@ -139,15 +140,11 @@ def _covered(analysis: Analysis, node: Node) -> list[Node]:
 
 
 def _clear(status: Value) -> CallItem:
-    return CallItem(
-        Node(op("plait.clear_status.default"), (status,), ()), "internal", "clears the status word"
-    )
+    return CallItem(Node(op("plait.clear_status.default"), (status,), ()), "internal", "clears the status word")
 
 
 assert runtime_ops is not None  # importing registers the ops named above
 
 
 def _check(status: Value) -> CallItem:
-    return CallItem(
-        Node(op("plait.check_rows.default"), (status,), ()), "internal", "raises for row ids out of range"
-    )
+    return CallItem(Node(op("plait.check_rows.default"), (status,), ()), "internal", "raises for row ids out of range")
