@@ -491,7 +491,7 @@ class BadShape(PlaitError):
 
     code = "P0702"
     message = "{option} {value!r}: {why}"
-    fix = "write name=1x3x224x224 (a dtype may follow: tokens=2x16:int64), and for --dynamic name:0 or name:0=2..512"
+    fix = "write name=1x3x224 or tokens=2x16:int64, and for --dynamic name:0, name:0=2..512 or name:0=batch:1..64"
 
 
 class BadTarget(PlaitError):

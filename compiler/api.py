@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,12 @@ def _compile(exported: Exported, session: Session) -> CompiledModel:
     return CompiledModel(exported, graph, (*before, lower, *after), session)
 
 
+def _allow_ones(compiled: CompiledGraph, symbols: frozenset[str]) -> CompiledGraph:
+    """The plan with inputs of size 1 let in where the program was exported for them, see `Exported`."""
+    specs = tuple(replace(s, low=1) if s.name in symbols and s.low == 2 else s for s in compiled.plan.symbols)
+    return replace(compiled, plan=replace(compiled.plan, symbols=specs))
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A generated kernel: its source text, how often a call launches it, and the nodes that it computes."""
@@ -120,7 +126,7 @@ class CompiledModel:
         self.state = dict(exported.state)
         self._exported = exported
         self._session = session
-        self.compiled: CompiledGraph = compile_cached(graph, codegen_options(session.options))
+        self.compiled: CompiledGraph = _allow_ones(compile_cached(graph, codegen_options(session.options)), exported.ones)
         check_fallbacks(self.compiled, session.options)
         session.dump_compiled(self.compiled)
         self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)

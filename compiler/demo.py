@@ -78,8 +78,7 @@ def encoder() -> tuple[torch.nn.Module, tuple[torch.Tensor, torch.Tensor], dict[
     """The pretrained encoder, example inputs and dynamic shapes: any number of sentences of up to 512 tokens."""
     folder, transformers = _model_folder(), _transformers()
     model = Encoder(transformers.AutoModel.from_pretrained(folder)).eval()
-    dynamic = torch.export.Dim.DYNAMIC
-    shape = {0: dynamic(min=1, max=1024), 1: dynamic(min=2, max=512)}
+    shape = {0: torch.export.Dim("sentences", min=1, max=1024), 1: torch.export.Dim("length", min=2, max=512)}
     return model, tokenise(), {"input_ids": shape, "attention_mask": shape}
 
 

@@ -30,7 +30,8 @@ class Exported:
 
     `state` are buffers that the program writes; they are the graph's first inputs, in order. `in_tree` is the structure of
     `(args, kwargs)`, whose leaves are the other inputs; `out_tree` that of the result. `examples` are the flat example
-    inputs where there are any.
+    inputs where there are any. `ones` names the size symbols for which the program was declared to hold at 1 too: torch
+    traces every size as at least 2 and vouches for 1, so the graph's types say 2 and only the check of inputs says 1.
     """
 
     graph: Graph
@@ -38,6 +39,7 @@ class Exported:
     in_tree: pytree.TreeSpec
     out_tree: pytree.TreeSpec
     examples: tuple[Any, ...] | None
+    ones: frozenset[str] = frozenset()
 
 
 def export(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) -> ExportedProgram:
@@ -123,7 +125,8 @@ def from_exported(program: ExportedProgram) -> Exported:
     example = program.example_inputs
     flat = tuple(pytree.tree_leaves(example)) if example is not None else None
     assert spec.in_spec is not None and spec.out_spec is not None
-    return Exported(graph, dict(state.values()), spec.in_spec, spec.out_spec, flat)
+    ones = frozenset(s.name for s, allowed in functional.range_constraints.items() if allowed.lower <= 1)
+    return Exported(graph, dict(state.values()), spec.in_spec, spec.out_spec, flat, ones)
 
 
 def _refuse_training(program: ExportedProgram) -> None:

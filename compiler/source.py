@@ -170,22 +170,33 @@ def random_tensor(sizes: Sequence[int], dtype: torch.dtype, generator: torch.Gen
 
 
 def parse_dynamic(texts: Sequence[str], names: Sequence[str], inputs: Sequence[Any]) -> dict[str, Any]:
-    """`name:0` or `name:0=2..512`, several separated by commas, as `dynamic_shapes` of torch.export. Raises BadShape."""
+    """`name:0`, `name:0=2..512` or `name:0=batch:1..64`, several separated by commas, as `dynamic_shapes` of torch.export.
+
+    Sizes with a name of their own (`batch`) are equal wherever the name occurs. Without one, torch finds out which sizes
+    are equal, but takes them to be at least 2; a range from 0 or 1 gets a name from its input. Raises BadShape.
+    """
     found: dict[str, Any] = {n: {} for n in names}
+    named: dict[str, Any] = {}
     for text in (part.strip() for t in texts for part in t.split(",")):
-        match = re.fullmatch(r"(\w+):(\d+)(?:=(\d*)\.\.(\d*))?", text)
-        if match is None:
+        match = re.fullmatch(r"(\w+):(\d+)(?:=(?:([A-Za-z]\w*):?)?(?:(\d*)\.\.(\d*))?)?", text)
+        if match is None or text.endswith(("=", ":")):
             raise BadShape(option="--dynamic", value=text, why="it cannot be read")
-        name, dim = match[1], int(match[2])
+        name, dim, symbol = match[1], int(match[2]), match[3]
         if name not in found:
             raise BadShape(option="--dynamic", value=text, why=f"the model takes {', '.join(names) or 'nothing'}")
         tensor = inputs[list(names).index(name)]
         if not isinstance(tensor, torch.Tensor) or dim >= tensor.dim():
             rank = tensor.dim() if isinstance(tensor, torch.Tensor) else 0
             raise BadShape(option="--dynamic", value=text, why=f"input {name!r} has {rank} dimensions")
-        low, high = (int(v) if v else None for v in (match[3], match[4]))
-        found[name][dim] = torch.export.Dim.DYNAMIC(min=low, max=high)
-    return {name: dims or None for name, dims in found.items()}
+        low, high = (int(v) if v else None for v in (match[4], match[5]))
+        if symbol is None and (low is None or low >= 2):
+            found[name][dim] = torch.export.Dim.DYNAMIC(min=low, max=high)
+            continue
+        symbol = symbol or f"{name}_{dim}"
+        if symbol not in named or low is not None or high is not None:
+            named[symbol] = torch.export.Dim(symbol, min=low, max=high)
+        found[name][dim] = symbol
+    return {n: {d: named[v] if isinstance(v, str) else v for d, v in dims.items()} or None for n, dims in found.items()}
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------

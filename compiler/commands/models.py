@@ -112,7 +112,7 @@ def run(
         raise click.UsageError("--compare eager needs --source SRC; --compare graph does without")
     model = load(file)
     plan = model.executable.plan
-    flat = running.random_inputs(plan, seed, _sizes(sizes)) if at_random else running.read_inputs(inputs, plan)
+    flat = running.random_inputs(plan, seed, _sizes(sizes, plan)) if at_random else running.read_inputs(inputs, plan)
     expected = _reference(reference, source, model, flat, file) if reference else None
     results = pytree.tree_leaves(model.executable(*flat))
     if save:
@@ -148,12 +148,15 @@ def fields_inline(data: dict[str, Any]) -> str:
     return "  ".join([data["kind"], *numbers, f"[{shown}, …]" if "first" in data else shown])
 
 
-def _sizes(texts: tuple[str, ...]) -> dict[str, int]:
+def _sizes(texts: tuple[str, ...], plan: Any) -> dict[str, int]:
     found: dict[str, int] = {}
+    known = [s.name for s in plan.symbols]
     for text in texts:
         name, _, value = text.partition("=")
         if not value.isdigit():
             raise click.BadParameter(f"write SYMBOL=N, not {text!r}", param_hint="--size")
+        if name not in known:
+            raise click.BadParameter(f"no size is called {name!r}, only {', '.join(known) or 'none'}", param_hint="--size")
         found[name] = int(value)
     return found
 

@@ -82,7 +82,8 @@ def inputs_of_source(command: F) -> F:
     """The options that say what to capture SRC on."""
     for option in (
         click.option("--seed", default=0, show_default=True, help="Seed of random inputs."),
-        click.option("--dynamic", multiple=True, metavar="NAME:DIM[=LO..HI]", help="A dimension that may vary."),
+        click.option("--dynamic", multiple=True, metavar="NAME:DIM[=[SIZE:]LO..HI]",
+                     help="A dimension that may vary; dimensions with the same SIZE are equal."),
         click.option("--shape", "shapes", multiple=True, metavar="NAME=2x3[:DTYPE]",
                      help="Random example input; several with commas or by repeating."),
     ):  # fmt: skip

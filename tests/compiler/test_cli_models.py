@@ -89,6 +89,7 @@ def test_run_compares_with_eager(
         ((), 2, "either --inputs or --random"),
         (("--random", "--compare", "eager"), 2, "needs --source"),
         (("--random", "--size", "s0=many"), 2, "SYMBOL=N"),
+        (("--random", "--size", "s1=2"), 2, "no size is called 's1', only s0"),
         (("--random", "--size", "s0=1000"), 4, "P0508"),
         (("--inputs", "{folder}/bad.npy"), 2, "P0704"),
         (("--inputs", "{folder}/other.safetensors"), 2, "no tensor 'x'"),

@@ -64,6 +64,15 @@ def test_dynamic_dimensions_reach_torch_export(folder: Path) -> None:
     assert ranges == {(2, "64"), (2, "int_oo")}
 
 
+def test_dynamic_sizes_may_be_named_and_then_are_equal_and_may_be_one(folder: Path) -> None:
+    shapes = ["x=3x4,mask=3x4"]
+    found = source.load("my_factories:bare", shapes, dynamic=["x:0=rows:1..9", "mask:0=rows", "x:1=1..", "mask:1=x_1"])
+    assert found.dynamic_shapes["x"][0] is found.dynamic_shapes["mask"][0]
+    assert isinstance(found.model, torch.nn.Module)
+    program = torch.export.export(found.model, found.inputs, dynamic_shapes=found.dynamic_shapes)
+    assert {(int(r.lower), str(r.upper)) for r in program.range_constraints.values()} == {(1, "9"), (1, "int_oo")}
+
+
 def test_an_exported_program_brings_its_inputs(tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Linear(3, 2), (torch.ones(4, 3),))
     torch.export.save(program, tmp_path / "m.pt2")
@@ -112,6 +121,8 @@ def test_errors_of_the_factory_pass_through(folder: Path) -> None:
         (["x=3x4:float99"], [], "no dtype 'float99'"),
         (["y=3x4"], [], "takes x, mask"),
         ([], ["x"], "cannot be read"),
+        ([], ["x:0="], "cannot be read"),
+        ([], ["x:0=rows:"], "cannot be read"),
         ([], ["y:0"], "takes x"),
         ([], ["x:2"], "has 2 dimensions"),
     ],
