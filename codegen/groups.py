@@ -168,6 +168,8 @@ class Grouping:
             return None
         if any(u.value in self.last for u in group.units):
             return None
+        if not group.reduced and any(u.reduce is not None for u in group.units):
+            return None  # it reduces dimensions of size 1 only, and has no loop to share
         if unit.matmul is not None or (group.matmul is not None and unit.reduce is not None):
             return None
         every = list(range(len(group.axes)))

@@ -1,0 +1,339 @@
+"""What becomes one kernel, what stays free, what is left to torch; and that all of it computes what the ops' references do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from plait.codegen.compile import CompiledGraph, compile_graph
+from plait.ir import parse_graph
+from plait.runtime.check import check
+from plait.runtime.plan import Call, Launch
+
+from tests.helpers import check_graph
+
+
+def run(text: str, *inputs: Any, exact: bool = False) -> CompiledGraph:
+    """Compile a graph, check its plan, compare with interpretation by references, strides included."""
+    graph = parse_graph(text)
+    check_graph(graph)
+    compiled = compile_graph(graph)
+    check(compiled.plan)
+    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    wanted = graph.run(*copies)
+    mine = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    got = compiled.executable(*mine)
+    for g, w in zip([*got, *mine], [*wanted, *copies], strict=True):
+        if not isinstance(w, torch.Tensor):
+            assert g == w
+            continue
+        assert g.stride() == w.stride()
+        torch.testing.assert_close(g, w, equal_nan=True, **({"rtol": 0, "atol": 0} if exact else {}))
+    return compiled
+
+
+def launches(compiled: CompiledGraph) -> int:
+    return sum(isinstance(s, Launch) for s in compiled.plan.steps)
+
+
+def calls(compiled: CompiledGraph) -> list[str]:
+    return [s.op for s in compiled.plan.steps if isinstance(s, Call) and s.kind != "internal"]
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_chain_with_two_results_is_one_kernel():
+    compiled = run(
+        """def f(x: "f32[5,16]", w: "f32[16]"):
+        a = aten.add.Tensor(x, w)
+        b = aten.tanh.default(a)
+        c = aten.mul.Tensor(b, 2.0)
+        return (b, c)
+    """,
+        rand(5, 16),
+        rand(16, seed=1),
+    )
+    assert launches(compiled) == 1 and not calls(compiled)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_softmax_is_one_kernel(dim: int):
+    text = f"""def f(x: "f32[33,70]"):
+        s = aten._softmax.default(x, {dim}, False)
+        return (s,)
+    """
+    compiled = run(text, rand(33, 70))
+    assert launches(compiled) == 1
+
+
+def test_softmax_of_infinities_and_nan_is_torchs():
+    x = rand(6, 40)
+    x[0, 3], x[1, 5], x[2] = float("nan"), float("inf"), float("-inf")
+    run(
+        """def f(x: "f32[6,40]"):
+        s = aten._softmax.default(x, 1, False)
+        l = aten._log_softmax.default(x, 1, False)
+        return (s, l)
+    """,
+        x,
+    )
+
+
+def test_residual_and_layer_norm_are_one_kernel():
+    compiled = run(
+        """def f(x: "f32[2,7,48]", y: "f32[2,7,48]", w: "f32[48]", b: "f32[48]"):
+        a = aten.add.Tensor(x, y)
+        n, mean, rstd = aten.native_layer_norm.default(a, (48,), w, b, 1e-05)
+        return (a, n)
+    """,
+        rand(2, 7, 48),
+        rand(2, 7, 48, seed=1),
+        rand(48, seed=2),
+        rand(48, seed=3),
+    )
+    assert launches(compiled) == 1
+
+
+def test_layer_norm_keeps_its_digits_at_a_large_mean():
+    graph = parse_graph("""def f(x: "f32[4,512]", w: "f32[512]"):
+        n, mean, rstd = aten.native_layer_norm.default(x, (512,), w, w, 1e-05)
+        return (n,)
+    """)
+    x, w = rand(4, 512) + 1000, torch.ones(512)
+    got = compile_graph(graph).executable(x, w)[0]
+    wanted = torch.nn.functional.layer_norm(x.double(), (512,), w.double(), w.double())
+    eager = torch.nn.functional.layer_norm(x, (512,), w, w)
+    assert (got - wanted).abs().max() <= 2 * (eager - wanted).abs().max() + 1e-6
+
+
+def test_views_of_results_cost_nothing():
+    compiled = run(
+        """def f(x: "f32[4,6]"):
+        a = aten.exp.default(x)
+        t = aten.permute.default(a, (1, 0))
+        s = aten.slice.Tensor(t, 0, 1, 4)
+        v = aten.view.default(a, (2, 12))
+        p, q = aten.split.Tensor(a, 3, 1)  # f32[4,3]{6,1}, f32[4,3]{6,1}
+        return (t, s, v, q)
+    """,
+        rand(4, 6),
+    )
+    assert launches(compiled) == 1 and not calls(compiled)
+
+
+def test_a_matmul_takes_bias_activation_and_residual_into_its_epilogue():
+    compiled = run(
+        """def f(x: "f32[2,9,16]", w: "f32[24,16]", b: "f32[24]", r: "f32[2,9,24]"):
+        v = aten.view.default(x, (18, 16))
+        t = aten.permute.default(w, (1, 0))
+        y = aten.addmm.default(b, v, t)
+        u = aten.view.default(y, (2, 9, 24))
+        g = aten.gelu.default(u)
+        z = aten.add.Tensor(g, r)
+        return (z,)
+    """,
+        rand(2, 9, 16),
+        rand(24, 16, seed=1),
+        rand(24, seed=2),
+        rand(2, 9, 24, seed=3),
+    )
+    assert launches(compiled) == 1 and not calls(compiled)
+
+
+def test_equal_layers_share_their_kernels():
+    body = "\n        ".join(
+        line
+        for i in range(4)
+        for line in (
+            f"m{i} = aten.mm.default({'x' if i == 0 else f'n{i - 1}'}, w)",
+            f"n{i}, a{i}, b{i} = aten.native_layer_norm.default(m{i}, (16,), g, g, 1e-05)",
+        )
+    )
+    compiled = run(
+        f"""def f(x: "f32[8,16]", w: "f32[16,16]", g: "f32[16]"):
+        {body}
+        return (n3,)
+    """,
+        rand(8, 16),
+        rand(16, 16, seed=1),
+        rand(16, seed=2),
+    )
+    assert launches(compiled) == 8 and len(compiled.sources) == 2
+
+
+def test_writes_come_after_every_reader():
+    compiled = run(
+        """def f(x: "f32[4,4]"):
+        d = aten.div.Tensor(x, 2.0)
+        t = aten.permute.default(x, (1, 0))
+        m = aten.mm.default(t, d)
+        s = aten.sum.default(x)
+        x[...] = d
+        return (m, s)
+    """,
+        rand(4, 4),
+    )
+    assert not calls(compiled)
+
+
+def test_swapped_inputs_are_swapped():
+    run(
+        """def f(x: "f32[8]", y: "f32[8]"):
+        a = aten.add.Tensor(x, y)
+        x[...] = y
+        y[...] = x
+        return (a,)
+    """,
+        rand(8),
+        rand(8, seed=1),
+        exact=True,
+    )
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_row_ids_out_of_range_raise(bad: int):
+    graph = parse_graph("""def f(w: "f32[10,4]", i: "i64[3]"):
+        e = aten.embedding.default(w, i)
+        return (e,)
+    """)
+    executable = compile_graph(graph).executable
+    w = rand(10, 4)
+    assert torch.equal(executable(w, torch.tensor([0, 9, 5]))[0], w[[0, 9, 5]])
+    with pytest.raises(IndexError, match="out of range"):
+        executable(w, torch.tensor([0, bad, 5]))
+    assert torch.equal(executable(w, torch.tensor([1, 1, 1]))[0], w[[1, 1, 1]])
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 7), (1, 3), (64, 2)])
+def test_one_compilation_serves_all_sizes(n: int, m: int):
+    compiled = run(
+        """graph(level="tensor", symbols={"s0": (1, None, 8), "s1": (1, None, 8)})
+def f(x: "f32[s0,s1,16]", w: "f32[16,16]"):
+        v = aten.view.default(x, (s0*s1, 16))
+        y = aten.mm.default(v, w)
+        u = aten.view.default(y, (s0, s1, 16))
+        a, b, c = aten.native_layer_norm.default(u, (16,), None, None, 1e-05)
+        k = aten.sum.dim_IntList(a, (0,))
+        t = aten.permute.default(a, (1, 0, 2))
+        l = aten.clone.default(t, memory_format=torch.contiguous_format)
+        return (k, l, s0*2)
+    """,
+        rand(n, m, 16),
+        rand(16, 16, seed=1),
+    )
+    assert not calls(compiled)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1)])
+def test_empty_and_single_elements(shape: tuple[int, int]):
+    n, m = shape
+    run(
+        f"""def f(x: "f32[{n},{m}]"):
+        a = aten.exp.default(x)
+        s = aten.sum.dim_IntList(a, (1,))
+        t = aten.sum.default(a)
+        p = aten.prod.default(a)
+        c = aten.cat.default((a, x), 1)
+        return (a, s, t, p, c)
+    """,
+        rand(n, m),
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 40000), (1, 100001), (70000, 3), (9000, 1)])
+def test_long_sums_are_as_exact_as_torchs(rows: int, columns: int):
+    graph = parse_graph(f"""def f(x: "f32[{rows},{columns}]"):
+        a = aten.sum.dim_IntList(x, (1,))
+        b = aten.sum.dim_IntList(x, (0,))
+        c = aten.mean.default(x)
+        m = aten.amax.default(x)
+        return (a, b, c, m)
+    """)
+    x = rand(rows, columns)
+    compiled = compile_graph(graph)
+    exact = (x.double().sum(1), x.double().sum(0), x.double().mean(), x.double().amax())
+    scale = (x.abs().sum(1), x.abs().sum(0), x.abs().mean(), x.abs().amax())
+    for got, wanted, size in zip(compiled.executable(x), exact, scale, strict=True):
+        assert ((got - wanted).abs() <= 1e-6 * size + 1e-30).all()
+
+
+def test_reductions_do_not_depend_on_the_number_of_threads():
+    graph = parse_graph("""def f(x: "f32[200000]", y: "f32[300,1000]"):
+        a = aten.sum.default(x)
+        b = aten.sum.dim_IntList(y, (0,))
+        c = aten._softmax.default(y, 1, False)
+        return (a, b, c)
+    """)
+    executable = compile_graph(graph).executable
+    x, y = rand(200000), rand(300, 1000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = executable(x, y)
+        torch.set_num_threads(2)
+        two = executable(x, y)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+
+
+def test_batched_rows_equal_single_rows_bit_for_bit():
+    def block(n: int) -> Sequence[torch.Tensor]:
+        graph = parse_graph(f"""def f(x: "f32[{n},64]", w: "f32[64,64]", g: "f32[64]"):
+        y = aten.mm.default(x, w)
+        z = aten.gelu.default(y)
+        a, b, c = aten.native_layer_norm.default(z, (64,), g, g, 1e-05)
+        s = aten._softmax.default(a, 1, False)
+        return (s,)
+    """)
+        run_it = compile_graph(graph).executable
+        return [run_it(part, w, g)[0] for part in x.split(n)]
+
+    x, w, g = rand(12, 64), rand(64, 64, seed=1), rand(64, seed=2)
+    whole = block(12)[0]
+    for n in (1, 3, 4):
+        assert torch.equal(torch.cat(list(block(n))), whole)
+
+
+def test_bfloat16_rounds_where_eager_rounds():
+    x = rand(40, 40).to(torch.bfloat16)
+    run(
+        """def f(x: "bf16[40,40]"):
+        a = aten.mul.Tensor(x, x)
+        b = aten.add.Tensor(a, x)
+        c = aten.div.Tensor(b, 3.0)
+        d = aten.relu.default(c)
+        return (c, d)
+    """,
+        x,
+        exact=True,
+    )
+
+
+def test_what_cannot_be_generated_says_why():
+    graph = parse_graph("""def f(x: "c64[4]", y: "f32[4]"):
+        a = aten.mul.Tensor(x, x)
+        b = aten.cumsum.default(y, 0)
+        return (a, b)
+    """)
+    reasons = dict(compile_graph(graph).coverage.reasons)
+    assert "complex" in reasons["aten.mul.Tensor"]
+    assert reasons["aten.cumsum.default"] == "no kernel lowering"
+
+
+def test_effects_keep_their_order():
+    compiled = run(
+        """def f(x: "f32[4]"):
+        a, t0 = aten.rand.default((4,), dtype=torch.float32, device=device("cpu"))  # f32[4], token(random)
+        b, t1 = aten.randn.default((4,), dtype=torch.float32, device=device("cpu"), after=(t0,))  # f32[4], token(random)
+        c = aten.mul.Tensor(a, 0.0)
+        d = aten.mul.Tensor(b, 0.0)
+        return (c, d)
+    """,
+        rand(4),
+    )
+    assert calls(compiled) == ["aten.rand.default", "aten.randn.default"]
