@@ -1,4 +1,4 @@
-"""The table from kernel IR operations and dtypes to C++ text (see vec.h, vops.h and vmath.h)."""
+"""The table from kernel IR operations and dtypes to C++ text (see vops.h and vmath.h)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 // The non-transcendental operations of kernel IR on scalars and vec alike: casts, minima, rounding, division by every
 // rule, shifts, and reductions over lanes in a fixed tree. One template serves both, so the bits agree.
 #pragma once
-#include "vec.h"
+#include "vmem.h"
 
 namespace plait {
 

@@ -1,0 +1,273 @@
+// Loops of generated kernels over vec.h: tiles and their partial last one, memory access by lanes, threads.
+#pragma once
+#include "vec.h"
+
+namespace plait {
+
+// ---- some of the lanes -------------------------------------------------------------------------------------------
+// `bits` has bit l set where lane l is read or written; the memory of the others is left alone. AVX-512 has instructions
+// for that. AddressSanitizer cannot see into them, so its builds take the plain way, as other machines do.
+
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && PLAIT_LANES == 16
+constexpr bool HAS_MASKS = true;
+template <int N> PLAIT_FN uint64_t lane_bits(vec<bool, N> mask) {
+  if constexpr (N == 16) return uint16_t(__builtin_ia32_cvtd2mask512(mask.m.v));
+  else return lane_bits<N / 2>(low(mask)) | lane_bits<N / 2>(high(mask)) << (N / 2);
+}
+template <class T, int N> PLAIT_FN vec<T, N> load_register(const T* p, uint64_t bits, vec<T, N> other) {
+  using R = typename vec<T, N>::raw;
+  static_assert(N == (sizeof(T) == 8 ? 8 : 16));
+  if constexpr (sizeof(T) == 1) {
+    return R(__builtin_ia32_loaddquqi128_mask((const char*)p, raw_of<char, 16>::type(other.v), bits));
+  } else if constexpr (sizeof(T) == 2) {
+    return R(__builtin_ia32_loaddquhi256_mask((const short*)p, raw_of<short, 16>::type(other.v), bits));
+  } else if constexpr (sizeof(T) == 4) {
+    return R(__builtin_ia32_loadups512_mask((const float*)p, raw_of<float, 16>::type(other.v), bits));
+  } else {
+    return R(__builtin_ia32_loadupd512_mask((const double*)p, raw_of<double, 8>::type(other.v), bits));
+  }
+}
+template <class T, int N> PLAIT_FN void store_register(T* p, vec<T, N> x, uint64_t bits) {
+  static_assert(N == (sizeof(T) == 8 ? 8 : 16));
+  if constexpr (sizeof(T) == 1) {
+    __builtin_ia32_storedquqi128_mask((char*)p, raw_of<char, 16>::type(x.v), bits);
+  } else if constexpr (sizeof(T) == 2) {
+    __builtin_ia32_storedquhi256_mask((short*)p, raw_of<short, 16>::type(x.v), bits);
+  } else if constexpr (sizeof(T) == 4) {
+    __builtin_ia32_storeups512_mask((float*)p, raw_of<float, 16>::type(x.v), bits);
+  } else {
+    __builtin_ia32_storeupd512_mask((double*)p, raw_of<double, 8>::type(x.v), bits);
+  }
+}
+template <class T, int N> constexpr bool is_split = N > (sizeof(T) == 8 ? 8 : 16);
+#else
+constexpr bool HAS_MASKS = false;
+template <int N> PLAIT_FN uint64_t lane_bits(vec<bool, N> mask) {
+  uint64_t bits = 0;
+  for (int l = 0; l < N; l++) bits |= uint64_t(mask[l]) << l;
+  return bits;
+}
+template <class T, int N> PLAIT_FN vec<T, N> load_register(const T* p, uint64_t bits, vec<T, N> other) {
+  T tile[N];
+  to_lanes(tile, other);
+  for (int l = 0; l < N; l++)
+    if (bits >> l & 1) tile[l] = p[l];
+  return from_lanes<T, N>(tile);
+}
+template <class T, int N> PLAIT_FN void store_register(T* p, vec<T, N> x, uint64_t bits) {
+  T tile[N];
+  to_lanes(tile, x);
+  for (int l = 0; l < N; l++)
+    if (bits >> l & 1) p[l] = tile[l];
+}
+template <class T, int N> constexpr bool is_split = false;
+#endif
+
+template <class T, int N> PLAIT_FN vec<T, N> load_some(const T* p, uint64_t bits, vec<T, N> other) {
+  if constexpr (same<T, bool>) {
+    const vec<uint8_t, N> bytes = convert<uint8_t>(other.m & 1);
+    return load_some(reinterpret_cast<const uint8_t*>(p), bits, bytes) != uint8_t(0);
+  } else if constexpr (is_half<T>) {
+    return load_some(reinterpret_cast<const uint16_t*>(p), bits, other.bits);
+  } else if constexpr (is_split<T, N>) {
+    return join(load_some(p, bits, low(other)), load_some(p + N / 2, bits >> (N / 2), high(other)));
+  } else {
+    return load_register(p, bits, other);
+  }
+}
+template <class T, int N> PLAIT_FN void store_some(T* p, vec<T, N> x, uint64_t bits) {
+  if constexpr (same<T, bool>) {
+    store_some(reinterpret_cast<uint8_t*>(p), vec<uint8_t, N>(convert<uint8_t>(x.m & 1)), bits);
+  } else if constexpr (is_half<T>) {
+    store_some(reinterpret_cast<uint16_t*>(p), x.bits, bits);
+  } else if constexpr (is_split<T, N>) {
+    store_some(p, low(x), bits), store_some(p + N / 2, high(x), bits >> (N / 2));
+  } else {
+    store_register(p, x, bits);
+  }
+}
+
+// The first n < W lanes; without masks by powers of two, as a loop would become a call of memcpy.
+template <int Step = W / 2, class T> PLAIT_FN void copy_first(T* to, const T* from, int n) {
+  if (n & Step) {
+    __builtin_memcpy(to, from, Step * sizeof(T));
+    to += Step, from += Step;
+  }
+  if constexpr (Step > 1) copy_first<Step / 2>(to, from, n);
+}
+template <class T> PLAIT_FN vec<T> load_first(const T* p, int n) {
+  if constexpr (HAS_MASKS) return load_some(p, (uint64_t(1) << n) - 1, vec<T>(T{}));
+  T tile[W] = {};
+  copy_first(tile, p, n);
+  return from_lanes<T, W>(tile);
+}
+template <class T> PLAIT_FN void store_first(T* p, vec<T> x, int n) {
+  if constexpr (HAS_MASKS) return store_some(p, x, (uint64_t(1) << n) - 1);
+  T tile[W];
+  to_lanes(tile, x);
+  copy_first(p, tile, n);
+}
+
+// ---- tiles -------------------------------------------------------------------------------------------------------
+// A vector loop runs over tiles of W iterations. Its body is one generic lambda, compiled for a full tile and for the
+// partial tile at the end; lanes from `n` on are dead in the latter: they read nothing and write nothing.
+
+template <int Width> struct Full {
+  static constexpr bool full = true;
+  static constexpr int width = Width, n = Width;
+};
+struct Part {
+  static constexpr bool full = false;
+  static constexpr int width = W;
+  int n;
+};
+template <int K> struct Int {
+  static constexpr int value = K;
+  PLAIT_FN constexpr operator int() const { return K; }
+};
+
+template <class T, int N, int... I> PLAIT_FN vec<T, N> iota_lanes(indices<I...>) {
+  if constexpr (whole<T, N>) return typename vec<T, N>::raw{T(I)...};
+  else return {iota_lanes<T, N / 2>(iota_of<N / 2>{}), iota_lanes<T, N / 2>(iota_of<N / 2>{}) + T(N / 2)};
+}
+template <class T, int N = W> PLAIT_FN vec<T, N> iota() { return iota_lanes<T, N>(iota_of<N>{}); }
+
+// a in live lanes, b in dead ones
+template <class V, class L> PLAIT_FN V blend(L lanes, V a, V b) {
+  if constexpr (L::full) return a;
+  else return where(iota<int32_t>() < vec<int32_t>(lanes.n), a, b);
+}
+template <class L> PLAIT_FN auto live(L lanes) {
+  using M = vec<bool, L::width>;
+  return blend(lanes, M(true), M(false));
+}
+
+template <class T, class L> PLAIT_FN vec<T, L::width> load(const T* p, L lanes) {
+  if constexpr (L::full) return from_lanes<T, L::width>(p);
+  else return load_first(p, lanes.n);
+}
+template <class T, class L> PLAIT_FN void store(T* p, vec<T, L::width> x, L lanes) {
+  if constexpr (L::full) to_lanes(p, x);
+  else store_first(p, x, lanes.n);
+}
+
+// p[at[lane]]; dead lanes give 0
+template <class T, class L> PLAIT_FN vec<T, L::width> gather(const T* p, vec<int64_t, L::width> at, L lanes) {
+  int64_t offset[L::width];
+  to_lanes(offset, at);
+  T tile[L::width] = {};
+  for (int l = 0; l < lanes.n; l++) tile[l] = p[offset[l]];
+  return from_lanes<T, L::width>(tile);
+}
+template <class T, class L> PLAIT_FN void scatter(T* p, vec<int64_t, L::width> at, vec<T, L::width> x, L lanes) {
+  int64_t offset[L::width];
+  to_lanes(offset, at);
+  T tile[L::width];
+  to_lanes(tile, x);
+  for (int l = 0; l < lanes.n; l++) p[offset[l]] = tile[l];
+}
+// p[lane * stride]
+template <class T, class L> PLAIT_FN vec<T, L::width> load_strided(const T* p, int64_t stride, L lanes) {
+  T tile[L::width] = {};
+  for (int l = 0; l < lanes.n; l++) tile[l] = p[l * stride];
+  return from_lanes<T, L::width>(tile);
+}
+template <class T, class L> PLAIT_FN void store_strided(T* p, int64_t stride, vec<T, L::width> x, L lanes) {
+  T tile[L::width];
+  to_lanes(tile, x);
+  for (int l = 0; l < lanes.n; l++) p[l * stride] = tile[l];
+}
+
+// Masked forms: a lane whose mask is false reads nothing (and gives `other`), or writes nothing.
+template <class T, class L>
+PLAIT_FN vec<T, L::width> load_if(vec<bool, L::width> mask, const T* p, L lanes, T other) {
+  const vec<bool, L::width> reads = mask & live(lanes);
+  if (!HAS_MASKS && all_lanes(reads)) return from_lanes<T, L::width>(p);
+  return load_some(p, lane_bits(reads), vec<T, L::width>(other));
+}
+template <class T, class L>
+PLAIT_FN vec<T, L::width> gather_if(vec<bool, L::width> mask, const T* p, vec<int64_t, L::width> at, L lanes, T other) {
+  T tile[L::width];
+  for (int l = 0; l < L::width; l++) tile[l] = l < lanes.n && mask[l] ? p[at[l]] : other;
+  return from_lanes<T, L::width>(tile);
+}
+template <class T, class L> PLAIT_FN void store_if(vec<bool, L::width> mask, T* p, vec<T, L::width> x, L lanes) {
+  store_some(p, x, lane_bits(mask & live(lanes)));
+}
+template <class T, class L>
+PLAIT_FN void scatter_if(vec<bool, L::width> mask, T* p, vec<int64_t, L::width> at, vec<T, L::width> x, L lanes) {
+  for (int l = 0; l < lanes.n; l++)
+    if (mask[l]) p[at[l]] = x[l];
+}
+
+template <class T> PLAIT_FN void atomic_add(T* p, T x) {
+#pragma omp atomic
+  *p += x;
+}
+template <class T, class L>
+PLAIT_FN void atomic_scatter_if(vec<bool, L::width> mask, T* p, vec<int64_t, L::width> at, vec<T, L::width> x, L lanes) {
+#pragma GCC unroll 1
+  for (int l = 0; l < lanes.n; l++)
+    if (mask[l]) atomic_add(p + at[l], x[l]);
+}
+
+// f(lane) for every lane, as int64: index expressions that are not affine in the vector axis
+template <int N = W, class F> PLAIT_FN vec<int64_t, N> per_lane(F f) {
+  int64_t at[N];
+  for (int l = 0; l < N; l++) at[l] = f(l);
+  return from_lanes<int64_t, N>(at);
+}
+
+// body(first iteration, lanes, Int<k>) over [begin, end) in tiles.
+// `Partials` = 4 unrolls: tile t of each group of four updates partial accumulator k = t, which hides the latency of
+// dependent additions; the order in which values meet is fixed by the position alone.
+// `Tiles` = 4 takes four tiles as one where it can: a column is walked once for 4 W lanes, which saves cache and page misses.
+template <int Partials, int Tiles = 1, class F> PLAIT_FN void tiles(int64_t begin, int64_t end, F body) {
+  static_assert(Partials == 1 || Partials == 4);
+  int64_t i = begin;
+  if constexpr (Tiles > 1) {
+    for (; i + Tiles * W <= end; i += Tiles * W) body(i, Full<Tiles * W>{}, Int<0>{});
+  }
+  if constexpr (Partials == 4) {
+    for (; i + 4 * W <= end; i += 4 * W) {
+      body(i, Full<W>{}, Int<0>{});
+      body(i + W, Full<W>{}, Int<1>{});
+      body(i + 2 * W, Full<W>{}, Int<2>{});
+      body(i + 3 * W, Full<W>{}, Int<3>{});
+    }
+  }
+  for (; i + W <= end; i += W) body(i, Full<W>{}, Int<0>{});
+  if (i < end) body(i, Part{int(end - i)}, Int<Partials - 1>{});
+}
+
+// ---- threads -----------------------------------------------------------------------------------------------------
+
+extern "C" int omp_get_thread_num() noexcept;
+extern "C" int omp_get_num_threads() noexcept;
+
+#ifndef PLAIT_GRAIN
+#define PLAIT_GRAIN (1 << 14)
+#endif
+constexpr int64_t GRAIN = PLAIT_GRAIN;  // scalar statements that are worth waking a thread for
+
+// By value and out of line: the closure's fields are then locals of one function, which no store can alias.
+template <class F> [[gnu::noinline]] void run_span(F body, int64_t begin, int64_t end) { body(begin, end); }
+
+// body(begin, end) over [0, n), split evenly over at most `nthreads` threads. No parallel region is opened for one
+// thread: a forked child, whose OpenMP pool is gone, must be able to run with nthreads = 1.
+template <class F> PLAIT_FN void parallel(int64_t n, int64_t work, int nthreads, F body) {
+  if (n <= 0) return;
+  int64_t threads = nthreads < n ? nthreads : n;
+  if (threads > work / GRAIN) threads = work / GRAIN;
+  if (threads <= 1) return run_span(body, 0, n);
+#pragma omp parallel num_threads(int(threads))
+  {
+    const int64_t t = omp_get_thread_num(), count = omp_get_num_threads();
+    run_span(body, n * t / count, n * (t + 1) / count);
+  }
+}
+
+PLAIT_FN int64_t tile_count(int64_t n) { return (n + W - 1) / W; }
+
+}  // namespace plait
