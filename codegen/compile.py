@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..ir import Graph
 from ..runtime import plan as P
+from ..runtime import weights
 from ..runtime.executor import Executable
+from .backends import BACKENDS, print_graph_kernels
 from .coverage import Coverage, Reported
-from .cpp.printer import print_kernel
 from .items import AliasItem, CallItem, KernelItem, Scheduled
-from .kernels import current_cache, load_kernels
 from .plan import build_plan
 from .schedule import schedule
+from .target import Target
 
 
 @dataclass(frozen=True)
 class CodegenOptions:
-    """Choices of code generation. `generate` False runs every node through torch (a reference for debugging). `isa` is
-    what just-in-time kernels are compiled for."""
+    """Choices of code generation. `generate` False runs every node through torch (a reference for debugging). `target` is
+    "cpu" or a kind of CUDA device, "cuda:90"; `isa` is what just-in-time kernels for CPUs are compiled for."""
 
     generate: bool = True
     isa: str = "native"
+    target: str = "cpu"
 
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """A graph with its plan and kernels. `sources` maps kernel names to C++ text, `coverage` says what runs where."""
+    """A graph with its plan and kernels. `sources` maps kernel names to their text (C++, or Triton for CUDA devices),
+    `coverage` says what runs where."""
 
     graph: Graph
     plan: P.Plan
@@ -47,8 +49,10 @@ class CompiledGraph:
         return self._executable(check=True)
 
     def _executable(self, *, check: bool) -> Executable:
-        addresses = load_kernels(self.sources, current_cache(), self.options.isa)
-        return Executable(self.plan, addresses, self.graph.constants, check=check)
+        target = Target(self.options.target)
+        load, device = BACKENDS[target.kind].load, target.device(self.graph)
+        kernels = load(self.plan, self.sources, target, device, self.options.isa)
+        return Executable(self.plan, kernels, weights.placed(self.plan, self.graph.constants), check=check)
 
 
 def coverage_of(scheduled: Scheduled) -> Coverage:
@@ -65,22 +69,13 @@ def coverage_of(scheduled: Scheduled) -> Coverage:
 def compile_graph(graph: Graph, options: CodegenOptions | None = None) -> CompiledGraph:
     """Compile a verified tensor-level graph.
 
-    Raises `CannotLower`, `KernelBuildFailed`. What no kernel is generated for runs through torch and is in `coverage`.
+    Raises `CannotLower`, `UnknownTarget`. What no kernel is generated for runs through torch and is in `coverage`.
     """
     options = options or CodegenOptions()
-    scheduled = schedule(graph, generate=options.generate)
-    sources: dict[str, str] = {}
-    for item in scheduled.items:
-        if isinstance(item, KernelItem):
-            sources[item.name] = item.source if item.source is not None else print_kernel(_kernel(item))
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sources.items()}
-    plan = build_plan(scheduled, hashes)
-    return CompiledGraph(graph, plan, sources, coverage_of(scheduled), options)
-
-
-def _kernel(item: KernelItem):
-    assert item.kernel is not None, f"kernel {item.name} has neither source nor tree"
-    return item.kernel
+    target = Target(options.target)
+    printed = print_graph_kernels(schedule(graph, generate=options.generate, target=target), target)
+    plan = build_plan(printed.scheduled, printed.specs)
+    return CompiledGraph(graph, plan, printed.sources, coverage_of(printed.scheduled), options)
 
 
 __all__ = ["CodegenOptions", "CompiledGraph", "Coverage", "compile_graph", "coverage_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -20,10 +20,10 @@ _SCALARS = {"int": "int64", "float": "float64", "bool": "bool"}
 
 
 class _Planner:
-    def __init__(self, scheduled: Scheduled, kernels: dict[str, str]) -> None:
+    def __init__(self, scheduled: Scheduled, kernels: Mapping[str, P.KernelSpec]) -> None:
         self.scheduled = scheduled
         self.graph = scheduled.graph
-        self.hashes = kernels
+        self.kernels = kernels
         self.ids: dict[Value, int] = {}
         self.specs: dict[Value, P.ValueSpec] = {}
         self.regions: list[tuple[str, P.Plan]] = []
@@ -145,7 +145,7 @@ class _Planner:
     def region(self, graph: Graph) -> P.Plan:
         from .schedule import schedule_calls
 
-        return build_plan(schedule_calls(graph), self.hashes)
+        return build_plan(schedule_calls(graph), {})
 
     def step(self, item: Any) -> P.Launch | P.Call | None:
         if isinstance(item, KernelItem):
@@ -242,8 +242,6 @@ class _Planner:
             if isinstance(item, CallItem):
                 steps.extend(self.bind_sizes(item.node, symbols))
         outputs = tuple(self.output(a) for a in self.graph.outputs)
-        kernels = {i.name: i for i in self.scheduled.items if isinstance(i, KernelItem)}
-        specs = tuple(P.KernelSpec(n, "cpp", self.hashes[n], i.access) for n, i in kernels.items())
         values = tuple(sorted(self.specs.values(), key=lambda s: s.id))
         return P.Plan(
             self.inputs(),
@@ -251,7 +249,7 @@ class _Planner:
             values,
             tuple(steps),
             outputs,
-            specs,
+            tuple(self.kernels.values()),
             arena.size,
             tuple(self.regions),
             sizes=arena.sizes,
@@ -267,6 +265,6 @@ def _views_by_calls(scheduled: Scheduled) -> Iterator[tuple[Value, Value]]:
                 yield from ((v, source) for v in item.node.results)
 
 
-def build_plan(scheduled: Scheduled, kernels: dict[str, str]) -> P.Plan:
-    """The plan that runs a scheduled graph. `kernels` maps kernel names to the content hash of their source."""
+def build_plan(scheduled: Scheduled, kernels: Mapping[str, P.KernelSpec]) -> P.Plan:
+    """The plan that runs a scheduled graph. `kernels` are the printed functions that its items launch, by name."""
     return _Planner(scheduled, kernels).run()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import DamagedArtifact
+from .plan import Plan
 
 ALIGNMENT = 64
 DTYPES = {
@@ -90,3 +91,22 @@ def _tensor(buffer: mmap.mmap, data: int, end: int, name: str, entry: Any, part:
         return torch.empty(shape, dtype=dtype)
     flat = torch.frombuffer(buffer, dtype=dtype, count=(last - first) // dtype.itemsize, offset=data + first)
     return flat.view(shape)
+
+
+def placed(plan: Plan, constants: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Constants where a plan has them: those of device values on their device, at multiples of 16 bytes."""
+    found = dict(constants)
+    made: dict[int, torch.Tensor] = {}
+    for v in plan.values:
+        if v.storage == "constant" and v.device != "cpu":
+            t = constants[str(v.ref)]
+            if id(t) not in made:
+                made[id(t)] = _on_device(t.detach(), v.device)
+            found[str(v.ref)] = made[id(t)]
+    return found
+
+
+def _on_device(t: torch.Tensor, device: str) -> torch.Tensor:
+    if str(t.device) == device and t.data_ptr() % 16 == 0:
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).copy_(t)

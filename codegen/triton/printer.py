@@ -131,7 +131,7 @@ class _Nest:
             body.masks.append(Mask(body.fresh("xmask"), body.dims))
         body.block(self.inner)
         preamble = self._preamble(body, wide) if self.parallel else []
-        buffers = tuple(b for b in self.kernel.buffers if b.name in body.used)
+        buffers = tuple(replace(b, access=self._access(b.name)) for b in self.kernel.buffers if b.name in body.used)
         sizes = tuple(s.name for s in self.kernel.sizes if s.name in body.used)
         config = self._config()
         params = [*(identifier(b.name) for b in buffers), *(identifier(s) for s in sizes)]
@@ -139,6 +139,14 @@ class _Nest:
         text = module_text(self.name, self.kernel.origin, params, preamble + body.lines)
         grid = ["ceildiv", prefix(self.elements), "XBLOCK"] if self.parallel else 1
         return TritonSource(identifier(self.name), text, buffers, sizes, grid, config)
+
+    def _access(self, buffer: str) -> str:
+        """What this nest alone does with a buffer."""
+        memory = [s for s in walk(self.inner) if isinstance(s, Load | Store) and s.buffer == buffer]
+        stores = [s for s in memory if isinstance(s, Store)]
+        if len(stores) == len(memory) and not any(s.atomic for s in stores):
+            return "write"
+        return "read_write" if stores else "read"
 
     def _ranges(self) -> dict[sympy.Symbol, tuple[float, float]]:
         ranges: dict[sympy.Symbol, tuple[float, float]] = dict.fromkeys(self.kernel.sizes, (0, math.inf))

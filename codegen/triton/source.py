@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ...runtime.plan import KernelSpec
 from ...runtime.sizes import SizeExpr, evaluate
 from ..kernel_ir import Buffer
 
@@ -33,8 +35,9 @@ class KernelConfig:
 class TritonSource:
     """One `@triton.jit` function in a module of its own.
 
-    A launch passes the addresses of `buffers`, then the int64 `sizes` (names of symbols), in this order. `grid` is the
-    number of programs over `sizes` and the tiles of the config; a launch with grid 0 is skipped. `config` is the default.
+    A launch passes the addresses of `buffers`, then the int64 `sizes` (names of symbols), in this order. The access of a
+    buffer is what this function does with it: of several that one kernel prints as, each its own. `grid` is the number of
+    programs over `sizes` and the tiles of the config; a launch with grid 0 is skipped. `config` is the default.
     """
 
     name: str
@@ -57,3 +60,26 @@ class TritonSource:
     def programs(self, sizes: Mapping[str, int], config: KernelConfig | None = None) -> int:
         """How many programs a launch with these sizes runs."""
         return evaluate(self.grid, {**sizes, **dict((config or self.config).tiles)})
+
+    def spec(self, access: Sequence[str]) -> KernelSpec:
+        """What a plan says of this kernel, whose buffers a launch uses as `access` says; `of` reads it back."""
+        meta = {
+            "parameters": [[name, kind] for name, kind in self.signature()],
+            "tiles": [[name, size] for name, size in self.config.tiles],
+            "num_warps": self.config.num_warps,
+            "num_stages": self.config.num_stages,
+        }
+        return KernelSpec(self.name, "triton", self.hash, tuple(access), (self.grid,), tuple(meta.items()))
+
+    @staticmethod
+    def of(spec: KernelSpec, text: str) -> TritonSource:
+        """The source that a plan's kernel was printed as."""
+        meta: dict[str, Any] = dict(spec.meta)
+        dtypes = {"*" + abi: dtype for dtype, abi in ABI_DTYPE.items()}
+        pointers = [(name, dtypes[kind]) for name, kind in meta["parameters"] if kind in dtypes]
+        buffers = tuple(Buffer(name, dtype, access) for (name, dtype), access in zip(pointers, spec.access, strict=True))
+        sizes = tuple(name for name, kind in meta["parameters"] if kind not in dtypes)
+        tiles = tuple((name, size) for name, size in meta["tiles"])
+        return TritonSource(
+            spec.name, text, buffers, sizes, spec.grid[0], KernelConfig(tiles, meta["num_warps"], meta["num_stages"])
+        )
