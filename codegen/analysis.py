@@ -88,10 +88,13 @@ class Analysis:
     # -- what can be generated ----------------------------------------------------------------------------------------
 
     def _classify(self) -> None:
+        known = {s for v in self.graph.inputs for s in _symbols(v)}
         for node in self.graph.nodes:
             if node.op.name == "plait.constant":
                 continue
-            why = self._refusal(node)
+            made = {s for v in node.results for s in _symbols(v)}
+            why = self._refusal(node) if made <= known else "it gives sizes that are known only at run time"
+            known |= made
             if why is not None:
                 self.calls[node] = library.kind_of(node, why, self.target.kind)
 
@@ -222,6 +225,14 @@ class Analysis:
     def resolve(self, value: Value) -> Memory:
         """Where `value` lies in memory."""
         return self.memory[value]
+
+
+def _symbols(v: Value) -> set[sympy.Symbol]:
+    """Size symbols that a value's type mentions."""
+    if isinstance(v.type, TensorType):
+        return set(v.type.symbols())
+    expr = v.type.expr if isinstance(v.type, ScalarType) else None
+    return set() if expr is None else expr.free_symbols  # type: ignore[return-value]
 
 
 def _record(probe: Evaluator, reads: list[tuple[Value, Index]], v: Value, index: Index) -> str:

@@ -164,20 +164,6 @@ class _Planner:
         outs = tuple(None if isinstance(v.type, OpaqueType) else self.id(v) for v in node.results)
         return P.Call(node.op.name, positional, named, outs, kind, reason, node.loc.short)
 
-    def bind_sizes(self, node: Node, symbols: dict[str, P.SymbolSpec]) -> Iterator[P.Call]:
-        """Steps that read sizes which are known only once a call has run, such as those of `nonzero`."""
-        for v in node.results:
-            if not isinstance(v.type, TensorType):
-                continue
-            for d, n in enumerate(v.type.shape):
-                if isinstance(n, sympy.Symbol) and n.name not in symbols:
-                    info = self.graph.symbols.get(n)
-                    symbols[n.name] = P.SymbolSpec(n.name, -1, None, info.low if info else 0, info.high if info else None)
-                    size = Value(ScalarType("int", n), n.name)
-                    self.define(size, "scalar")
-                    args = ({"v": self.id(v)}, {"c": d})
-                    yield P.Call("aten.sym_size.int", args, (), (self.id(size),), "internal", "reads a size", node.loc.short)
-
     # -- the ends -----------------------------------------------------------------------------------------------------
 
     def inputs(self) -> tuple[P.InputSpec, ...]:
@@ -233,21 +219,14 @@ class _Planner:
 
     def run(self) -> P.Plan:
         arena = self.place_values()
-        symbols = {s.name: s for s in self.symbols()}
-        steps: list[P.Launch | P.Call] = []
-        for item in self.scheduled.items:
-            step = self.step(item)
-            if step is not None:
-                steps.append(step)
-            if isinstance(item, CallItem):
-                steps.extend(self.bind_sizes(item.node, symbols))
+        steps = tuple(s for s in map(self.step, self.scheduled.items) if s is not None)
         outputs = tuple(self.output(a) for a in self.graph.outputs)
         values = tuple(sorted(self.specs.values(), key=lambda s: s.id))
         return P.Plan(
             self.inputs(),
-            tuple(symbols.values()),
+            self.symbols(),
             values,
-            tuple(steps),
+            steps,
             outputs,
             tuple(self.kernels.values()),
             arena.size,

@@ -1,4 +1,4 @@
-"""What becomes one kernel, what stays free, what is left to torch; and that all of it computes what the ops' references do."""
+"""What becomes one kernel, what stays free, what is left to torch; and that it computes what the references do."""
 
 from __future__ import annotations
 
