@@ -2,9 +2,10 @@
 
     manifest.json             format version, versions, targets, inputs, outputs, structure, passes, numerics, checksums
     plan.json                 what runs (`plan.py`)
+    plans/<target>.json       the same for device targets, such as cuda-90
     weights.safetensors       the constants, used in place through a memory map
     graphs/<level>.txt        the graphs as text
-    kernels/src/*.cpp, *.h    sources, from which kernels are rebuilt where no binary fits
+    kernels/src/*.cpp, *.h    sources, from which kernels are rebuilt where no binary fits; *.py: Triton kernels
     kernels/bin/<target>/*    shared objects per CPU target, cubins per device target
 
 An artifact holds machine code. Checksums find damage, not malice: load only files whose origin you trust. Writes of the
@@ -23,7 +24,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import DamagedArtifact, KernelMissing, StructureNotPortable, WrongInputStructure
-from . import machine, native, sizes, weights
+from . import devices, machine, native, sizes, weights
 from .archive import MANIFEST, Archive, Content, write_archive
 from .binaries import SOURCES, kernel_names, load_device, load_native, target_folder
 from .check import check
@@ -38,11 +39,13 @@ PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 class Parts:
     """What an artifact is written from.
 
-    in_tree is the structure of `(args, kwargs)`, whose leaves are the plan's inputs; out_tree that of the result, whose
-    leaves are the plan's outputs. sources: file name -> text, each `*.cpp` a translation unit whose functions are named
-    like the plan's kernels, the rest headers. binaries: CPU target (a key of `machine.TARGETS`) -> file name -> bytes;
-    every target needs a `runner.so`, built from `native.SOURCE`. build: compiler flags for rebuilding, without an
-    architecture. info: further plain data for the manifest (versions, passes, numerics, coverage, guards).
+    plan is what runs on `target`; device_plans are further plans of the same model by target ("cuda:90"), over the same
+    inputs, outputs and weights. in_tree is the structure of `(args, kwargs)`, whose leaves are the plan's inputs; out_tree
+    that of the result, whose leaves are the plan's outputs. sources: file name -> text, each `*.cpp` a translation unit
+    whose functions are named like the plan's kernels, each `*.py` a Triton module, the rest headers. binaries: CPU target
+    (a key of `machine.TARGETS`) -> file name -> bytes; every target needs a `runner.so`, built from `native.SOURCE`.
+    device_binaries: by kernel. build: compiler flags for rebuilding, without an architecture. info: further plain data
+    for the manifest (versions, passes, numerics, coverage, guards).
     """
 
     plan: Plan
@@ -55,6 +58,8 @@ class Parts:
     device_binaries: Mapping[str, Sequence[DeviceBinary]] = field(default_factory=dict)
     build: Sequence[str] = native.FLAGS
     info: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "cpu"
+    device_plans: Mapping[str, Plan] = field(default_factory=dict)
 
 
 def write(path: str | os.PathLike[str], parts: Parts) -> None:
@@ -63,7 +68,11 @@ def write(path: str | os.PathLike[str], parts: Parts) -> None:
     Raises UnsafePlan, KernelMissing for a target without runner, StructureNotPortable for arguments or results that JSON
     cannot describe, ValueError for a weight of a dtype that safetensors files do not have.
     """
-    check(parts.plan)
+    plans = {parts.target: (PLAN, parts.plan)}
+    plans |= {t: (f"plans/{t.replace(':', '-')}.json", plan) for t, plan in parts.device_plans.items()}
+    for _, plan in plans.values():
+        check(plan)
+        _require(parts.device_binaries, kernel_names(plan, "triton"))
     native_kernels = kernel_names(parts.plan, "cpp")
     sources = {**parts.sources, native.SOURCE.name: native.SOURCE.read_text()} if native_kernels else parts.sources
     members: dict[str, Content] = {f"graphs/{level}.txt": text.encode() for level, text in parts.graphs.items()}
@@ -75,21 +84,28 @@ def write(path: str | os.PathLike[str], parts: Parts) -> None:
     device_kernels = _device_members(parts.device_binaries, members)
     stored, tied, strides = _distinct(parts.weights)
     members[WEIGHTS] = weights.serialise(stored)
-    plan = to_json(parts.plan)
-    members[PLAN] = json.dumps(plan, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    for name, plan in plans.values():
+        members[name] = json.dumps(to_json(plan), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     targets = {name: machine.TARGETS[name] for name in parts.binaries}
     manifest = {
         **parts.info,
         "inputs": [_describe_input(spec) for spec in parts.plan.inputs],
         "outputs": _describe_outputs(parts.plan),
         "structure": {"inputs": _dump_tree(parts.in_tree, "inputs"), "outputs": _dump_tree(parts.out_tree, "outputs")},
-        "symbols": plan["symbols"],
+        "symbols": to_json(parts.plan)["symbols"],
+        "plans": {target: name for target, (name, _) in plans.items()},
         "targets": {n: {"machine": t.machine, "requires": sorted(t.requires)} for n, t in targets.items()},
         "build": list(parts.build),
         "weights": {"tied": tied, "strides": strides},
         "device_kernels": device_kernels,
     }
     write_archive(path, manifest, members)
+
+
+def _require(binaries: Mapping[str, Any], names: list[str]) -> None:
+    for name in names:
+        if not binaries.get(name):
+            raise KernelMissing(kind="binary", name=name)
 
 
 def _device_members(kernels: Mapping[str, Sequence[DeviceBinary]], members: dict[str, Content]) -> dict[str, Any]:
@@ -156,27 +172,39 @@ def _load_tree(manifest: Mapping[str, Any], which: str) -> pytree.TreeSpec:
         raise DamagedArtifact(part=MANIFEST, why=f"its structure of the {which} is ill-formed") from None
 
 
-def load(path: str | os.PathLike[str]) -> LoadedModel:
+def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> LoadedModel:
     """Load an artifact, ready to call. Needs torch, and a compiler only where no binary fits this machine.
 
-    Raises NotAnArtifact, ArtifactVersion, DamagedArtifact before anything of it runs; NoBinaryFits and what is said there
-    where its kernels cannot run here; UnsafePlan, OpNotAvailable where its plan cannot.
+    It runs on `device`, which its inputs must lie on: by default on the current CUDA device where there is one that it was
+    compiled for, else on the CPU. Raises NotAnArtifact, ArtifactVersion, DamagedArtifact before anything of it runs;
+    DeviceNotAvailable, NoBinaryFits and what is said there where its kernels cannot run here; UnsafePlan, OpNotAvailable
+    where its plan cannot.
     """
     archive = Archive(path)
-    plan = from_json(archive.json(PLAN))
+    plans = plan_members(archive.manifest)
+    target, chosen = devices.choose(plans, device)
+    plan = from_json(archive.json(plans[target]))
     check(plan)
+    plan = devices.place(plan, chosen)
     in_tree, out_tree = (_load_tree(archive.manifest, which) for which in ("inputs", "outputs"))
     for tree, leaves, which in ((in_tree, len(plan.inputs), "inputs"), (out_tree, len(plan.outputs), "outputs")):
         if tree.num_leaves != leaves:
             raise DamagedArtifact(part=MANIFEST, why=f"it describes {tree.num_leaves} {which}, the plan has {leaves}")
     addresses, runner = load_native(archive, kernel_names(plan, "cpp"))
-    kernels = {**addresses, **load_device(archive, kernel_names(plan, "triton"), _device_number(plan))}
+    kernels = {**addresses, **load_device(archive, kernel_names(plan, "triton"), chosen.index or 0)}
     executable = Executable(plan, kernels, load_weights(archive, plan), runner=runner)
-    return LoadedModel(archive, executable, in_tree, out_tree)
+    return LoadedModel(archive, executable, in_tree, out_tree, target, chosen)
 
 
-def _device_number(plan: Plan) -> int:
-    return next((torch.device(v.device).index or 0 for v in plan.values if v.device.startswith("cuda")), 0)
+def plan_members(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The members that hold an artifact's plans, by target, the first that of the model as captured.
+
+    Raises DamagedArtifact.
+    """
+    plans = manifest.get("plans")
+    if not isinstance(plans, dict) or not plans or not all(isinstance(name, str) for name in plans.values()):
+        raise DamagedArtifact(part=MANIFEST, why="its list of plans is ill-formed")
+    return dict(sorted(plans.items(), key=lambda entry: (entry[1] != PLAN, entry[0])))
 
 
 def load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
@@ -188,42 +216,38 @@ def load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
         for name, strides in notes["strides"].items():  # type: ignore[index]
             t = tensors[name]
             tensors[name] = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
-        devices = {v.ref: v.device for v in _constants(plan)}
-        tensors = {name: t.to(devices.get(name, "cpu")) for name, t in tensors.items()}
         tensors |= {name: tensors[same] for name, same in notes["tied"].items()}  # type: ignore[index]
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedArtifact(part=MANIFEST, why=f"its notes on weights are ill-formed: {error}") from None
-    for v in _constants(plan):
+    for v in weights.constants(plan):
         t = tensors.get(str(v.ref))
         if t is None or str(t.dtype) != f"torch.{v.dtype}" or list(t.shape) != list(v.shape):
             raise DamagedArtifact(part=WEIGHTS, why=f"the weight {v.ref!r} is missing or not what the plan expects")
         if list(t.stride()) != list(v.strides) and t.numel() > 1:
             raise DamagedArtifact(part=WEIGHTS, why=f"the weight {v.ref!r} has strides {t.stride()}, not {v.strides}")
-    return tensors
-
-
-def _constants(plan: Plan) -> list[Any]:
-    inner = [v for _, region in plan.regions for v in _constants(region)]
-    return [v for v in plan.values if v.storage == "constant"] + inner
+    return weights.placed(plan, tensors)
 
 
 class LoadedModel:
     """A model loaded from an artifact. Call it like the model that was compiled; calls may overlap in threads.
 
-    manifest: what the artifact says of itself. inputs, outputs: name, kind, dtype and shape of each flat input and result,
-    sizes as text. coverage: which part of the model runs in generated kernels, and why the rest does not.
+    manifest: what the artifact says of itself. target, device: what its plan was compiled for, and where it runs. inputs,
+    outputs: name, kind, dtype, device and shape of each flat input and result, sizes as text. coverage: which part of the
+    model runs in generated kernels, and why the rest does not.
     """
 
     def __init__(
-        self, archive: Archive, executable: Executable, in_tree: pytree.TreeSpec, out_tree: pytree.TreeSpec
-    ) -> None:
+        self, archive: Archive, executable: Executable, in_tree: pytree.TreeSpec, out_tree: pytree.TreeSpec, target: str,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         self._archive = archive
         self.executable = executable
         self._in_tree, self._out_tree = in_tree, out_tree
         self.manifest: dict[str, Any] = archive.manifest
-        self.inputs: list[dict[str, Any]] = self.manifest["inputs"]
-        self.outputs: list[dict[str, Any]] = self.manifest["outputs"]
-        self.coverage: Any = self.manifest.get("coverage")
+        self.target, self.device = target, device
+        self.inputs = [_describe_input(spec) for spec in executable.plan.inputs]
+        self.outputs = _describe_outputs(executable.plan)
+        self.coverage: Any = self.manifest.get("device_coverage", {}).get(target, self.manifest.get("coverage"))
         flat = pytree.tree_structure(((0,) * len(self.inputs), {}))
         self._positional = in_tree == flat
         self._keywords = _keywords(in_tree)

@@ -120,7 +120,7 @@ def _rebuild(archive: Archive) -> Path:
     if not path.exists():
         log.warning("no binary of %s fits this machine: building its kernels from source", archive.path.name)
         units = [text for name, text in sorted(sources.items()) if name.endswith(".cpp")]
-        headers = {name: text for name, text in sources.items() if not name.endswith(".cpp")}
+        headers = {name: text for name, text in sources.items() if not name.endswith((".cpp", ".py"))}
         native.build_shared(units, path, flags, headers)
     return path
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..errors import DamagedArtifact
-from .plan import Plan
+from .plan import Plan, ValueSpec
 
 ALIGNMENT = 64
 DTYPES = {
@@ -93,13 +93,20 @@ def _tensor(buffer: mmap.mmap, data: int, end: int, name: str, entry: Any, part:
     return flat.view(shape)
 
 
-def placed(plan: Plan, constants: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def constants(plan: Plan) -> Iterator[ValueSpec]:
+    """The values of a plan and its regions that are constants."""
+    yield from (v for v in plan.values if v.storage == "constant")
+    for _, region in plan.regions:
+        yield from constants(region)
+
+
+def placed(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Constants where a plan has them: those of device values on their device, at multiples of 16 bytes."""
-    found = dict(constants)
+    found = dict(tensors)
     made: dict[int, torch.Tensor] = {}
-    for v in plan.values:
-        if v.storage == "constant" and v.device != "cpu":
-            t = constants[str(v.ref)]
+    for v in constants(plan):
+        if v.device != "cpu":
+            t = tensors[str(v.ref)]
             if id(t) not in made:
                 made[id(t)] = _on_device(t.detach(), v.device)
             found[str(v.ref)] = made[id(t)]
