@@ -58,7 +58,9 @@ _LIBRARIES = {"cpu": LIBRARY, "cuda": CUDA_LIBRARY}
 
 
 def kind_of(node: Node, why: str, device: str = "cpu") -> tuple[str, str]:
-    """("library" or "fallback", reason) of a node that no kernel is generated for on a kind of device."""
+    """(kind, reason) of a node that no kernel is generated for on a kind of device; see `CallItem`."""
+    if node.op.has("scalar") or node.op.name in ("aten.sym_size.int", "aten._local_scalar_dense.default"):
+        return "internal", "a number, not a tensor"
     found = _LIBRARIES[device].get(node.op.name)
     return ("library", found) if found is not None else ("fallback", why)
 
