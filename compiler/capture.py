@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 
 from ..errors import CannotCapture, NeedsSizeFact, PlaitError
@@ -274,18 +275,21 @@ def restore_joint(graph: Graph, links: FxLinks, gm: GraphModule) -> GraphModule:
     """
     here = FxLinks()
     made = to_fx(graph, here)
-    came: dict[FxNode, FxNode] = {n: links.calls[v] for v, n in here.calls.items() if v in links.calls}
-    came.update({n: links.values[v] for v, n in here.values.items() if v in links.values})
-    came.update({n: links.writes[i] for i, n in here.writes.items() if i in links.writes})
+    came: dict[FxNode, FxNode] = {}
+    for mine, theirs in ((here.calls, links.calls), (here.values, links.values), (here.writes, links.writes)):
+        old = {v: n for n, v in theirs.items()}
+        came.update({n: old[v] for n, v in mine.items() if v in old})
     came[made.graph.output_node()] = gm.graph.output_node()
     mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")])
-    for n in made.graph.nodes:
-        if n in came:
-            n.meta = dict(came[n].meta)
-        elif n.op == "call_function":
-            args, kwargs = torch.fx.node.map_arg((n.args, n.kwargs), lambda a: _value(made, a))  # type: ignore[misc]
-            with mode or real_tensors(), torch.no_grad():
-                n.meta["val"] = n.target(*args, **kwargs)  # type: ignore[operator]
+    modules = [m for m in made.modules() if isinstance(m, GraphModule)]
+    for module in reversed(modules):  # regions first
+        for n in module.graph.nodes:
+            if n in came:
+                n.meta = dict(came[n].meta)
+            elif n.op == "call_function":
+                args, kwargs = map_arg((n.args, n.kwargs), lambda a: _value(module, a))  # noqa: B023
+                with mode or real_tensors(), torch.no_grad():
+                    n.meta["val"] = n.target(*args, **kwargs)  # type: ignore[operator]
     return made
 
 
@@ -311,9 +315,9 @@ def lower(graph: Graph, decompositions: Decompositions, name: str = "") -> Graph
     )
     links = FxLinks()
     gm = to_fx(lifted, links)
-    for node in graph.nodes:
-        if node.loc.module and node.outputs and node.outputs[0] in links.calls:
-            links.calls[node.outputs[0]].meta["nn_module_stack"] = {node.loc.module: (node.loc.module, "")}
+    for n, value in links.calls.items():
+        if value in graph.producers and (module := graph.producers[value].loc.module):
+            n.meta["nn_module_stack"] = {module: (module, "")}
     used = {s for v in lifted.inputs for s in _symbols(v)}
     world = FakeWorld({s: info for s, info in graph.symbols.items() if s in used})
     fakes = [world.lift(v.type) for v in lifted.inputs]

@@ -46,13 +46,13 @@ for _name in ("sqrt", "sin", "cos", "tan", "exp", "log", "log2", "floor", "ceil"
 
 @dataclass
 class FxLinks:
-    """Which fx node stands for which value: `values` for each one (for several results its `getitem`), `calls` for the
-    call behind them, keyed by its first output; `writes` for the `copy_` onto each written input. What fx keeps in `meta`
-    and graphs do not travels along these links."""
+    """What each fx node stands for: `values` a value (for several results each has its `getitem`), `calls` the call behind
+    values by its first output, `writes` the position of the input that a `copy_` writes. What fx keeps in `meta` and graphs
+    do not travels along these links. Nodes of regions are among them."""
 
-    values: dict[Value, FxNode] = field(default_factory=dict[Value, FxNode])
-    calls: dict[Value, FxNode] = field(default_factory=dict[Value, FxNode])
-    writes: dict[int, FxNode] = field(default_factory=dict[int, FxNode])
+    values: dict[FxNode, Value] = field(default_factory=dict[FxNode, Value])
+    calls: dict[FxNode, Value] = field(default_factory=dict[FxNode, Value])
+    writes: dict[FxNode, int] = field(default_factory=dict[FxNode, int])
 
 
 class _Importer:
@@ -114,14 +114,14 @@ class _Importer:
         value = Value(type_of(val), n.name)
         self.inputs.append(value)
         self.env[n] = value
-        self.links.values[value] = n
+        self.links.values[n] = value
 
     def do_get_attr(self, n: FxNode) -> None:
         target: Any = self.gm
         for part in str(n.target).split("."):
             target = getattr(target, part)
         if isinstance(target, GraphModule):
-            self.env[n] = _Importer(target, str(n.target), self.symbols, self.constants).run()
+            self.env[n] = _Importer(target, str(n.target), self.symbols, self.constants, self.links).run()
         elif isinstance(target, torch.Tensor):
             self.env[n] = self.constant(str(n.target), target, n)
         else:
@@ -136,7 +136,7 @@ class _Importer:
         val = n.meta.get("val")
         value = Value(type_of(tensor if val is None else val), n.name)
         self.nodes.append(Node(op("plait.constant"), (key,), (value,), loc=_loc(n)))
-        self.links.values[value] = n
+        self.links.values[n] = value
         return value
 
     def arg(self, a: Any) -> Arg:
@@ -178,7 +178,7 @@ class _Importer:
         source, i = n.args
         if isinstance(source, FxNode) and source in self.tuples:
             got = self.tuples[source][i]  # type: ignore[index]
-            self.links.values[got] = n
+            self.links.values[n] = got
             return got
         got = self.arg(source)
         return got[i]  # type: ignore[index]
@@ -192,7 +192,7 @@ class _Importer:
             value = self.emit(n, op("aten.copy.default"), (target, value, False), n.meta["val"])
         self.writes[i] = value
         self.env[n] = value
-        self.links.writes[i] = n
+        self.links.writes[n] = i
         return True
 
     def resolve(self, n: FxNode) -> tuple[Op | None, tuple[Arg, ...]]:
@@ -229,11 +229,11 @@ class _Importer:
             advance(effect, outs[-1], self.tokens)
         self.nodes.append(Node(found, args, tuple(outs), after, _loc(n)))
         if outs:
-            self.links.calls[outs[0]] = n
+            self.links.calls[n] = outs[0]
         if many:
             self.tuples[n] = tuple(values)
             return tuple(values)
-        self.links.values.update((v, n) for v in values)
+        self.links.values.update((n, v) for v in values)
         return values[0] if values else None
 
     def do_output(self, n: FxNode) -> None:
@@ -278,7 +278,7 @@ def from_fx(gm: GraphModule, name: str = "forward", links: FxLinks | None = None
     """Import a functional fx graph (ATen ops, types in `meta["val"]`) as a tensor-level graph.
 
     `copy_` onto a placeholder becomes a write of that input; sizes become expressions; control flow keeps its regions.
-    `links` is filled with the fx node of each value. Raises `CannotImport` naming the fx node and the user's line.
+    `links` is filled with what each fx node stands for. Raises `CannotImport` naming the fx node and the user's line.
     """
     return _Importer(gm, name, {}, {}, links).run()
 
@@ -305,8 +305,8 @@ class _Exporter:
             self.node(node)
         for i, v in self.graph.writes:
             target = self.env[self.graph.inputs[i]]
-            self.links.writes[i] = self.fx.call_function(torch.ops.aten.copy_.default, (target, self.env[v]))
-        self.links.values.update(self.env)
+            self.links.writes[self.fx.call_function(torch.ops.aten.copy_.default, (target, self.env[v]))] = i
+        self.links.values.update((n, v) for v, n in self.env.items())
         outputs = tuple(self.arg(a) for a in self.graph.outputs)
         self.fx.output(outputs[0] if self.bare else outputs)
         return GraphModule(self.root, self.fx, self.graph.name)
@@ -350,7 +350,7 @@ class _Exporter:
 
     def region(self, graph: Graph, bare: bool = False) -> FxNode:
         name = self.free_name(graph.name)
-        setattr(self.root, name, _Exporter(graph, bare).run())
+        setattr(self.root, name, _Exporter(graph, bare, self.links).run())
         return self.fx.get_attr(name)
 
     def free_name(self, hint: str) -> str:
@@ -379,7 +379,7 @@ class _Exporter:
         call = self.fx.call_function(node.op.reference, *_call_args(node, positional, named))
         call.meta["stack_trace"] = node.loc.stack or None
         if node.outputs:
-            self.links.calls[node.outputs[0]] = call
+            self.links.calls[call] = node.outputs[0]
         results = node.results
         if node.op.returns == 1 and len(results) == 1:
             self.env[results[0]] = call
@@ -412,6 +412,6 @@ def _size_function(kind: type) -> Callable[..., Any]:
 def to_fx(graph: Graph, links: FxLinks | None = None) -> GraphModule:
     """A runnable GraphModule that computes the graph; inputs named in `writes` are mutated.
 
-    Works at the tensor level only. Regions become nested modules. `links` is filled with the fx node of each value.
+    Works at the tensor level only. Regions become nested modules. `links` is filled with what each fx node stands for.
     """
     return _Exporter(graph, links=links).run()
