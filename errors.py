@@ -281,7 +281,7 @@ class NoCompiler(PlaitError):
 
     code = "P0303"
     message = "no C++ compiler found: tried {tried}"
-    fix = "install g++ 12 or newer, or set CXX to its path"
+    fix = "install g++ 11 or newer, or set CXX to its path"
 
 
 class UnknownPass(PlaitError):

@@ -7,6 +7,9 @@
 #pragma once
 #include <stdint.h>
 
+#if !defined(__GNUC__) || defined(__clang__) || __GNUC__ < 11
+#error "kernels of plait need GCC 11 or newer (set CXX)"
+#endif
 #ifndef PLAIT_LANES
 #define PLAIT_LANES 16
 #endif
@@ -113,31 +116,42 @@ template <class V, class T> using rebind_t = typename rebind<V, T>::type;  // th
 template <int... I> struct indices {};
 template <int N> using iota_of = indices<__integer_pack(N)...>;
 
-template <class T, int N, int... I> PLAIT_FN vec<T, N / 2> pick(vec<T, N> x, int, indices<I...>) {
-  return __builtin_shufflevector(x.v, x.v, I...);
-}
-template <class T, int N, int... I> PLAIT_FN vec<T, N / 2> pick_high(vec<T, N> x, indices<I...>) {
-  return __builtin_shufflevector(x.v, x.v, (I + N / 2)...);
+#if __GNUC__ >= 12
+template <int Half, class T, int N, int... I> PLAIT_FN vec<T, N / 2> part(vec<T, N> x, indices<I...>) {
+  return __builtin_shufflevector(x.v, x.v, (I + Half * N / 2)...);
 }
 template <class T, int N, int... I> PLAIT_FN vec<T, 2 * N> concat(vec<T, N> lo, vec<T, N> hi, indices<I...>) {
-  return __builtin_shufflevector(lo.v, hi.v, I...);
+  return __builtin_shufflevector(lo.v, hi.v, I..., (I + N)...);
 }
+#else  // by way of memory, most of which GCC 11 removes again
+template <int Half, class T, int N, int... I> PLAIT_FN vec<T, N / 2> part(vec<T, N> x, indices<I...>) {
+  vec<T, N / 2> r;
+  __builtin_memcpy(&r.v, reinterpret_cast<const char*>(&x.v) + Half * sizeof r.v, sizeof r.v);
+  return r;
+}
+template <class T, int N, int... I> PLAIT_FN vec<T, 2 * N> concat(vec<T, N> lo, vec<T, N> hi, indices<I...>) {
+  vec<T, 2 * N> r;
+  __builtin_memcpy(&r.v, &lo.v, sizeof lo.v);
+  __builtin_memcpy(reinterpret_cast<char*>(&r.v) + sizeof lo.v, &hi.v, sizeof hi.v);
+  return r;
+}
+#endif
 template <class T, int N> PLAIT_FN vec<T, N / 2> low(vec<T, N> x) {
   if constexpr (same<T, bool>) return low(x.m);
   else if constexpr (is_half<T>) return low(x.bits);
-  else if constexpr (whole<T, N>) return pick(x, 0, iota_of<N / 2>{});
+  else if constexpr (whole<T, N>) return part<0>(x, iota_of<N / 2>{});
   else return x.lo;
 }
 template <class T, int N> PLAIT_FN vec<T, N / 2> high(vec<T, N> x) {
   if constexpr (same<T, bool>) return high(x.m);
   else if constexpr (is_half<T>) return high(x.bits);
-  else if constexpr (whole<T, N>) return pick_high(x, iota_of<N / 2>{});
+  else if constexpr (whole<T, N>) return part<1>(x, iota_of<N / 2>{});
   else return x.hi;
 }
 template <class T, int N> PLAIT_FN vec<T, 2 * N> join(vec<T, N> lo, vec<T, N> hi) {
   if constexpr (same<T, bool>) return join(lo.m, hi.m);
   else if constexpr (is_half<T>) return join(lo.bits, hi.bits);
-  else if constexpr (whole<T, 2 * N>) return concat(lo, hi, iota_of<2 * N>{});
+  else if constexpr (whole<T, 2 * N>) return concat(lo, hi, iota_of<N>{});
   else return {lo, hi};
 }
 

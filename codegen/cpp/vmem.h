@@ -8,7 +8,7 @@ namespace plait {
 // `bits` has bit l set where lane l is read or written; the memory of the others is left alone. AVX-512 has instructions
 // for that. AddressSanitizer cannot see into them, so its builds take the plain way, as other machines do.
 
-#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && !defined(__clang__) && \
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
     !defined(__SANITIZE_ADDRESS__) && PLAIT_LANES == 16
 constexpr bool HAS_MASKS = true;
 template <int N> PLAIT_FN uint64_t lane_bits(vec<bool, N> mask) {

@@ -89,7 +89,7 @@ template <class T> PLAIT_FN T less_of(T a, T b) { return a < b ? a : b; }  // b 
 template <class T> PLAIT_FN T more_of(T a, T b) { return a > b ? a : b; }
 
 // One register's worth by the instruction itself: GCC does not reliably turn sixteen scalar calls back into one.
-#if defined(__x86_64__) && defined(__FMA__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__FMA__)
 #ifdef __AVX512F__
 #define PLAIT_X86(ps512, pd512, ps256, pd256)                          \
   if constexpr (sizeof(a.v) == 64 && same<T, float>) return ps512;     \
