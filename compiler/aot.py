@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ from .. import __version__
 from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage
 from ..codegen.cpp import build
+from ..codegen.kernels import current_cache
+from ..codegen.target import Target, retarget
+from ..codegen.triton.build import binaries
 from ..errors import BadTarget
 from ..ir import Graph, print_graph
 from ..passes.base import Step
 from ..runtime import native
 from ..runtime.artifact import Parts, write
+from ..runtime.cuda import DeviceBinary
 from . import env
+from .backend import check_fallbacks
+from .cache import compile_cached
+from .options import Options
 from .source import CPU_ISAS, Source, Targets
 
 ALL_CPUS = Targets(isas=CPU_ISAS)
@@ -31,7 +38,8 @@ ALL_CPUS = Targets(isas=CPU_ISAS)
 @dataclass(frozen=True)
 class Ready:
     """A model that is ready to be written: its compiled graph, the graph as captured, the passes in between, and the
-    structure of `(args, kwargs)` and of the result, whose leaves are the graph's inputs and outputs in order."""
+    structure of `(args, kwargs)` and of the result, whose leaves are the graph's inputs and outputs in order. `options` say
+    whether plans for further targets may fall back to torch."""
 
     compiled: CompiledGraph
     captured: Graph
@@ -39,14 +47,16 @@ class Ready:
     in_tree: pytree.TreeSpec
     out_tree: pytree.TreeSpec
     info: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What `compile_source` did: passes, what runs where, and seconds for each part of the work."""
+    """What `compile_source` did: passes, what runs where (for CUDA targets by name), seconds for each part of the work."""
 
     history: Sequence[Step]
     coverage: Coverage
+    device_coverage: Mapping[str, Coverage]
     seconds: Mapping[str, float]
 
 
@@ -59,50 +69,94 @@ def compile_source(source: Source, options: Mapping[str, Any], path: str | Path 
 
     start = time.perf_counter()
     model = prepare(source.model, source.inputs, dynamic_shapes=source.dynamic_shapes, options=options)
+    devices = device_graphs(model.ready(), targets)
     seconds = {"compile": time.perf_counter() - start}
     if path is not None:
         start = time.perf_counter()
         model.save(path, targets=targets)
         seconds["build and write"] = time.perf_counter() - start
-    return Done(model.history, model.coverage, seconds)
+    return Done(model.history, model.coverage, {target: made.coverage for target, made in devices.items()}, seconds)
 
 
-def save(model: Ready, path: str | Path, *, targets: Targets = ALL_CPUS) -> None:
-    """Write an artifact with binaries for `targets`.
+def save(model: Ready, path: str | Path, *, targets: Targets | None = None) -> None:
+    """Write an artifact with binaries for `targets`; by default for all CPUs, or for the device of a model captured there.
 
-    Raises BadTarget for a device that the model was not compiled for, NoCompiler, KernelBuildFailed, and what
-    `runtime.artifact.write` raises.
+    A model captured on the CPU is compiled for CUDA targets too, by plans of their own; no GPU is needed. Raises BadTarget
+    for CPUs where the model was captured on a CUDA device, CannotRetarget, NoTriton, CrossCompilationFailed, NoCompiler,
+    KernelBuildFailed, and what `runtime.artifact.write` raises.
     """
     write(path, parts(model, targets))
 
 
-def parts(model: Ready, targets: Targets = ALL_CPUS) -> Parts:
+def parts(model: Ready, targets: Targets | None = None) -> Parts:
     """Everything that goes into the artifact. Raises as `save` does."""
-    compiled = model.compiled
-    if targets.cuda and not _devices(compiled):
-        raise BadTarget(
-            target=f"cuda:{targets.cuda[0]}",
-            why="the model was captured on the CPU, so its plan launches no device kernels",
-            isas=", ".join(CPU_ISAS),
-        )
-    sources = {f"{name}.cpp": text for name, text in compiled.sources.items()}
-    headers = {header.name: header.read_text() for header in build.HEADERS} if sources else {}
+    compiled, own = model.compiled, Target(model.compiled.options.target)
+    if targets is None:
+        targets = ALL_CPUS if own.kind == "cpu" else Targets()
+    if targets.isas and own.kind != "cpu":
+        raise BadTarget(target=targets.isas[0], why=f"the model was captured for {own.name}", isas=", ".join(CPU_ISAS))
+    native_sources = compiled.sources if own.kind == "cpu" else {}
+    headers = {header.name: header.read_text() for header in build.HEADERS} if native_sources else {}
+    devices = device_graphs(model, targets)
     return Parts(
         plan=compiled.plan,
+        target=own.name,
+        device_plans={target: made.plan for target, made in devices.items() if target != own.name},
         weights=compiled.graph.constants,
         in_tree=model.in_tree,
         out_tree=model.out_tree,
-        graphs=graph_texts(model),
-        sources={**sources, **headers},
-        binaries={isa: native_binaries(compiled.sources, isa) for isa in targets.isas} if sources else {},
+        graphs=graph_texts(model, devices),
+        sources={
+            **{f"{name}.cpp": text for name, text in native_sources.items()},
+            **{f"{name}.py": text for made in devices.values() for name, text in made.sources.items()},
+            **headers,
+        },
+        binaries={isa: native_binaries(native_sources, isa) for isa in targets.isas} if native_sources else {},
+        device_binaries=device_binaries(devices),
         build=[*build.FLAGS],
-        info=manifest(model),
+        info=manifest(model, devices),
     )
 
 
-def graph_texts(model: Ready) -> dict[str, str]:
-    """Graphs as text by level: `captured`, `tensor` (after the passes)."""
-    return {"captured": print_graph(model.captured), "tensor": print_graph(model.compiled.graph)}
+def device_graphs(model: Ready, targets: Targets) -> dict[str, CompiledGraph]:
+    """The model compiled for each CUDA target by name, its own first where it was captured on such a device.
+
+    Raises CannotRetarget, FallbackRefused.
+    """
+    compiled, own = model.compiled, Target(model.compiled.options.target)
+    graph = retarget(compiled.graph) if own.kind == "cpu" and targets.cuda else compiled.graph
+    found = {own.name: compiled} if own.kind == "cuda" else {}
+    for name in (f"cuda:{sm}" for sm in targets.cuda):
+        if name not in found:
+            found[name] = _same_ranges(compile_cached(graph, replace(compiled.options, target=name)), compiled)
+            check_fallbacks(found[name], model.options)
+    return found
+
+
+def _same_ranges(made: CompiledGraph, of: CompiledGraph) -> CompiledGraph:
+    """A compiled graph that lets in inputs of the same sizes as another one of the same model."""
+    lows = {s.name: s.low for s in of.plan.symbols}
+    symbols = tuple(replace(s, low=lows.get(s.name, s.low)) for s in made.plan.symbols)
+    return replace(made, plan=replace(made.plan, symbols=symbols))
+
+
+def device_binaries(devices: Mapping[str, CompiledGraph]) -> dict[str, list[DeviceBinary]]:
+    """Binaries of every kernel that the plans for CUDA targets launch, by kernel; equal kernels share their texts.
+
+    Raises NoTriton, CrossCompilationFailed.
+    """
+    found: dict[str, list[DeviceBinary]] = {}
+    for target, made in devices.items():
+        for name, compiled in binaries(made.plan, made.sources, target, current_cache()).items():
+            found.setdefault(name, []).extend(compiled)
+    return found
+
+
+def graph_texts(model: Ready, devices: Mapping[str, CompiledGraph]) -> dict[str, str]:
+    """Graphs as text by level: `captured`, `tensor` (after the passes), `tensor-cuda` (the same, moved to a device)."""
+    texts = {"captured": print_graph(model.captured), "tensor": print_graph(model.compiled.graph)}
+    moved = next((made.graph for made in devices.values() if made.graph is not model.compiled.graph), None)
+    return texts if moved is None else {**texts, "tensor-cuda": print_graph(moved)}
 
 
 def native_binaries(sources: Mapping[str, str], isa: str) -> dict[str, bytes]:
@@ -118,13 +172,13 @@ def native_binaries(sources: Mapping[str, str], isa: str) -> dict[str, bytes]:
         return {f"kernels-{i}.so": path.read_bytes() for i, path in enumerate(groups)} | {"runner.so": runner.read_bytes()}
 
 
-def manifest(model: Ready) -> dict[str, Any]:
+def manifest(model: Ready, devices: Mapping[str, CompiledGraph]) -> dict[str, Any]:
     """What the artifact says of itself besides what `runtime.artifact` writes: versions, passes, numerics, coverage."""
-    coverage = model.compiled.coverage
     return {
         "versions": {"plait": __version__, "torch": torch.__version__, "triton": env.version("triton")},
         "passes": [_step(step) for step in model.history],
-        "coverage": asdict(coverage),
+        "coverage": asdict(model.compiled.coverage),
+        "device_coverage": {target: asdict(made.coverage) for target, made in devices.items()},
         **model.info,
     }
 
@@ -136,7 +190,3 @@ def _step(step: Step) -> dict[str, Any]:
         "numerics": {"kind": step.numerics.kind, "bound": step.numerics.bound},
         "fired": dict(step.fired),
     }
-
-
-def _devices(compiled: CompiledGraph) -> set[str]:
-    return {v.device for v in compiled.plan.values if v.device != "cpu"}

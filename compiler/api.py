@@ -126,7 +126,8 @@ class CompiledModel:
         self.state = dict(exported.state)
         self._exported = exported
         self._session = session
-        self.compiled: CompiledGraph = _allow_ones(compile_cached(graph, codegen_options(session.options)), exported.ones)
+        compiled = compile_cached(graph, codegen_options(session.options, graph))
+        self.compiled: CompiledGraph = _allow_ones(compiled, exported.ones)
         check_fallbacks(self.compiled, session.options)
         session.dump_compiled(self.compiled)
         self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)
@@ -210,7 +211,8 @@ class CompiledModel:
         """This model as `compiler.aot` takes it."""
         from . import aot
 
-        return aot.Ready(self.compiled, self.captured, self.history, self._structure.in_tree, self._structure.out_tree)
+        trees = self._structure.in_tree, self._structure.out_tree
+        return aot.Ready(self.compiled, self.captured, self.history, *trees, options=self.options)
 
     def report(self, path: str | Path) -> None:
         """Write one HTML page: coverage, passes with their changes, graph, kernels. It needs no network."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import CompileContext
@@ -18,7 +19,7 @@ from torch.fx import GraphModule
 
 from ..codegen.compile import CodegenOptions, CompiledGraph
 from ..errors import CannotCapture, CannotImport, CannotLower, FallbackRefused, PlaitError
-from ..ir import Graph, from_fx
+from ..ir import Graph, TensorType, from_fx
 from ..passes.decompositions import table
 from . import capture, pipelines, rng
 from .cache import compile_cached
@@ -163,15 +164,24 @@ class _Compilation:
             record.captured = graph
             record.graph, steps = self.session.run(graph, "split")
             record.history = tuple(steps)
-            record.compiled = compile_cached(record.graph, codegen_options(self.session.options))
+            record.compiled = compile_cached(record.graph, codegen_options(self.session.options, record.graph))
             check_fallbacks(record.compiled, self.session.options)
             self.session.dump_compiled(record.compiled)
             return self.counted(record.compiled.executable.run, record)
 
 
-def codegen_options(options: Options) -> CodegenOptions:
-    """What code generation wants to know of a compilation's options."""
-    return CodegenOptions()
+def codegen_options(options: Options, graph: Graph) -> CodegenOptions:
+    """What code generation wants to know of a compilation's options, and of the device that its graph was captured on."""
+    return CodegenOptions(target=target_of(graph))
+
+
+def target_of(graph: Graph) -> str:
+    """What to generate kernels for: the kind of the first CUDA device that a value of a graph lies on, "cpu" for none."""
+    for v in (*graph.inputs, *(v for n in graph.nodes for v in n.results)):
+        if isinstance(v.type, TensorType) and v.type.device.startswith("cuda"):
+            major, minor = torch.cuda.get_device_capability(v.type.device)
+            return f"cuda:{major}{minor}"
+    return "cpu"
 
 
 def check_fallbacks(compiled: CompiledGraph, options: Options) -> None:

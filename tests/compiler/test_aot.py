@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from plait.codegen.compile import CodegenOptions
 from plait.compiler.aot import parts, save
 from plait.compiler.source import Targets
 from plait.errors import BadTarget
@@ -82,6 +84,8 @@ def test_equal_models_give_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_cuda_target_needs_a_model_on_a_gpu() -> None:
-    with pytest.raises(BadTarget, match="captured on the CPU"):
-        parts(ready(), Targets(cuda=(90,)))
+def test_a_model_captured_on_a_gpu_has_no_plan_for_cpus() -> None:
+    made = ready()
+    there = replace(made, compiled=replace(made.compiled, options=CodegenOptions(target="cuda:90")))
+    with pytest.raises(BadTarget, match="captured for cuda:90"):
+        parts(there, Targets(isas=("x86-64-v3",)))
