@@ -136,8 +136,9 @@ class Node:
 
     @property
     def results(self) -> tuple[Value, ...]:
-        """Outputs without the token."""
-        return tuple(v for v in self.outputs if not isinstance(v.type, TokenType))
+        """Outputs without the token, which is the last of them."""
+        outputs = self.outputs
+        return outputs[:-1] if outputs and isinstance(outputs[-1].type, TokenType) else outputs
 
     @property
     def token(self) -> Value | None:

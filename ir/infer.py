@@ -72,6 +72,8 @@ def infer(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, .
 
 def effect_of(op: Op, args: tuple[Arg, ...]) -> str | None:
     """The effect class of one application: collectives carry their group, regions the strongest effect inside."""
+    if op.effect is None and "control_flow" not in op.traits:
+        return None
     if op.effect == "collective":
         i = op.index.get("group_name")
         return f"collective:{args[i] if i is not None else 'default'}"

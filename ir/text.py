@@ -319,6 +319,9 @@ class _Parser:
         types = self.types_of_line(stmt.end_lineno or stmt.lineno, found, bound)
         target = stmt.targets[0]
         targets = target.elts if isinstance(target, ast.Tuple) else [target]
+        for name in map(ast.unparse, targets):
+            if any(s.name == name for s in self.symbols):
+                raise self.fail(f"{name} is the name of a size symbol")
         if len(targets) != len(types):
             raise self.fail(f"{found.name} gives {len(types)} values, {len(targets)} named")
         outs = tuple(Value(t, ast.unparse(x)) for t, x in zip(types, targets, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import sympy
@@ -30,6 +31,15 @@ def dim(value: Any) -> Dim:
     if isinstance(value, int):
         return int(value)
     raise TypeError(f"a size must be an int, a SymInt or a sympy expression, not {value!r}")
+
+
+_NO_SYMBOLS: frozenset[sympy.Symbol] = frozenset()
+
+
+@lru_cache(maxsize=65536)
+def free_symbols(expr: Any) -> frozenset[sympy.Symbol]:
+    """Symbols in a sympy expression."""
+    return frozenset(expr.free_symbols)
 
 
 def is_static(dims: Iterable[Dim]) -> bool:
@@ -94,11 +104,12 @@ class TensorType:
 
     def symbols(self) -> frozenset[sympy.Symbol]:
         """Size symbols that sizes or strides mention."""
-        found: set[sympy.Symbol] = set()
-        for d in (*self.shape, *self.strides):
-            if type(d) is not int:
-                found |= d.free_symbols  # type: ignore[arg-type,union-attr]
-        return frozenset(found)
+        found = _NO_SYMBOLS
+        for dims in (self.shape, self.strides):
+            for d in dims:
+                if type(d) is not int:
+                    found |= free_symbols(d)
+        return found
 
     def with_(self, **changes: Any) -> TensorType:
         """A copy with fields replaced; a new shape without strides becomes row-major."""

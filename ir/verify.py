@@ -11,7 +11,7 @@ from .fx import order_after
 from .graph import Graph, Node, Value, flatten
 from .infer import effect_of
 from .text import Names, node_text
-from .types import ScalarType, Symbols, TensorType, TokenType
+from .types import ScalarType, Symbols, TensorType, TokenType, free_symbols
 
 
 def verify(graph: Graph, *, after_pass: str = "", rule: str = "") -> None:
@@ -73,10 +73,16 @@ def problem(graph: Graph) -> tuple[str, int | None] | None:
     return None
 
 
-def _binds(v: Value) -> set[sympy.Symbol]:
+#: Arguments with nothing to check inside.
+_PLAIN = frozenset((Value, int, float, bool, str, type(None)))
+
+
+def _binds(v: Value) -> frozenset[sympy.Symbol]:
+    if isinstance(v.type, TensorType):
+        return v.type.symbols()
     if isinstance(v.type, ScalarType) and v.type.expr is not None:
-        return set(v.type.expr.free_symbols)  # type: ignore[arg-type]
-    return set(v.type.symbols()) if isinstance(v.type, TensorType) else set()
+        return free_symbols(v.type.expr)
+    return frozenset()
 
 
 def _node_problem(
@@ -110,9 +116,11 @@ def _node_problem(
 
 def _argument_problem(node: Node, symbols: Symbols, bound: set[sympy.Symbol]) -> str | None:
     for param, arg in zip(node.op.params, node.args, strict=True):
+        if arg.__class__ in _PLAIN:
+            continue
         for leaf in flatten(arg):
             if isinstance(leaf, sympy.Expr):
-                for s in leaf.free_symbols:
+                for s in free_symbols(leaf):
                     if s not in bound:
                         return f"size symbol {s} is not bound by any input or earlier node"
             elif isinstance(leaf, Graph):

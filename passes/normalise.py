@@ -220,9 +220,10 @@ def _loose_bounds(m: Match, _: Arg) -> bool:
 def _tight_bounds(m: Match, b: Builder) -> Value:
     node = m.node
     start = node["start"] or 0
+    length = node.out.tensor.shape[node["dim"]]
     if type(start) is int and start < 0:
-        start = max(start + node["self"].tensor.shape[node["dim"]], 0)
-    return b.call("aten.slice.Tensor", m["x"], node["dim"], start, start + node.out.tensor.shape[node["dim"]])
+        start = node["self"].tensor.shape[node["dim"]] - length  # only an open end brings it here
+    return b.call("aten.slice.Tensor", m["x"], node["dim"], start, start + length)
 
 
 _NEGATIVE = Such("dim", lambda m, d: type(d) is int and d < 0)
