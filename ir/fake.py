@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from .types import Dim, ScalarType, Symbols, TensorType
@@ -25,6 +25,8 @@ class FakeWorld:
             hint = info.hint if info.hint is not None else max(info.low, 2) + 6 + i
             self._hints[symbol] = hint
             self.env.var_to_range[symbol] = ValueRanges(info.low, info.high if info.high is not None else sympy.oo)
+            nowhere = self.env._get_sloc()
+            self.env.var_to_range_sloc[symbol] = ValueRangesSLoc(nowhere, nowhere)
             # the hint's home is named differently across torch versions
             values: Any = getattr(self.env, "backed_var_to_val", None)
             values = self.env.var_to_val if values is None else values  # pyright: ignore

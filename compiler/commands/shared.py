@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -41,6 +42,8 @@ class Main(click.Group):
     """Turns errors into exit codes; a traceback is printed with -v, or where the error is not one of the catalogue."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        # torch.export copies its own tree structures in a way that it warns about itself
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
         try:
             return super().invoke(ctx)
         except PlaitError as error:
