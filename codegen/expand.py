@@ -122,9 +122,8 @@ def _spread(which: str) -> Any:
         var, mean = _variance(b, x, dims, 1 if correction is None else correction)
         if which.startswith("std"):
             var = b.call("aten.sqrt.default", var)
-        outs = (var, mean) if which.endswith("mean") else (var,)
-        outs = tuple(_to(b, _drop(b, o, dims, keepdim), dtype) for o in outs)
-        return outs if len(outs) > 1 else outs[0]
+        first, second = (_to(b, _drop(b, o, dims, keepdim), dtype) for o in (var, mean))
+        return (first, second) if which.endswith("mean") else first
 
     return build
 

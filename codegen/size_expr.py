@@ -47,7 +47,8 @@ def prefix(expr: Any) -> Any:
     if name in _OPS:
         return [_OPS[name], *map(prefix, expr.args)]
     if name == "ModularIndexing":
-        base, divisor, modulus = expr.args
+        parts: Any = expr.args
+        base, divisor, modulus = parts
         inner = prefix(base) if divisor == 1 else ["floordiv", prefix(base), prefix(divisor)]
         return ["mod", inner, prefix(modulus)]
     if name == "Identity":

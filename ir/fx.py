@@ -334,7 +334,8 @@ class _Exporter:
     def compute(self, expr: sympy.Expr) -> Any:
         if expr.is_Rational or expr.is_Float:
             return float(expr)  # type: ignore[arg-type]
-        args = [self.size(a) if not (a.is_Rational and not a.is_Integer) else a for a in expr.args]  # type: ignore[union-attr]
+        parts: tuple[Any, ...] = expr.args
+        args: list[Any] = [self.size(a) if not (a.is_Rational and not a.is_Integer) else a for a in parts]
         return self.fx.call_function(_size_function(type(expr)), tuple(args))
 
     def arg(self, a: Arg) -> Any:

@@ -277,7 +277,7 @@ class _Parser:
         inputs: list[Value] = []
         for a in fn.args.args:
             self.at = a.lineno
-            if not isinstance(a.annotation, ast.Constant):
+            if not (isinstance(a.annotation, ast.Constant) and isinstance(a.annotation.value, str)):
                 raise self.fail(f"input {a.arg!r} has no type")
             inputs.append(Value(self.type(a.annotation.value), a.arg))
             scope[a.arg] = inputs[-1]
