@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import NoSuchPart
 from ..runtime.archive import Archive
-from ..runtime.artifact import PLAN, WEIGHTS
+from ..runtime.artifact import PLAN, WEIGHTS, plan_members
 from ..runtime.binaries import BINARIES, SOURCES, kernel_names
 from ..runtime.plan import Call, Launch, Plan, ValueSpec, from_json
 from ..runtime.sizes import text as size_text
@@ -32,16 +32,29 @@ def summary(path: str | Path) -> dict[str, Any]:
         "targets": sorted(manifest.get("targets", {})) + device_targets(manifest),
         "passes": [p["name"] for p in manifest.get("passes", [])],
         "coverage": counts,
-        "steps": {"kernel launches": count(plan, Launch), "torch calls": count(plan, Call)},
-        "kernels": len([*kernel_names(plan, "cpp"), *kernel_names(plan, "triton")]),
+        **_work(plan),
+        "device_plans": {t: _work(plan_of(archive, t)) for t in list(plan_members(manifest))[1:]},
         "weight_bytes": len(archive.view(WEIGHTS)),
         "graphs": sorted([*graphs(archive), "plan"]),
     }
 
 
-def plan_of(archive: Archive) -> Plan:
-    """The artifact's plan. Raises DamagedArtifact, ArtifactVersion."""
-    return from_json(archive.json(PLAN))
+def _work(plan: Plan) -> dict[str, Any]:
+    return {
+        "steps": {"kernel launches": count(plan, Launch), "torch calls": count(plan, Call)},
+        "kernels": len([*kernel_names(plan, "cpp"), *kernel_names(plan, "triton")]),
+    }
+
+
+def plan_of(archive: Archive, target: str | None = None) -> Plan:
+    """The artifact's plan for a target; without one, that of the model as captured.
+
+    Raises NoSuchPart, DamagedArtifact, ArtifactVersion.
+    """
+    plans = plan_members(archive.manifest)
+    if target is not None and target not in plans:
+        raise NoSuchPart(path=archive.path, what=f"plan for {target!r}", known=", ".join(plans))
+    return from_json(archive.json(PLAN if target is None else plans[target]))
 
 
 def graphs(archive: Archive) -> dict[str, str]:
@@ -50,12 +63,12 @@ def graphs(archive: Archive) -> dict[str, str]:
     return {n.removeprefix(GRAPHS).removesuffix(".txt"): archive.text(n) for n in names}
 
 
-def graph(path: str | Path, level: str) -> str:
-    """One graph of an artifact as text; level "plan" is the plan. Raises NoSuchPart."""
+def graph(path: str | Path, level: str, target: str | None = None) -> str:
+    """One graph of an artifact as text; level "plan" is the plan, for `target`. Raises NoSuchPart."""
     archive = Archive(path)
     found = graphs(archive)
     if level == "plan":
-        return plan_text(plan_of(archive))
+        return plan_text(plan_of(archive, target))
     if level not in found:
         raise NoSuchPart(path=path, what=f"graph {level!r}", known=", ".join([*found, "plan"]))
     return found[level]
@@ -67,9 +80,15 @@ def kernels(path: str | Path) -> dict[str, str]:
     return {n.removeprefix(SOURCES): archive.text(n) for n in archive.names if n.startswith(SOURCES)}
 
 
-def coverage(path: str | Path) -> dict[str, Any]:
-    """What runs each node, as plain data; `reported` lists nodes that run in torch: op, kind, reason, the user's line."""
-    return dict(Archive(path).manifest.get("coverage") or {})
+def coverage(path: str | Path, target: str | None = None) -> dict[str, Any]:
+    """What runs each node, as plain data; `reported` lists nodes that run in torch: op, kind, reason, the user's line.
+
+    Raises NoSuchPart for a target that the artifact has no plan for.
+    """
+    archive = Archive(path)
+    plan_of(archive, target)
+    found = archive.manifest.get("device_coverage", {}).get(target) or archive.manifest.get("coverage")
+    return dict(found or {})
 
 
 def describe(value: Mapping[str, Any]) -> str:
@@ -159,7 +178,7 @@ def comparable(path: str | Path, level: str | None = None) -> dict[str, str]:
     return {
         "manifest": json.dumps(manifest, indent=1, sort_keys=True),
         **{f"graph {name}": text for name, text in graphs(archive).items()},
-        "plan": plan_text(plan_of(archive)),
+        **{f"plan {target}": plan_text(plan_of(archive, target)) for target in plan_members(archive.manifest)},
         **{f"kernel {n.removeprefix(SOURCES)}": archive.text(n) for n in archive.names if n.startswith(SOURCES)},
         "weights": archive.manifest["members"][WEIGHTS]["sha256"],
         "binaries": "\n".join(n for n in archive.names if n.startswith(BINARIES)),

@@ -23,6 +23,7 @@ from ..runtime.artifact import LoadedModel, load_weights
 from ..runtime.plan import InputSpec, Plan
 from ..runtime.sizes import evaluate
 
+CPU = torch.device("cpu")
 DEFAULT_SIZE = 8
 """What a size symbol is in random inputs, where its range allows."""
 
@@ -71,7 +72,8 @@ def read_inputs(files: Sequence[str], plan: Plan) -> list[Any]:
                 files[-1] if files else "nothing", f"the model takes {len(names)} inputs, {len(files)} files were given"
             )
         found = [_load_npy(path, bad) for path in files]
-    return [_as_number(x) if spec.kind != "tensor" else x for spec, x in zip(plan.inputs, found, strict=True)]
+    specs = zip(plan.inputs, found, strict=True)
+    return [x.to(spec.device) if spec.kind == "tensor" else _as_number(x) for spec, x in specs]
 
 
 def _load_safetensors(path: str, bad: Any) -> dict[str, torch.Tensor]:
@@ -137,30 +139,47 @@ class Comparison:
 
 
 def call_reference(model: Any, loaded: LoadedModel, flat: Sequence[Any]) -> list[Any]:
-    """Results of an eager model on an artifact's flat inputs, flattened. Inputs are cloned, so that writes do not show."""
+    """Results of an eager model on an artifact's flat inputs, flattened. Inputs are copied, so that writes do not show."""
     tree = pytree.treespec_loads(json.dumps(loaded.manifest["structure"]["inputs"]))
-    args, kwargs = pytree.tree_unflatten([x.clone() if isinstance(x, torch.Tensor) else x for x in flat], tree)
+    args, kwargs = pytree.tree_unflatten(_as_captured(loaded, flat), tree)
     with torch.no_grad():
         return pytree.tree_leaves(model(*args, **kwargs))
 
 
 def call_graph(path: str | Path, loaded: LoadedModel, flat: Sequence[Any]) -> list[Any]:
-    """Results of an artifact's graph after the passes, run op by op by torch, on flat inputs. Imports the IR."""
+    """Results of an artifact's graph after the passes, run op by op by torch where the model was captured, on flat inputs.
+
+    Imports the IR.
+    """
     from ..ir import parse_graph
+    from .inspection import plan_of
 
-    graph = parse_graph(loaded.graphs["tensor"], load_weights(Archive(path), loaded.executable.plan))
+    archive = Archive(path)
+    graph = parse_graph(loaded.graphs["tensor"], load_weights(archive, plan_of(archive)))
     with torch.no_grad():
-        return list(graph.run(*[x.clone() if isinstance(x, torch.Tensor) else x for x in flat]))
+        return list(graph.run(*_as_captured(loaded, flat)))
 
 
-def median_seconds(call: Callable[[], Any], repeat: int) -> float:
-    """Median seconds of `repeat` calls after one to warm up."""
+def _as_captured(loaded: LoadedModel, flat: Sequence[Any]) -> list[Any]:
+    """Copies of flat inputs on the device that the model was captured on."""
+    devices = [described.get("device", "cpu") for described in loaded.manifest["inputs"]]
+    return [x.to(d, copy=True) if isinstance(x, torch.Tensor) else x for x, d in zip(flat, devices, strict=True)]
+
+
+def median_seconds(call: Callable[[], Any], repeat: int, device: torch.device = CPU) -> float:
+    """Median seconds of `repeat` calls after one to warm up; on a CUDA device until their work is done."""
+
+    def done() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     call()
     times: list[float] = []
     for _ in range(repeat):
-        start = time.perf_counter()
+        start = done()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(done() - start)
     return statistics.median(times)
 
 
@@ -183,6 +202,7 @@ def _compare(i: int, got: Any, expected: Any, rtol: float | None, atol: float | 
         return Comparison(i, False, math.inf, math.inf, 0.0, 0.0, note)
     default_rtol, default_atol = torch.testing._comparison.default_tolerances(expected)
     rtol, atol = default_rtol if rtol is None else rtol, default_atol if atol is None else atol
+    got = got.to(expected.device)
     close = torch.isclose(got, expected, rtol=rtol, atol=atol, equal_nan=True)
     wide = torch.complex128 if got.is_complex() else torch.float64
     a, b = got.to(wide), expected.to(wide)

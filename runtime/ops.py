@@ -18,5 +18,6 @@ def _check_rows(status: torch.Tensor) -> None:
         raise IndexError("index out of range in self: an embedding, gather or index op got a row id outside its table")
 
 
-_library.impl("clear_status", _clear_status, "CPU")
-_library.impl("check_rows", _check_rows, "CPU")
+for _device in ("CPU", "CUDA"):  # on CUDA devices the check waits for the stream
+    _library.impl("clear_status", _clear_status, _device)
+    _library.impl("check_rows", _check_rows, _device)

@@ -58,12 +58,15 @@ def compile_command(
         "seconds": {k: round(v, 3) for k, v in done.seconds.items()},
         "passes": [{"name": s.pass_name, "fired": dict(s.fired), "seconds": round(s.seconds, 4)} for s in done.history],
         "coverage": asdict(done.coverage),
+        "device_coverage": {target: asdict(found) for target, found in done.device_coverage.items()},
     }
 
     def render() -> str:
+        parts = [coverage_text(data["coverage"])]
+        parts += [f"{target}: {coverage_text(found)}" for target, found in data["device_coverage"].items()]
         spent = ", ".join(f"{what} {milliseconds(t)}" for what, t in done.seconds.items())
         wrote = f"wrote {path} ({size(Path(path).stat().st_size)})" if path else "wrote nothing (dry run)"
-        return f"{coverage_text(data['coverage'])}\n\n{spent}\n{wrote}"
+        return "\n\n".join([*parts, f"{spent}\n{wrote}"])
 
     emit(data, as_json, render)
 
@@ -95,10 +98,14 @@ def default_output(src: str) -> str:
 @click.option("--atol", type=float, help="Absolute tolerance  [default: torch.testing's for the dtype].")
 @click.option("--repeat", type=click.IntRange(min=1), help="Time this many runs.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Write tensor results to this .safetensors file.")
+@click.option(
+    "--device", metavar="DEVICE", help="cpu, cuda or cuda:1  [default: a CUDA device that it was compiled for, else cpu]."
+)
 @common
 def run(
     file: str, inputs: tuple[str, ...], at_random: bool, seed: int, sizes: tuple[str, ...], reference: str | None,
-    source: str | None, rtol: float | None, atol: float | None, repeat: int | None, save: str | None, as_json: bool,
+    source: str | None, rtol: float | None, atol: float | None, repeat: int | None, save: str | None, device: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Run an artifact. Exit code 1 where --compare finds a difference beyond the tolerances."""
     from torch.utils import _pytree as pytree
@@ -110,7 +117,7 @@ def run(
         raise click.UsageError("give either --inputs or --random")
     if reference == "eager" and source is None:
         raise click.UsageError("--compare eager needs --source SRC; --compare graph does without")
-    model = load(file)
+    model = load(file, device)
     plan = model.executable.plan
     flat = running.random_inputs(plan, seed, _sizes(sizes, plan)) if at_random else running.read_inputs(inputs, plan)
     expected = _reference(reference, source, model, flat, file) if reference else None
@@ -119,7 +126,7 @@ def run(
         running.write_results(results, save)
     data: dict[str, Any] = {"outputs": [running.describe(r) for r in results]}
     if repeat:
-        data["seconds"] = running.median_seconds(lambda: model.executable(*flat), repeat)
+        data["seconds"] = running.median_seconds(lambda: model.executable(*flat), repeat, model.device)
     compared = [] if expected is None else running.compare(results, expected, rtol=rtol, atol=atol)
     if expected is not None:
         data["reference"] = reference
@@ -176,19 +183,22 @@ def _reference(kind: str, source: str | None, model: Any, flat: list[Any], file:
 @click.option("--graph", "level", metavar="LEVEL", help="Print a graph: captured, tensor (after the passes) or plan.")
 @click.option("--kernels", is_flag=True, help="Print the kernels' sources.")
 @click.option("--coverage", is_flag=True, help="Print what runs in torch, and why.")
+@click.option("--target", metavar="TARGET", help="Which plan or coverage to print, such as cuda:90  [default: the first].")
 @common
-def inspect(file: str, level: str | None, kernels: bool, coverage: bool, as_json: bool) -> None:
+def inspect(
+    file: str, level: str | None, kernels: bool, coverage: bool, target: str | None, as_json: bool
+) -> None:  # fmt: skip
     """Show what an artifact holds."""
     from .. import inspection
 
     if level:
-        text = inspection.graph(file, level)
+        text = inspection.graph(file, level, target)
         emit({"level": level, "text": text}, as_json, lambda: text)
     elif kernels:
         sources = inspection.kernels(file)
         emit(sources, as_json, lambda: "\n".join(f"// ==== {name}\n{text}" for name, text in sources.items()))
     elif coverage:
-        found = inspection.coverage(file)
+        found = inspection.coverage(file, target)
         emit(found, as_json, lambda: coverage_text(found))
     else:
         summary = inspection.summary(file)
