@@ -1,4 +1,4 @@
-"""plait: a compiler for PyTorch models. The public face is loaded lazily, so that `plait.load` never imports the compiler."""
+"""plait: a compiler for PyTorch models. The public face is lazy, so that `plait.load` never imports the compiler."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ _FACE = {
     "compile": "compiler.api",
     "CompiledModel": "compiler.api",
     "explain": "compiler.api",
+    "observe": "compiler.observe",
     "load": "runtime.artifact",
     "LoadedModel": "runtime.artifact",
-    "config": "",
-    "errors": "",
-    "ir": "",
     "PlaitError": "errors",
 }
+_MODULES = {"config": "config", "debug": "compiler.debug", "errors": "errors", "ir": "ir"}
 
-__all__ = sorted(_FACE)
+__all__ = sorted([*_FACE, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    where = _FACE.get(name)
-    if where is None:
-        raise AttributeError(f"module 'plait' has no attribute {name!r}")
-    if where == "":
-        return importlib.import_module(f".{name}", __name__)
-    return getattr(importlib.import_module(f".{where}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
+    if name in _FACE:
+        return getattr(importlib.import_module(f".{_FACE[name]}", __name__), name)
+    raise AttributeError(f"module 'plait' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -23,16 +23,17 @@ from torch.utils import _pytree as pytree
 
 from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage
-from ..codegen.items import KernelItem
 from ..errors import NotSupported, UnknownStep, WrongCapturePoint
 from ..ir import Graph
 from ..passes.base import Step, reassociates
 from ..passes.decompositions import table
 from ..runtime.executor import Executable
+from ..runtime.plan import Launch
 from ..runtime.structure import Structure
 from . import capture
 from .backend import check_fallbacks, codegen_options, plait
 from .cache import compile_cached
+from .debug import Judged, judge, random_inputs
 from .export import Exported, export, from_exported
 from .observe import Record, active, observe
 from .options import Options
@@ -103,12 +104,11 @@ def _allow_ones(compiled: CompiledGraph, symbols: frozenset[str]) -> CompiledGra
 
 @dataclass(frozen=True)
 class Kernel:
-    """A generated kernel: its source text, how often a call launches it, and the nodes that it computes."""
+    """A generated kernel: its source text, which names the ops and lines that it computes, and its launches in a call."""
 
     name: str
     source: str
     launches: int
-    nodes: tuple[str, ...]
 
 
 class CompiledModel:
@@ -153,14 +153,8 @@ class CompiledModel:
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         """The generated kernels in the order of their first launch."""
-        found: dict[str, Kernel] = {}
-        for item in self.compiled.scheduled.items:
-            if isinstance(item, KernelItem):
-                old = found.get(item.name)
-                nodes = tuple(f"{n.op.name}  {n.loc.short}".rstrip() for n in item.nodes)
-                source = self.compiled.sources[item.name]
-                found[item.name] = Kernel(item.name, source, 1 if old is None else old.launches + 1, nodes)
-        return tuple(found.values())
+        steps = [s.kernel for s in self.compiled.plan.steps if isinstance(s, Launch)]
+        return tuple(Kernel(k, self.compiled.sources[k], steps.count(k)) for k in dict.fromkeys(steps))
 
     def __str__(self) -> str:
         return coverage_text(asdict(self.coverage))
@@ -191,6 +185,14 @@ class CompiledModel:
         step = self.step(which)
         history = self.history[: self.history.index(step) + 1]
         return CompiledModel(self._exported, step.after, history, self._session)
+
+    def numerics(self, *args: Any, **kwargs: Any) -> list[Judged]:
+        """Run the graph as captured and after each step on these inputs (by default the example inputs) and compare every
+        result with float64 and with the step before; `debug.numerics_table` prints it. Raises NotANumber for NaN inputs.
+        """
+        flat = self._structure.flatten(args, kwargs) if args or kwargs else self._exported.examples
+        inputs = random_inputs(self.captured) if flat is None else [*self._held, *flat]
+        return judge(self.captured, self.history, inputs)
 
     def save(self, path: str | Path, **how: Any) -> None:
         """Write an artifact that `plait.load` runs without the compiler; see `compiler.aot.save` for `how`.

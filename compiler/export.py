@@ -75,14 +75,11 @@ def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 class _Function(torch.nn.Module):
-    """A plain function as the module that torch.export wants."""
+    """A plain function as the module that torch.export wants, with the function's own parameter names."""
 
     def __init__(self, fn: Any) -> None:
         super().__init__()
-        self.fn = fn
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn(*args, **kwargs)
+        self.forward = fn
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
