@@ -80,7 +80,18 @@ def effect_of(op: Op, args: tuple[Arg, ...]) -> str | None:
     if op.has("control_flow"):
         inside = {effect_of(n.op, n.args) for a in flatten(args) if isinstance(a, Graph) for n in a.nodes} - {None}
         return None if not inside else (next(iter(inside)) if len(inside) == 1 else "world")
+    if op.effect == "random" and _draws_nothing(op, args):
+        return None
     return op.effect
+
+
+def _draws_nothing(op: Op, args: tuple[Arg, ...]) -> bool:
+    """True for an op that can drop elements and is told not to: attention without dropout, layers in evaluation."""
+    for name, off in (("dropout_p", 0), ("dropout", 0), ("train", False), ("training", False)):
+        i = op.index.get(name)
+        if i is not None and isinstance(args[i], bool | int | float) and args[i] == off:
+            return True
+    return False
 
 
 def _region_types(op: Op, args: tuple[Arg, ...]) -> tuple[ValueType, ...]:

@@ -78,7 +78,7 @@ FIRES = [
     ("detach", "b = aten.detach.default(a)", "b = a"),
     ("detach", "b = aten.alias.default(a)", "b = a"),
     ("lift", "b = aten.lift_fresh_copy.default(a)", "b = a"),
-    ("dropout-off", "b, t = aten.dropout.default(a, 0.5, False)", "b = a"),
+    ("dropout-off", "b = aten.dropout.default(a, 0.5, False)", "b = a"),
 ]  # fmt: skip
 
 
