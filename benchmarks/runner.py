@@ -41,7 +41,7 @@ class Letter:
     key: str
     about: str
     goal: str
-    measure: Callable[[Run], Outcome]
+    measure: Callable[[Run], Outcome | None]  # None: there was no time
     sample: str = ""
     seconds: float = 10.0
     optional: bool = False
@@ -117,7 +117,7 @@ def _entry(
         "about": letter.about,
         "figure": None,
         "goal": letter.goal,
-        "holds": False,
+        "holds": None,
         "when": "never measured",
     }
     if kept is not None:
