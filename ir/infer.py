@@ -66,6 +66,7 @@ def infer(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, .
     if found is None:
         found = _region_types(op, typed) if op.has("control_flow") else _by_fake_tensors(op, typed, symbols)
     types = found if isinstance(found, tuple) else (found,)
+    types = () if op.returns == 0 else types  # torch returns None there
     effect = effect_of(op, args)
     return types if effect is None else (*types, TokenType(effect))
 

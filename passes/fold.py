@@ -102,7 +102,7 @@ class _Folding:
             self.loaded.update(node.results)
 
     def inputs_known(self, node: Node) -> bool:
-        return bool(node.inputs) and all(v in self.known for v in node.inputs) and _is_plain(node)
+        return bool(node.inputs and node.results) and all(v in self.known for v in node.inputs) and _is_plain(node)
 
     def fold(self, old: Node, node: Node) -> bool:
         """Replace a node by what it computes; False where it stays."""

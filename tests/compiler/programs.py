@@ -20,7 +20,7 @@ def rebuild(graph: Graph) -> Graph:
     builder = Builder(graph)
     for old in graph.nodes:
         node = builder.resolved(old)
-        if node.op.name == "plait.constant" or node.op.has("control_flow") or not node.op.returns:
+        if node.op.name == "plait.constant" or node.op.has("control_flow"):
             builder.append(node)
             continue
         made = builder.call(node.op, *node.args, loc=node.loc)
