@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -36,9 +37,15 @@ ISAS = {
 }
 
 
-def compiler() -> str:
-    """Path of the C++ compiler: $CXX, else g++, else c++. Raises NoCompiler."""
-    tried = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
+def compiler(isa: str = "native") -> str:
+    """Path of the C++ compiler for `isa`: $CXX, else g++, else c++; for aarch64 from elsewhere Debian's cross compiler.
+
+    Raises NoCompiler.
+    """
+    if isa == "aarch64" and platform.machine() not in ("aarch64", "arm64"):
+        tried = ["aarch64-linux-gnu-g++"]
+    else:
+        tried = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
     for name in tried:
         if found := shutil.which(name):
             return found
@@ -51,14 +58,14 @@ def _version_of(path: str) -> str:
     return run.stdout.splitlines()[0]
 
 
-def compiler_version() -> str:
+def compiler_version(isa: str = "native") -> str:
     """First line of `compiler --version`. Raises NoCompiler."""
-    return _version_of(compiler())
+    return _version_of(compiler(isa))
 
 
 def command(isa: str = "native", flags: Sequence[str] = ()) -> list[str]:
     """The compiler's command line for `isa` (a key of ISAS), without sources and output."""
-    return [compiler(), *FLAGS, *ISAS[isa], *flags, *(f"-I{folder}" for folder in HEADER_DIRS)]
+    return [compiler(isa), *FLAGS, *ISAS[isa], *flags, *(f"-I{folder}" for folder in HEADER_DIRS)]
 
 
 def content_hash(source: str, isa: str = "native", flags: Sequence[str] = ()) -> str:
@@ -73,7 +80,7 @@ def _hash(toolchain: str, source: str) -> str:
 def _toolchain(isa: str, flags: Sequence[str]) -> str:
     machine = " ".join(sorted(cpu_flags())) if isa == "native" else ""
     headers = [hashlib.sha256(h.read_bytes()).hexdigest() for h in HEADERS]
-    return "\n".join([compiler_version(), *FLAGS, *ISAS[isa], *flags, machine, *headers])
+    return "\n".join([compiler_version(isa), *FLAGS, *ISAS[isa], *flags, machine, *headers])
 
 
 def build(

@@ -89,29 +89,37 @@ template <class T> PLAIT_FN T less_of(T a, T b) { return a < b ? a : b; }  // b 
 template <class T> PLAIT_FN T more_of(T a, T b) { return a > b ? a : b; }
 
 // One register's worth by the instruction itself: GCC does not reliably turn sixteen scalar calls back into one.
-#if defined(__x86_64__) && defined(__FMA__)
-#ifdef __AVX512F__
-#define PLAIT_X86(ps512, pd512, ps256, pd256)                          \
-  if constexpr (sizeof(a.v) == 64 && same<T, float>) return ps512;     \
-  if constexpr (sizeof(a.v) == 64 && same<T, double>) return pd512;    \
-  if constexpr (sizeof(a.v) == 32 && same<T, float>) return ps256;     \
+#if defined(__AVX512F__)
+#define PLAIT_X86(ps512, pd512, ps256, pd256)                      \
+  if constexpr (sizeof(a.v) == 64 && same<T, float>) return ps512;  \
+  if constexpr (sizeof(a.v) == 64 && same<T, double>) return pd512; \
+  if constexpr (sizeof(a.v) == 32 && same<T, float>) return ps256;  \
   if constexpr (sizeof(a.v) == 32 && same<T, double>) return pd256;
-#else
-#define PLAIT_X86(ps512, pd512, ps256, pd256)                          \
-  if constexpr (sizeof(a.v) == 32 && same<T, float>) return ps256;     \
+#elif defined(__AVX2__) && defined(__FMA__)
+#define PLAIT_X86(ps512, pd512, ps256, pd256)                      \
+  if constexpr (sizeof(a.v) == 32 && same<T, float>) return ps256;  \
   if constexpr (sizeof(a.v) == 32 && same<T, double>) return pd256;
-#endif
 #else
 #define PLAIT_X86(ps512, pd512, ps256, pd256)
 #endif
+#if defined(__aarch64__)
+#define PLAIT_ARM(ps128, pd128)                                     \
+  if constexpr (sizeof(a.v) == 16 && same<T, float>) return ps128;  \
+  if constexpr (sizeof(a.v) == 16 && same<T, double>) return pd128;
+#else
+#define PLAIT_ARM(ps128, pd128)
+#endif
+
 template <class T, int N> PLAIT_FN vec<T, N> fma_register(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
   PLAIT_X86(__builtin_ia32_vfmaddps512_mask(a.v, b.v, c.v, 0xffff, 4), __builtin_ia32_vfmaddpd512_mask(a.v, b.v, c.v, 0xff, 4),
             __builtin_ia32_vfmaddps256(a.v, b.v, c.v), __builtin_ia32_vfmaddpd256(a.v, b.v, c.v))
+  PLAIT_ARM(__builtin_aarch64_fmav4sf(a.v, b.v, c.v), __builtin_aarch64_fmav2df(a.v, b.v, c.v))
   return lanewise([] [[gnu::always_inline]] (T x, T y, T z) { return fma(x, y, z); }, a, b, c);
 }
 template <class T, int N> PLAIT_FN vec<T, N> sqrt_register(vec<T, N> a) {
   PLAIT_X86(__builtin_ia32_sqrtps512_mask(a.v, a.v, 0xffff, 4), __builtin_ia32_sqrtpd512_mask(a.v, a.v, 0xff, 4),
             __builtin_ia32_sqrtps256(a.v), __builtin_ia32_sqrtpd256(a.v))
+  PLAIT_ARM(__builtin_aarch64_sqrtv4sf(a.v), __builtin_aarch64_sqrtv2df(a.v))
   return lanewise([] [[gnu::always_inline]] (T x) { return sqrt(x); }, a);
 }
 template <class T, int N> PLAIT_FN vec<T, N> less_of_register(vec<T, N> a, vec<T, N> b) {
@@ -125,6 +133,7 @@ template <class T, int N> PLAIT_FN vec<T, N> more_of_register(vec<T, N> a, vec<T
   return where(a > b, a, b);
 }
 #undef PLAIT_X86
+#undef PLAIT_ARM
 
 template <class T, int N> PLAIT_FN vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
   if constexpr (whole<T, N>) return fma_register(a, b, c);

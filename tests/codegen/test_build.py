@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_kernel_builds_for_artifacts(isa: str, tmp_path: Path) -> None:
     assert build({"f": source}, tmp_path, isa=isa)["f"].exists()
 
 
+def test_kernel_builds_for_another_architecture(tmp_path: Path) -> None:
+    if host_isa() == "aarch64" or shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("needs the aarch64 cross compiler on another machine")
+    source = '#include "vmath.h"\nextern "C" float f(float x) { return plait::tanh(x); }\n'
+    built = build({"f": source}, tmp_path, isa="aarch64")["f"]
+    assert built.read_bytes()[18:20] == b"\xb7\x00"  # ELF machine: AArch64
+
+
 def test_host_instruction_set_is_known() -> None:
     assert host_isa() in (*ISAS, "x86-64")
 
@@ -85,6 +94,10 @@ def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(NoCompiler, match="no-such-compiler"):
         build({"f": returning("f", 1)}, tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    if host_isa() != "aarch64":
+        with pytest.raises(NoCompiler, match="aarch64-linux-gnu-g"):
+            compiler("aarch64")
 
 
 def test_compiler_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
