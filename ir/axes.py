@@ -1,9 +1,9 @@
 """Axis rules: which axes of an application can be cut into pieces, which must stay whole, which are summed away.
 
 Every axis of an operand or a result is labelled with letters, as in einsum. Where a letter is *free*, the op works on
-pieces: cutting the operands that carry it and joining the results along it gives what the whole application gives, and
-operands without it are shared by all pieces (a piece is a row-major tensor of its own). That is one question under three names: chunks that overlap communication,
-instances of a batch that share some arguments, shards on several devices.
+pieces: cutting the operands that carry it and joining the results along it gives what the whole application gives.
+Operands without it are shared by all pieces; a piece is a row-major tensor of its own. That is one question under three
+names: chunks that overlap communication, instances of a batch that share some arguments, shards on several devices.
 
 An axis may carry several letters, outermost first (`view` of `(6, 4)` as `(24,)` gives one axis with two letters), or none
 (a size of 1 that is broadcast). The rules are in `axis_rules.py`; an op without one is a `Reason`, never a guess.

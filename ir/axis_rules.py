@@ -276,7 +276,8 @@ _COMBINE = {
            "aten.amin.default", "aten.prod.default", "aten.prod.dim_int", "aten.any.default", "aten.any.dim",
            "aten.any.dims", "aten.all.default", "aten.all.dim", "aten.all.dims", "aten.argmax.default",
            "aten.argmin.default", "aten.var.correction", "aten.var_mean.correction", "aten.std.correction",
-           "aten.logsumexp.default",           "aten.max.default", "aten.min.default", "aten.max.dim", "aten.min.dim", "aten.linalg_vector_norm.default",
+           "aten.logsumexp.default",           "aten.max.default", "aten.min.default", "aten.max.dim", "aten.min.dim",
+           "aten.linalg_vector_norm.default",
            "aten.median.dim", "aten.mode.default", "aten.kthvalue.default")  # fmt: skip
 def _reduction(c: Call) -> AxisMap | Reason:
     x = c.operands[0]
