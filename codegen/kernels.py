@@ -9,21 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from .cache import Cache, Key
-from .cpp.build import build, content_hash
+from .cache import Cache, Key, default_root, sha256
+from .cpp.build import build, toolchain
 
 _FILE = "kernel.so"
 
 
 @lru_cache(maxsize=8)
-def disk_cache(root: str | None = None) -> Cache:
-    """The cache below `root` (default: the user's cache folder); one object per folder and process."""
+def disk_cache(root: Path) -> Cache:
+    """The cache below `root`; one object per folder and process."""
     return Cache(root)
 
 
 def current_cache() -> Cache:
-    """The cache that PLAIT_CACHE_DIR or the user's cache folder names now."""
-    return disk_cache(os.environ.get("PLAIT_CACHE_DIR"))
+    """The cache that the settings name now."""
+    return disk_cache(default_root())
 
 
 def load_kernels(sources: Mapping[str, str], cache: Cache, isa: str = "native") -> dict[str, int]:
@@ -31,11 +31,14 @@ def load_kernels(sources: Mapping[str, str], cache: Cache, isa: str = "native") 
 
     Raises NoCompiler, KernelBuildFailed.
     """
-    hashes = {name: content_hash(source, isa) for name, source in sources.items()}
-    distinct = {h: name for name, h in hashes.items()}
+    if not sources:
+        return {}
+    parts = toolchain(isa)
+    keys = {name: Key.of("kernel", source=f"sha256:{sha256(source)}", **parts) for name, source in sources.items()}
+    distinct = {key: name for name, key in keys.items()}
 
-    def make(item: tuple[str, str]) -> Path:
-        digest, name = item
+    def make(item: tuple[Key, str]) -> Path:
+        key, name = item
 
         def compile_into(folder: Path) -> None:
             scratch = folder / "build"
@@ -45,11 +48,11 @@ def load_kernels(sources: Mapping[str, str], cache: Cache, isa: str = "native") 
                 leftover.unlink()
             scratch.rmdir()
 
-        return cache.get_or_make(Key.of("kernel", source=digest), compile_into).path(_FILE)
+        return cache.get_or_make(key, compile_into).path(_FILE)
 
     with ThreadPoolExecutor(max(1, min(len(distinct), len(os.sched_getaffinity(0))))) as pool:
         paths = dict(zip(distinct, pool.map(make, distinct.items()), strict=True))
-    return {name: _address(paths[h], name) for name, h in hashes.items()}
+    return {name: _address(paths[key], name) for name, key in keys.items()}
 
 
 def _address(path: Path, name: str) -> int:

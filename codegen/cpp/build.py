@@ -68,19 +68,30 @@ def command(isa: str = "native", flags: Sequence[str] = ()) -> list[str]:
     return [compiler(isa), *FLAGS, *ISAS[isa], *flags, *(f"-I{folder}" for folder in HEADER_DIRS)]
 
 
+def toolchain(isa: str = "native", flags: Sequence[str] = ()) -> dict[str, str]:
+    """What a binary depends on besides its source, by name: compiler, flags, headers and, for "native", this machine.
+
+    Raises NoCompiler.
+    """
+    return {
+        "compiler": compiler_version(isa),
+        "flags": " ".join((*FLAGS, *ISAS[isa], *flags)),
+        "headers": hashlib.sha256("".join(map(_header_hash, HEADERS)).encode()).hexdigest(),
+        "machine": " ".join(sorted(cpu_flags())) if isa == "native" else "",
+    }
+
+
+def _header_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def content_hash(source: str, isa: str = "native", flags: Sequence[str] = ()) -> str:
-    """Name of the binary that `source` builds to: covers headers, flags, compiler and, for "native", this machine."""
-    return _hash(_toolchain(isa, flags), source)
+    """Name of the binary that `source` builds to: covers all of `toolchain`."""
+    return _hash(toolchain(isa, flags), source)
 
 
-def _hash(toolchain: str, source: str) -> str:
-    return hashlib.sha256(f"{toolchain}\n{source}".encode()).hexdigest()[:32]
-
-
-def _toolchain(isa: str, flags: Sequence[str]) -> str:
-    machine = " ".join(sorted(cpu_flags())) if isa == "native" else ""
-    headers = [hashlib.sha256(h.read_bytes()).hexdigest() for h in HEADERS]
-    return "\n".join([compiler_version(isa), *FLAGS, *ISAS[isa], *flags, machine, *headers])
+def _hash(parts: Mapping[str, str], source: str) -> str:
+    return hashlib.sha256("\n".join((*parts.values(), source)).encode()).hexdigest()[:32]
 
 
 def build(
@@ -100,8 +111,8 @@ def build(
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    toolchain = _toolchain(isa, flags)
-    hashes = {name: _hash(toolchain, source) for name, source in sources.items()}
+    parts = toolchain(isa, flags)
+    hashes = {name: _hash(parts, source) for name, source in sources.items()}
     missing = {h: sources[n] for n, h in sorted(hashes.items()) if not (out / f"{h}.so").exists()}
     jobs = jobs or len(os.sched_getaffinity(0))
     groups = _deal(missing, jobs)
