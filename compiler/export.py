@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,9 @@ def from_exported(program: ExportedProgram) -> Exported:
     """
     _refuse_training(program)
     _inline_spans(program.graph_module)
-    functional = program.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch copying its own tree specs
+        functional = program.run_decompositions({})
     gm, signature = functional.graph_module, functional.graph_signature
     written = {s.target for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
     weights, state = _weights(functional, gm, written)

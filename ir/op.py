@@ -25,6 +25,9 @@ ParamKind = Literal["tensor", "tensors", "number", "size", "sizes", "region", "o
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "bitwise_and", "bitwise_or", "bitwise_xor", "logical_and",
                 "logical_or", "logical_xor"}  # fmt: skip
 
+#: Ops that return nothing and raise where a condition does not hold. Their schemas say "pure".
+_ASSERTIONS = {"_assert_async", "_assert_scalar"}
+
 #: Namespaces whose ops run on a process group.
 _COLLECTIVE_NAMESPACES = ("_c10d_functional", "c10d_functional", "_c10d_functional_autograd", "c10d")
 
@@ -53,7 +56,8 @@ class Param:
 class Op:
     """One entry of the op table.
 
-    `effect` is None for pure ops, else "random", "collective" or "world" (unknown side effects: a barrier).
+    `effect` is None for pure ops, else "random", "collective", "assert" (may raise, must stay) or "world" (unknown side
+    effects: a barrier).
     Traits: "elementwise", "commutative", "view", "reduction", "data_dependent", "mutates", "control_flow", "scalar".
     `returns` is the number of results, None where a list is returned whose length depends on the arguments.
     """
@@ -142,6 +146,8 @@ def _from_overload(overload: OpOverload) -> Op:
     effect: str | None = None
     if overload.namespace in _COLLECTIVE_NAMESPACES:
         effect = "collective"
+    elif packet in _ASSERTIONS:
+        effect = "assert"
     elif torch.Tag.nondeterministic_seeded in tags:
         effect = "random"
     elif schema.is_mutable:

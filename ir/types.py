@@ -136,7 +136,7 @@ class ScalarType:
 
 @dataclass(frozen=True, slots=True)
 class TokenType:
-    """An order among effects of one class: "random", "memory", "collective:<group>" or "world" (unknown ops)."""
+    """An order among effects of one class: "random", "assert", "memory", "collective:<group>" or "world" (unknown ops)."""
 
     effect: str
 

@@ -158,6 +158,27 @@ def test_control_flow() -> None:
         torch.testing.assert_close(done(x), program(x))
 
 
+def test_checks_of_the_program_stay() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        n = x.item()
+        torch._check(n >= 0)
+        torch._check(n < 5)
+        return torch.ones(n) * 2
+
+    done = plait.compile(program, (torch.tensor(3),))
+    torch.testing.assert_close(done(torch.tensor(4)), torch.full((4,), 2.0))
+    with pytest.raises(RuntimeError, match="assertion failed"):
+        done(torch.tensor(7))
+
+
+def test_what_has_no_form_in_graphs_is_named() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return torch._higher_order_ops.map(lambda r: r.sin(), x)
+
+    with pytest.raises(errors.CannotImport, match="call of map"):
+        plait.compile(program, (torch.randn(3, 2),))
+
+
 # -- looking at it ----------------------------------------------------------------------------------------------------
 
 

@@ -423,6 +423,26 @@ def test_passes_around_control_flow(which: str) -> None:
     assert not any(r.not_applied or r.torch_reason for r in seen.graphs)
 
 
+def test_assertions_stay() -> None:
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        torch._assert_async((x > 0).all(), "some x is not positive")
+        return x + 1
+
+    seen = check(checked, torch.rand(3) + 1)
+    with pytest.raises(RuntimeError, match="some x is not positive"):
+        torch.compile(checked, backend="plait")(-torch.ones(3))
+    assert "aten._assert_async.msg" in {n.op.name for r in seen.graphs if r.graph for n in r.graph.nodes}
+
+
+def test_sizes_read_from_tensors() -> None:
+    def picked(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        rows = x.nonzero()
+        return x[rows[:, 0]] * 2, rows.shape[0] + 1
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check(picked, torch.tensor([0.0, 3.0, 0.0, 5.0]), fullgraph=True)
+
+
 # -- freezing ---------------------------------------------------------------------------------------------------------
 
 
