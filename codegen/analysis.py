@@ -18,7 +18,7 @@ from ..ir import Dim, Graph, Node, ScalarType, TensorType, TokenType, Value, dim
 from . import library
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
-from .matmul import Matmul, matmul_of
+from .matmul import Chooser, Matmul, matmul_of
 from .pointwise import CHEAP, POINTWISE, At
 from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
@@ -66,7 +66,9 @@ def is_view(node: Node) -> bool:
 class Analysis:
     """Decisions about every node of a graph (composites already opened)."""
 
-    def __init__(self, graph: Graph, *, generate: bool = True, target: Target = CPU) -> None:
+    def __init__(self, graph: Graph, *, generate: bool = True, target: Target = CPU, choose: Chooser | None = None) -> None:
+        self.choose = choose
+        self.chosen: dict[Node, str] = {}  # matmuls that a library was measured to run faster
         self.graph = graph
         self.generate = generate
         self.target = target
@@ -93,10 +95,24 @@ class Analysis:
             if node.op.name == "plait.constant":
                 continue
             made = {s for v in node.results for s in _symbols(v)}
-            why = self._refusal(node) if made <= known else "it gives sizes that are known only at run time"
+            why = (
+                self._refusal(node) or self._measured(node)
+                if made <= known
+                else "it gives sizes that are known only at run time"
+            )
             known |= made
             if why is not None:
-                self.calls[node] = library.kind_of(node, why, self.target.kind)
+                chosen = node in self.chosen
+                self.calls[node] = ("library", why) if chosen else library.kind_of(node, why, self.target.kind)
+
+    def _measured(self, node: Node) -> str | None:
+        """Why a library runs a matmul that the template could run: it was measured to be faster here."""
+        made = matmul_of(node)
+        found = self.choose(node, made) if self.choose is not None and isinstance(made, Matmul) else None
+        if found is None:
+            return None
+        self.chosen[node], why = found
+        return why
 
     def _refusal(self, node: Node) -> str | None:
         """Why no kernel can be generated for a node; None where one can."""

@@ -20,12 +20,17 @@ from .target import Target
 
 @dataclass(frozen=True)
 class CodegenOptions:
-    """Choices of code generation. `generate` False runs every node through torch (a reference for debugging). `target` is
-    "cpu" or a kind of CUDA device, "cuda:90"; `isa` is what just-in-time kernels for CPUs are compiled for."""
+    """Choices of code generation.
+
+    `generate` False runs every node through torch (a reference for debugging). `target` is "cpu" or a kind of CUDA device,
+    "cuda:90"; `isa` is what just-in-time kernels for CPUs are compiled for. `measured` times each matmul on the template
+    and on the libraries and keeps the figures in the profile table; without it the template takes all it can.
+    """
 
     generate: bool = True
     isa: str = "native"
     target: str = "cpu"
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ def compile_graph(graph: Graph, options: CodegenOptions | None = None) -> Compil
     """
     options = options or CodegenOptions()
     target = Target(options.target)
-    printed = print_graph_kernels(schedule(graph, generate=options.generate, target=target), target)
+    printed = print_graph_kernels(
+        schedule(graph, generate=options.generate, target=target, measured=options.measured), target
+    )
     plan = build_plan(printed.scheduled, printed.specs)
     return CompiledGraph(graph, plan, printed.sources, coverage_of(printed.scheduled), options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,10 @@ class Matmul:
         if self.beta != 1:
             bias = body.op("mul", bias, body.const(self.beta, dtype))
         return body.op("add", value, bias)
+
+
+Chooser = Callable[[Node, Matmul], "tuple[str, str] | None"]
+"""Names the library that should run a matmul instead of the template, and why; None for the template."""
 
 
 def matmul_of(node: Node) -> Matmul | str | None:

@@ -13,7 +13,10 @@ from .emit import emit, emit_matmul
 from .expand import expand
 from .groups import Group, Grouping
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
+from .matmul import Matmul, matmul_of
 from .target import CPU, Target
+from .templates.matmul_choice import ONEDNN
+from .tuning import linear_call, measured_choice
 from .unbacked import bind_sizes
 
 
@@ -24,10 +27,12 @@ def schedule_calls(graph: Graph) -> Scheduled:
     return Scheduled(graph, tuple(CallItem(n, "fallback", "region bodies run op by op") for n in nodes))
 
 
-def schedule(graph: Graph, *, generate: bool = True, target: Target = CPU) -> Scheduled:
-    """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end."""
+def schedule(graph: Graph, *, generate: bool = True, target: Target = CPU, measured: bool = False) -> Scheduled:
+    """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end. With `measured` each
+    matmul goes to the fastest of the template and the libraries."""
     graph = bind_sizes(_with_write_backs(expand(graph) if generate else graph))
-    analysis = Analysis(graph, generate=generate, target=target)
+    choose = measured_choice(graph.symbols, graph.producers) if measured and target.kind == "cpu" else None
+    analysis = Analysis(graph, generate=generate, target=target, choose=choose)
     grouping = Grouping(analysis)
     stored = _stored(analysis, grouping)
     items: list[Item] = []
@@ -45,13 +50,23 @@ def schedule(graph: Graph, *, generate: bool = True, target: Target = CPU) -> Sc
             (late if any(u.value in homes for u in item.units) else items).append(kernel)
         else:
             kind, reason = analysis.calls[item]
-            items.append(CallItem(item, kind, reason))
+            items.append(CallItem(_implementation(analysis, item), kind, reason))
     items += late
     items += [AliasItem(v, m.root, m.offset) for v, m in analysis.aliases.items()]
     if status is not None:
         scratch.append(status)
         items = [_clear(status), *items, _check(status)]
     return Scheduled(graph, tuple(items), tuple(scratch), homes)
+
+
+def _implementation(analysis: Analysis, node: Node) -> Node:
+    """The call that runs a node: its own op, or oneDNN's where that was measured to be the fastest."""
+    made = matmul_of(node)
+    if analysis.chosen.get(node) != ONEDNN or not isinstance(made, Matmul):
+        return node
+    call = linear_call(node, made, analysis.graph.producers)
+    assert call is not None, "only a product that oneDNN can take is given to it"
+    return call
 
 
 def _with_write_backs(graph: Graph) -> Graph:

@@ -172,7 +172,7 @@ class _Compilation:
 
 def codegen_options(options: Options, graph: Graph) -> CodegenOptions:
     """What code generation wants to know of a compilation's options, and of the device that its graph was captured on."""
-    return CodegenOptions(target=target_of(graph))
+    return CodegenOptions(target=target_of(graph), measured=options.tune)
 
 
 def target_of(graph: Graph) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plait.codegen.compile import CompiledGraph, compile_graph
+from plait.codegen.compile import CodegenOptions, CompiledGraph, compile_graph
 from plait.ir import parse_graph
 from plait.runtime.check import check
 from plait.runtime.plan import Call, Launch
@@ -337,3 +337,37 @@ def test_effects_keep_their_order():
         rand(4),
     )
     assert calls(compiled) == ["aten.rand.default", "aten.randn.default"]
+
+
+def test_measured_matmuls_go_to_the_fastest(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    from plait.codegen import tuning
+    from plait.cost.profile import Choice, Table, Timing
+
+    graph = parse_graph("""def f(x: "f32[6,32]", w: "f32[48,32]", b: "f32[48]"):
+        t = aten.permute.default(w, (1, 0))
+        y = aten.addmm.default(b, x, t)
+        z = aten.relu.default(y)
+        return (z,)
+    """)
+    x, w, b = rand(6, 32), rand(48, 32, seed=1), rand(48, seed=2)
+    monkeypatch.setattr(tuning, "open_table", lambda path: Table(tmp_path / "profile.json"))
+
+    def faster(name: str) -> Any:
+        def choose(problem: Any, table: Table, threads: int, folder: Any) -> Choice:
+            for i, each in enumerate(tuning.candidate_names(problem)):
+                seconds = 1e-6 if each == name else 1e-5 * (i + 1)
+                timing = Timing(20, seconds, seconds, seconds, seconds, 0, False)
+                table.record(problem.key(threads), each, timing)
+            return Choice(name, table.get(problem.key(threads))[name], False)
+
+        return choose
+
+    expected = {"template": [], "mkl": ["aten.addmm.default"], "onednn": ["mkldnn._linear_pointwise.default"]}
+    for name, wanted in expected.items():
+        monkeypatch.setattr(tuning, "choose_matmul", faster(name))
+        compiled = compile_graph(graph, CodegenOptions(measured=True))
+        check(compiled.plan)
+        assert calls(compiled) == wanted
+        torch.testing.assert_close(compiled.executable(x, w, b)[0], torch.relu(torch.addmm(b, x, w.T)))
+        if wanted:
+            assert "measured" in compiled.coverage.reported[0].reason

@@ -1,0 +1,80 @@
+"""Measured choices: which implementation runs a matmul, from the profile table or by measuring it now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..cost.profile import open_table, user_path
+from ..ir import Node, Symbols, Value, op
+from .kernels import current_cache
+from .matmul import Chooser, Matmul
+from .templates.matmul_choice import MKL, ONEDNN, MatmulProblem, candidate_names, choose_matmul
+
+_MEASURABLE = 1 << 28  # elements of an operand; larger ones are not made just to time them
+
+
+def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
+    """A function that names the library which runs a matmul faster than plait's template, and says by how much.
+
+    It gives None where the template is the fastest, and for sizes that are only hints the sizes seen at capture decide.
+    Timings come from the user's profile table and are kept there.
+    """
+    table = open_table(user_path())
+    threads = torch.get_num_threads()
+    folder = current_cache().root / "tuning"
+
+    def choose(node: Node, made: Matmul) -> tuple[str, str] | None:
+        sizes = [_number(d, symbols) for d in (made.m, made.n, made.k, made.batch[0] if made.batch else 1)]
+        if any(s is None or s == 0 for s in sizes):
+            return None
+        m, n, k, batch = (int(s) for s in sizes if s is not None)
+        if max(m * k, k * n, m * n) * batch > _MEASURABLE:
+            return None
+        dtype = str(made.a.tensor.dtype).removeprefix("torch.")
+        problem = MatmulProblem(m, n, k, batch, dtype, made.a_layout, made.b_layout)
+        best = choose_matmul(problem, table, threads, folder)
+        table.save()
+        timings = table.get(problem.key(threads))
+        ranked = sorted((timings[name].median, name) for name in candidate_names(problem) if name in timings)
+        name = best.name
+        if name == ONEDNN and linear_call(node, made, producers) is None:
+            name = next(other for _, other in ranked if other != ONEDNN)
+        if name not in (MKL, ONEDNN):
+            return None
+        mine = timings["template"].median * 1e6
+        return name, f"{name}, measured: {timings[name].median * 1e6:.0f} µs against {mine:.0f} µs of the template"
+
+    return choose
+
+
+def linear_call(node: Node, made: Matmul, producers: dict[Value, Node]) -> Node | None:
+    """The same product as a call of oneDNN, where its weight is there as [N, K]; None where it is not."""
+    if made.batch is not None or made.alpha != 1 or made.beta != 1 or made.b_layout != "k":
+        return None
+    if made.bias is not None and made.bias.tensor.rank != 1:
+        return None
+    weight = made.b
+    if node.op.name != "aten.linear.default":
+        source = producers.get(made.b)
+        if source is None or source.op.name not in ("aten.permute.default", "aten.t.default", "aten.transpose.int"):
+            return None
+        weight = source.args[0]
+    origin = producers.get(weight)
+    if origin is not None and origin.op.name != "plait.constant":
+        return None  # it would have to be put into memory first
+    if not weight.tensor.is_contiguous or not made.a.tensor.is_contiguous:
+        return None
+    target = op("mkldnn._linear_pointwise.default")
+    return Node(target, (made.a, weight, made.bias, "none", (), ""), node.outputs, (), node.loc)
+
+
+def _number(size: Any, symbols: Symbols) -> int | None:
+    """A size as a number: symbols stand for what was seen at capture."""
+    if isinstance(size, int):
+        return size
+    hints = {s: symbols[s].hint for s in size.free_symbols if s in symbols}
+    if len(hints) != len(size.free_symbols) or any(h is None for h in hints.values()):
+        return None
+    return int(size.subs(hints))
