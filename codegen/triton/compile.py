@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
+import linecache
 import re
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -44,19 +46,17 @@ def cross_compile(
     )
 
     def make(folder: Path) -> None:
-        # inspect reads the function's text back from its file, so the module must lie in one
-        path = folder / "kernel.py"
-        path.write_text(source.text)
         names = [name for name, _ in source.signature()]
         try:
-            function = getattr(_import(path), source.name)
+            function = _function(source)
             params = function.arg_names[: len(names)]
             signature = dict(zip(params, (kind for _, kind in source.signature()), strict=True))
             signature.update((tile, "constexpr") for tile, _ in config.tiles)
             hints: dict[Any, Any] = {(names.index(name),): [["tt.divisibility", 16]] for name in assumed}
             ast = triton.compiler.ASTSource(fn=function, signature=signature, constexprs=dict(config.tiles), attrs=hints)
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            built = triton.compile(ast, target=triton.backends.compiler.GPUTarget(kind, arch, warp), options=options)
+            with _own_cache(triton, folder):
+                built = triton.compile(ast, target=triton.backends.compiler.GPUTarget(kind, arch, warp), options=options)
         except Exception as error:  # Triton has no common class for what it raises
             kept = cache.base / "failed" / f"{source.name}.py"
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +114,25 @@ def _triton() -> Any:
     return triton
 
 
-def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plait_kernel", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@contextmanager
+def _own_cache(triton: Any, folder: Path) -> Iterator[None]:
+    """Triton's own cache in a folder that is deleted: it would give back binaries that name other files."""
+    with triton.knobs.cache.scope(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        triton.knobs.cache.dir = scratch
+        yield
+
+
+def _function(source: TritonSource) -> Any:
+    """The `@triton.jit` function of a source, in a module that lies in no file.
+
+    inspect reads the text back from linecache. Binaries name the file in their line tables: by a name that is the same on
+    every machine.
+    """
+    name = f"{source.name}.py"
+    linecache.cache[name] = (len(source.text), None, source.text.splitlines(keepends=True), name)
+    module = ModuleType("plait_kernel")
+    exec(compile(source.text, name, "exec"), module.__dict__)
+    return getattr(module, source.name)
 
 
 def _why(error: BaseException) -> str:

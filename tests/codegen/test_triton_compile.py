@@ -53,8 +53,15 @@ def test_equal_kernels_compile_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -
     (source,) = print_kernel(ADD_IN_PLACE.kernel)
     cache = Cache(tmp_path)
     first = cross_compile(source, "cuda:80", cache)
-    monkeypatch.setattr(compiling, "_import", lambda path: pytest.fail("compiled again"))
+    monkeypatch.setattr(compiling, "_function", lambda source: pytest.fail("compiled again"))
     assert cross_compile(source, "cuda:80", Cache(tmp_path)) == first
+
+
+def test_binaries_are_the_same_on_every_machine(tmp_path) -> None:
+    (source,) = print_kernel(ADD_IN_PLACE.kernel)
+    first, second = (cross_compile(source, "cuda:90", Cache(tmp_path / name)) for name in ("here", "there"))
+    assert first == second and str(tmp_path).encode() not in first.binary + first.assembly.encode()
+    assert f'"/{source.name}.py"' in first.assembly or f'"{source.name}.py"' in first.assembly
 
 
 def test_resources_of_a_binary(tmp_path, triton_cache: Cache) -> None:
