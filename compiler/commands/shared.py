@@ -23,7 +23,7 @@ EXIT_CODES: dict[int, str] = {
     130: "interrupted",
 }
 _USAGE = ("P020", "P040", "P06", "P07")
-_ARTIFACT = ("P050", "P051", "P052")
+_ARTIFACT = ("P050", "P051", "P052", "P054")
 # Codes of the group P040 that are about the model, not about how the command was called.
 _MODEL = ("P0404", "P0405", "P0406", "P0407", "P0408")
 _USER = ("P0205", "P0206", "P0207")
