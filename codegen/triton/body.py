@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class Body:
         self.used: set[str] = set()
         self._depth = 0
         self._accs: dict[str, _Accumulator] = {}
-        self._taken = {identifier(n) for n in _all_names(kernel)}
+        self._taken = {identifier(n) for n in _unique_names(kernel)}
         self._made: dict[str, str] = {}
 
     # ---- text ----------------------------------------------------------------------------------------------------
@@ -342,11 +342,13 @@ def _loaded(body: tuple[Stmt, ...]) -> set[str]:
     return {s.buffer for s in walk(body) if isinstance(s, Load)}
 
 
-def _all_names(kernel: Kernel) -> Iterator[str]:
-    yield from (b.name for b in kernel.buffers)
-    yield from (s.name for s in kernel.sizes)
+def _unique_names(kernel: Kernel) -> set[str]:
+    """Every name of a kernel. Raises InvalidKernel where a scalar has the name of something else; loops may share axes."""
+    names = {b.name for b in kernel.buffers} | {s.name for s in kernel.sizes}
+    names |= {s.axis.name for s in walk(kernel.body) if isinstance(s, Loop)}
     for stmt in walk(kernel.body):
-        if isinstance(stmt, Loop):
-            yield stmt.axis.name
-        elif isinstance(stmt, Const | Index | Load | Compute | Acc):
-            yield stmt.name
+        if isinstance(stmt, Const | Index | Load | Compute | Acc):
+            if stmt.name in names:
+                raise InvalidKernel(kernel=kernel.name, why=f"{stmt.name} names two things")
+            names.add(stmt.name)
+    return names
