@@ -16,13 +16,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mpmath
 from mpmath import mp, mpf
 
 from ..errors import NoMinimax
 
-Function = Callable[[mpf], mpf]
+Real = Any  # an mpf: mpmath has no type information
+Function = Callable[[Real], Real]
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Fit:
     """
 
     powers: tuple[int, ...]
-    coefficients: tuple[mpf, ...]
-    low: mpf
-    high: mpf
+    coefficients: tuple[Real, ...]
+    low: Real
+    high: Real
     error: float
     level: float
 
-    def __call__(self, x: mpf) -> mpf:
+    def __call__(self, x: Real) -> Real:
         return sum((c * x**k for c, k in zip(self.coefficients, self.powers, strict=True)), mpf(0))
 
 
@@ -101,21 +103,21 @@ def error_bound(g: Function, low: float, high: float, degree: int = 16, noise: f
     return float(samples / mpmath.cos(mpmath.pi / 24) + tail)
 
 
-def _one(x: mpf) -> mpf:
+def _one(x: Real) -> Real:
     return mpf(1)
 
 
-def _chebyshev_points(a: mpf, b: mpf, n: int) -> list[mpf]:
+def _chebyshev_points(a: Real, b: Real, n: int) -> list[Real]:
     return [(a + b) / 2 + (b - a) / 2 * mpmath.cos(mpmath.pi * (2 * k + 1) / (2 * n)) for k in range(n)]
 
 
-def _chebyshev_coefficients(g: Function, a: mpf, b: mpf, n: int) -> list[mpf]:
+def _chebyshev_coefficients(g: Function, a: Real, b: Real, n: int) -> list[Real]:
     values = [g(x) for x in _chebyshev_points(a, b, n)]
     cosines = [mpmath.cos(mpmath.pi * k / (2 * n)) for k in range(4 * n)]
     return [mpf(2) / n * mpmath.fsum(v * cosines[(2 * k + 1) * j % (4 * n)] for k, v in enumerate(values)) for j in range(n)]
 
 
-def _remez(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function) -> tuple[list[mpf], mpf]:
+def _remez(f: Function, powers: tuple[int, ...], a: Real, b: Real, w: Function) -> tuple[list[Real], Real]:
     """Coefficients and levelled error of the optimum, by exchanging the whole reference at a time."""
     n = len(powers)
     reference = [(a + b) / 2 - (b - a) / 2 * mpmath.cos(mpmath.pi * k / n) for k in range(n + 1)]
@@ -126,7 +128,7 @@ def _remez(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function) ->
         reference = [x if r > floor else x + (b - a) / (64 * n) for x, r in zip(reference, reach, strict=True)]
         coefficients, level = _level(f, powers, reference, w)
 
-        def error(x: mpf, c: list[mpf] = coefficients) -> mpf:
+        def error(x: Real, c: list[Real] = coefficients) -> Real:
             return w(x) * (f(x) - sum((ck * x**k for ck, k in zip(c, powers, strict=True)), mpf(0)))
 
         exact = mpf(2) ** (-mp.prec // 2) * max(abs(w(x) * f(x)) for x in reference)
@@ -136,7 +138,7 @@ def _remez(f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function) ->
     raise NoMinimax(what=f"powers {powers} on [{float(a)}, {float(b)}]", why="the exchange did not settle")
 
 
-def _level(f: Function, powers: tuple[int, ...], reference: list[mpf], w: Function) -> tuple[list[mpf], mpf]:
+def _level(f: Function, powers: tuple[int, ...], reference: list[Real], w: Function) -> tuple[list[Real], Real]:
     """The polynomial whose weighted error alternates between +E and -E on `reference`, and E."""
     n = len(powers)
     matrix, right = mpmath.matrix(n + 1, n + 1), mpmath.matrix(n + 1, 1)
@@ -152,7 +154,7 @@ def _level(f: Function, powers: tuple[int, ...], reference: list[mpf], w: Functi
     return [solution[k] for k in range(n)], solution[n]
 
 
-def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf, exact: mpf) -> tuple[list[mpf], mpf]:
+def _exchange(error: Function, reference: list[Real], a: Real, b: Real, exact: Real) -> tuple[list[Real], Real]:
     """The next reference, and the largest error: each point moves to the extremum of its run of one sign, and the largest
     extremum takes the place of a neighbour if no point reached it. Extrema are found on a grid and refined. An error of at
     most `exact` everywhere counts as none.
@@ -164,7 +166,7 @@ def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf, exact: mpf)
     if abs(values[largest]) <= exact:
         return reference, mpf(0)  # f is such a polynomial, and the rest is rounding
 
-    def climb(start: int) -> tuple[int, mpf]:
+    def climb(start: int) -> tuple[int, Real]:
         """Grid index and place of the extremum of the run around `start`."""
         sign = mpmath.sign(values[start])
         lo = hi = start
@@ -183,7 +185,7 @@ def _exchange(error: Function, reference: list[mpf], a: mpf, b: mpf, exact: mpf)
     return points, max(abs(error(x)) for x in points)
 
 
-def _insert(found: list[tuple[int, mpf]], new: tuple[int, mpf], positive: Callable[[int], bool]) -> list[tuple[int, mpf]]:
+def _insert(found: list[tuple[int, Real]], new: tuple[int, Real], positive: Callable[[int], bool]) -> list[tuple[int, Real]]:
     """`found` (alternating, in order) with `new` in the place of the neighbour of its sign, or of the far end."""
     if new[0] in (i for i, _ in found):
         return found
@@ -195,7 +197,7 @@ def _insert(found: list[tuple[int, mpf]], new: tuple[int, mpf], positive: Callab
     return [new, *found[:-1]] if after == 0 else [*found[1:], new]
 
 
-def _extremum(g: Function, x0: mpf, x1: mpf, x2: mpf) -> mpf:
+def _extremum(g: Function, x0: Real, x1: Real, x2: Real) -> Real:
     """Where g is largest near x1, the best of three neighbours, by parabolas through three points."""
     if x1 in (x0, x2):
         return x1
@@ -217,8 +219,8 @@ def _extremum(g: Function, x0: mpf, x1: mpf, x2: mpf) -> mpf:
 
 
 def _round_in_turn(
-    f: Function, powers: tuple[int, ...], a: mpf, b: mpf, w: Function, widths: tuple[int, ...], optimum: list[mpf]
-) -> list[mpf]:
+    f: Function, powers: tuple[int, ...], a: Real, b: Real, w: Function, widths: tuple[int, ...], optimum: list[Real]
+) -> list[Real]:
     """Round the lowest coefficient, fit the others again, and so on; where 0 is inside, round each as it is.
 
     At 0 the remaining powers vanish together: they are no Haar system there, and could not mend the constant either.
@@ -233,7 +235,7 @@ def _round_in_turn(
     return fixed
 
 
-def round_to(x: mpf, bits: int) -> mpf:
+def round_to(x: Real, bits: int) -> Real:
     """`x` to the nearest number with `bits` significant bits (ties to even)."""
     with mp.workprec(bits):
         return +x

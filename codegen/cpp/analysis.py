@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 
 from ..kernel_ir import Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, walk
+from .index import symbols_of
 from .ops import HEAVY, HEAVY_WEIGHT, identifier
 
 UNKNOWN_EXTENT = 64  # iterations that an estimate of work assumes for a loop whose extent is loaded
@@ -30,9 +31,9 @@ def varying(loop: Loop) -> frozenset[str]:
         for stmt in walk(loop.body):
             match stmt:
                 case Index(name, expr):
-                    reads = {s.name for s in expr.free_symbols}
+                    reads = {s.name for s in symbols_of(expr)}
                 case Load(name, _, _, expr, mask):
-                    reads = {s.name for s in expr.free_symbols} | ({mask} if mask else set())
+                    reads = {s.name for s in symbols_of(expr)} | ({mask} if mask else set())
                 case Compute(name, _, _, args):
                     reads = set(args)
                 case Accumulate(name, value, index):

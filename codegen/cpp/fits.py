@@ -13,7 +13,7 @@ from pathlib import Path
 import mpmath
 from mpmath import mpf
 
-from ..minimax import Fit, minimax
+from ..minimax import Fit, Function, Real, minimax
 from .ops import CTYPE, literal
 
 HEADER = Path(__file__).with_name("vcoef.h")
@@ -29,20 +29,20 @@ class Spec:
 
     name: str
     formula: str
-    function: Callable[[mpf], mpf]
+    function: Function
     low: float
     high: float
     degree: int
-    weight: Callable[[mpf], mpf]
+    weight: Function
     dtype: str = "float32"
 
 
-def _rest(function: Callable[[mpf], mpf], power: int, limit: float | str) -> Callable[[mpf], mpf]:
+def _rest(function: Function, power: int, limit: float | str) -> Function:
     """function(x) / x ** power, which tends to `limit` at 0 (taken where cancellation would eat the working precision)."""
     return lambda x: function(x) / x**power if abs(x) > 1e-9 else mpf(limit)
 
 
-def _of_square(function: Callable[[mpf], mpf], power: int, limit: Callable[[], mpf]) -> Callable[[mpf], mpf]:
+def _of_square(function: Function, power: int, limit: Callable[[], Real]) -> Function:
     """u -> function(sqrt(u)) / sqrt(u) ** power, which tends to `limit` at 0."""
     return lambda u: function(mpmath.sqrt(u)) / mpmath.sqrt(u) ** power if u > 1e-9 else limit()
 

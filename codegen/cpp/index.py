@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, ModularIndexing, PythonMod
@@ -66,24 +67,24 @@ class _Text:
             parts.append(f" {sign} {text}" if parts else (f"-{text}" if negative else text))
         return "".join(parts), _ADD
 
-    def floordiv(self, a: sympy.Expr, b: sympy.Expr) -> tuple[str, int]:
+    def floordiv(self, a: Any, b: Any) -> tuple[str, int]:
         if b.is_Integer and b > 0 and self.is_nonnegative(a):
             return f"{self.at(a, _MUL)} / {b}", _MUL
         return f"floordiv<int64_t>({self.at(a, _ADD)}, {self.at(b, _ADD)})", _ATOM
 
-    def mod(self, a: sympy.Expr, b: sympy.Expr) -> tuple[str, int]:
+    def mod(self, a: Any, b: Any) -> tuple[str, int]:
         if b.is_Integer and b > 0 and self.is_nonnegative(a):
             return f"{self.at(a, _MUL)} % {b}", _MUL
         return f"mod<int64_t>({self.at(a, _ADD)}, {self.at(b, _ADD)})", _ATOM
 
-    def fold(self, function: str, args: tuple[sympy.Expr, ...]) -> tuple[str, int]:
+    def fold(self, function: str, args: Iterable[Any]) -> tuple[str, int]:
         first, *rest = _sorted(args)
         text = self.at(first, _ADD)
         for arg in rest:
             text = f"{function}({text}, {self.at(arg, _ADD)})"
         return text, _ATOM
 
-    def is_nonnegative(self, expr: sympy.Expr) -> bool:
+    def is_nonnegative(self, expr: Any) -> bool:
         if expr.is_Symbol:
             return expr in self.nonnegative or bool(expr.is_nonnegative)
         if expr.is_Integer:
@@ -94,9 +95,14 @@ class _Text:
         return isinstance(expr, known) and all(self.is_nonnegative(a) for a in expr.args)
 
 
-def _sorted(args: Iterable[sympy.Expr]) -> list[sympy.Expr]:
+def _sorted(args: Iterable[Any]) -> list[Any]:
     """Products, names, numbers, in an order that does not depend on the process."""
     return sorted(args, key=lambda a: (a.is_Integer, a.is_Symbol, sympy.default_sort_key(a)))
+
+
+def symbols_of(expr: sympy.Expr) -> frozenset[sympy.Symbol]:
+    """The symbols of `expr`."""
+    return frozenset(s for s in expr.free_symbols if isinstance(s, sympy.Symbol))
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,12 @@ def affine(expr: sympy.Expr, varying: frozenset[sympy.Symbol]) -> Affine | None:
     rest: list[sympy.Expr] = []
     terms: dict[sympy.Symbol, sympy.Expr] = {}
     for term in sympy.Add.make_args(sympy.expand(expr)):
-        moving = term.free_symbols & varying
+        moving = symbols_of(term) & varying
         if not moving:
             rest.append(term)
             continue
         coefficient, symbol = term.as_independent(*moving)
-        if symbol not in varying:
+        if not isinstance(symbol, sympy.Symbol):
             return None
         terms[symbol] = terms.get(symbol, sympy.Integer(0)) + coefficient
     ordered = sorted(((s, c) for s, c in terms.items() if c != 0), key=lambda t: t[0].name)

@@ -15,7 +15,7 @@ import sympy
 from ...errors import InvalidKernel
 from ..kernel_ir import COMPUTE_OPS, Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
 from .analysis import UNKNOWN_EXTENT, is_column, is_light, names, varying, work
-from .index import Affine, affine, index_text
+from .index import Affine, affine, index_text, symbols_of
 from .ops import ARG_OPS, CTYPE, REDUCER, compute_text, identifier, literal
 
 _PARTIALS = 4  # independent accumulators per lane in a light reduction; `tiles` and `reduce` in the headers know 1 and 4
@@ -159,7 +159,7 @@ class _Printer:
         """The symbols of `expr` that vary over the lanes."""
         if self.lanes is None:
             return frozenset()
-        return frozenset(s for s in expr.free_symbols if s == self.lanes.axis or s.name in self.lanes.varying)
+        return frozenset(s for s in symbols_of(expr) if s == self.lanes.axis or s.name in self.lanes.varying)
 
     def offset(self, buffer: str, expr: sympy.Expr) -> str:
         base = self.pointer[buffer]
@@ -421,7 +421,7 @@ class _Printer:
     def estimate(self, work: sympy.Expr) -> sympy.Expr:
         """`work` in sizes alone: an axis counts as its extent, a loaded extent as UNKNOWN_EXTENT iterations."""
         extents = {s.axis: s.extent for s in walk(self.kernel.body) if isinstance(s, Loop)}
-        while inner := work.free_symbols - set(self.kernel.sizes):
+        while inner := symbols_of(work) - set(self.kernel.sizes):
             work = work.subs({s: extents.get(s, sympy.Integer(UNKNOWN_EXTENT)) for s in inner})
         return work
 
