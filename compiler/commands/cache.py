@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
+from contextlib import suppress
 
 import click
 
-from ...codegen.cache import Cache
+from ...codegen.cache import Cache, Entry
 from ...errors import NoCacheEntry
+from ...runtime.native import cache_folder
 from ..terminal import emit, fields, size, table
 from .shared import common
 
@@ -31,17 +34,24 @@ def cache_path(as_json: bool) -> None:
 def cache_ls(kind: str | None, as_json: bool) -> None:
     """List entries, most recently used first."""
     entries = Cache().entries(kind)
-    rows = [(e.key.digest[:12], e.key.kind, e.size, ", ".join(n for n, _ in e.key.parts)) for e in entries]
+    rows = [
+        (e.key.digest[:12], e.key.kind, e.size, time.strftime("%F %T", time.localtime(e.used)), _brief(e)) for e in entries
+    ]
 
     def render() -> str:
         total = f"{len(entries)} entries, {size(sum(e.size for e in entries))}"
-        return f"{table(('digest', 'kind', 'bytes', 'key'), rows)}\n{total}" if rows else total
+        return f"{table(('digest', 'kind', 'bytes', 'last used', 'key'), rows)}\n{total}" if rows else total
 
     data = [
         {"digest": e.key.digest, "kind": e.key.kind, "bytes": e.size, "used": e.used, "key": dict(e.key.parts)}
         for e in entries
     ]
     emit(data, as_json, render)
+
+
+def _brief(entry: Entry) -> str:
+    """Short parts of an entry's key, for a line of a list."""
+    return ", ".join(f"{n} {v}" for n, v in entry.key.parts if v and len(v) <= 40 and not v.startswith("sha256:"))
 
 
 @cache.command("verify")
@@ -58,10 +68,25 @@ def cache_verify(as_json: bool) -> None:
 @click.option("--limit", type=click.IntRange(min=0), default=0, show_default=True, metavar="BYTES", help="Bytes to keep.")
 @common
 def cache_prune(limit: int, as_json: bool) -> None:
-    """Remove least recently used entries until at most BYTES are left (0: all)."""
+    """Remove least recently used entries until at most BYTES are left (0: all, and binaries that artifacts unpacked)."""
     gone = Cache().prune(limit, grace=0.0)
-    data = {"removed": len(gone), "bytes": sum(e.size for e in gone)}
+    unpacked = _remove_unpacked() if limit == 0 else []
+    data = {"removed": len(gone) + len(unpacked), "bytes": sum(e.size for e in gone) + sum(unpacked)}
     emit(data, as_json, lambda: f"removed {data['removed']} entries, {size(data['bytes'])}")
+
+
+def _remove_unpacked() -> list[int]:
+    """Remove what `runtime.native` keeps: the runner, and binaries of loaded artifacts. Returns their sizes.
+
+    Processes that have them loaded keep them; others unpack or build them again.
+    """
+    removed: list[int] = []
+    for path in cache_folder().glob("*.so"):
+        with suppress(OSError):
+            count = path.stat().st_size
+            path.unlink()
+            removed.append(count)
+    return removed
 
 
 @cache.command("explain")
