@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,15 +108,26 @@ class Driver:
         self.call("", "cuDeviceGetAttribute", ctypes.byref(value), which, handle)
         return value.value
 
-    def enter(self, kernel: str, device: int) -> None:
-        """Make sure that this thread has a context; a fresh thread gets the device's primary one, which torch uses."""
-        context = ctypes.c_void_p()
+    def enter(self, kernel: str, device: int) -> bool:
+        """Make a context of `device` this thread's; True where it was another device's before, which `leave` restores.
+
+        A fresh thread gets the device's primary context, which torch uses, and keeps it.
+        """
+        context, current, handle = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
         self.call(kernel, "cuCtxGetCurrent", ctypes.byref(context))
-        if not context.value:
-            handle = ctypes.c_int()
-            self.call(kernel, "cuDeviceGet", ctypes.byref(handle), device)
-            self.call(kernel, "cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-            self.call(kernel, "cuCtxSetCurrent", context)
+        self.call(kernel, "cuDeviceGet", ctypes.byref(handle), device)
+        if context.value:
+            self.call(kernel, "cuCtxGetDevice", ctypes.byref(current))
+            if current.value == handle.value:
+                return False
+        here = bool(context.value)
+        self.call(kernel, "cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        self.call(kernel, "cuCtxPushCurrent_v2" if here else "cuCtxSetCurrent", context)
+        return here
+
+    def leave(self, kernel: str) -> None:
+        """Give the thread back the context that it had before `enter`."""
+        self.call(kernel, "cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 @functools.cache
@@ -169,8 +180,15 @@ class CudaKernel:
             )
         best = max(int(b.target.partition(":")[2]) for b in usable)
         usable = [b for b in usable if b.target == f"cuda:{best}"]
-        self._driver.enter(self.name, device)
-        self._loaded = [self._load(b) for b in sorted(usable, key=lambda b: -len(b.aligned))]
+        self._loaded = self._on_device(lambda: [self._load(b) for b in sorted(usable, key=lambda b: -len(b.aligned))])
+
+    def _on_device(self, act: Callable[[], Any]) -> Any:
+        away = self._driver.enter(self.name, self._device)
+        try:
+            return act()
+        finally:
+            if away:
+                self._driver.leave(self.name)
 
     def _load(self, binary: DeviceBinary) -> _Loaded:
         call, name = self._driver.call, binary.name
@@ -205,9 +223,8 @@ class CudaKernel:
         values = (ctypes.c_uint64 * count)(*numbers, 0 if scratch is None else scratch.data_ptr(), 0)
         start = ctypes.addressof(values)
         parameters = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
-        self._driver.enter(self.name, self._device)
         launch = [loaded.function, programs, 1, 1, WARP * binary.num_warps, 1, 1, binary.shared, ctypes.c_void_p(stream)]
-        self._driver.call(self.name, "cuLaunchKernel", *launch, parameters, None)
+        self._on_device(lambda: self._driver.call(self.name, "cuLaunchKernel", *launch, parameters, None))
 
     def _scratch(self, size: int, stream: int) -> torch.Tensor | None:
         """Scratch memory from torch's allocator, which gives it to later work of the same stream only."""

@@ -235,6 +235,7 @@ int cuGetErrorString(int, const char** text) { *text = "error"; return 0; }
 int cuDeviceGet(int* device, int number) { *device = number; return 0; }
 int cuDeviceGetAttribute(int* value, int which, int) { *value = which == 75 ? 9 : 0; return 0; }
 int cuCtxGetCurrent(void** context) { *context = (void*)1; return 0; }
+int cuCtxGetDevice(int* device) { *device = 0; return 0; }
 int cuModuleLoadData(void** module, const void* data) {
   uint32_t flags; std::memcpy(&flags, (const char*)data + 48, 4);
   sms[++modules] = flags & 255; *module = (void*)(intptr_t)modules; return 0;

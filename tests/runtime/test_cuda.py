@@ -15,7 +15,7 @@ SOURCE = r"""
 #include <cstring>
 #include <cstdint>
 extern "C" {
-int capability = 90, fail_launch = 0, has_context = 0, loads = 0, shared_asked = 0;
+int capability = 90, fail_launch = 0, has_context = 0, loads = 0, shared_asked = 0, depth = 0, depth_of_launch = 0;
 char loaded[64], function[64];
 int64_t grid, threads, shared, stream, arguments[16];
 int launches = 0, count = 0;
@@ -30,6 +30,9 @@ int cuDeviceGetAttribute(int* value, int which, int) { *value = which == 75 ? ca
 int cuCtxGetCurrent(void** context) { *context = has_context ? (void*)1 : nullptr; return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int) { *context = (void*)1; return 0; }
 int cuCtxSetCurrent(void*) { has_context = 1; return 0; }
+int cuCtxGetDevice(int* device) { *device = 0; return 0; }
+int cuCtxPushCurrent_v2(void*) { depth++; return 0; }
+int cuCtxPopCurrent_v2(void**) { depth--; return 0; }
 int cuModuleLoadData(void** module, const void* data) {
   std::strncpy(loaded, (const char*)data, 63); *module = (void*)(intptr_t)(++loads); return 0;
 }
@@ -39,6 +42,7 @@ int cuModuleGetFunction(void** f, void* module, const char* name) {
 int cuFuncSetAttribute(void*, int which, int value) { if (which == 8) shared_asked = value; return 0; }
 int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared_bytes, void* on, void** parameters, void** extra) {
+  depth_of_launch = depth;
   if (fail_launch) return fail_launch;
   if (gy != 1 || gz != 1 || by != 1 || bz != 1 || extra) return 999;
   launches++; grid = gx; threads = bx; shared = shared_bytes; stream = (intptr_t)on; count = (intptr_t)f;
@@ -107,6 +111,17 @@ def test_a_launch_passes_arguments_grid_and_stream(driver: Driver, record: Recor
     numbers = {name: record.get(name, ctypes.c_int64) for name in ("grid", "threads", "shared", "stream")}
     assert numbers == {"grid": 2, "threads": 256, "shared": 100, "stream": 77}
     assert (ctypes.c_char * 64).in_dll(record._library, "function").value == b"scale"
+
+
+def test_a_kernel_on_another_device_than_the_threads_enters_and_leaves_it(driver: Driver, record: Record) -> None:
+    record.set("has_context", 1)
+    kernel = CudaKernel([BINARY], device=1, driver=driver)
+    kernel.launch([16, 16], [1, 1], stream=0)
+    assert (record.get("depth_of_launch"), record.get("depth")) == (1, 0)
+    record.set("fail_launch", 2)
+    with pytest.raises(CudaCallFailed):
+        kernel.launch([16, 16], [1, 1], stream=0)
+    assert record.get("depth") == 0
 
 
 def test_without_programs_nothing_is_launched(driver: Driver, record: Record) -> None:
