@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ import torch
 from plait.codegen.cache import Cache
 from plait.codegen.triton.matmul import LDC, TritonMatmul, configs, linear_epilogue, print_matmul
 from plait.codegen.triton.printer import print_kernel
+from plait.compiler.api import compile as plait_compile
+from plait.compiler.source import Targets
+from plait.runtime.artifact import load
 
+from tests import cuda_models
 from tests.codegen.kernels import BIAS_GELU, COLUMN_SUM, LAYER_NORM, SOFTMAX
-from tests.gpu.kit import Launcher
+from tests.gpu.kit import Launcher, target
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 5
@@ -109,6 +114,25 @@ def matmuls(cache: Cache) -> list[dict[str, Any]]:
     return done
 
 
+def models(cache: Cache) -> list[dict[str, Any]]:
+    """Transformer blocks captured on the CPU, as artifacts loaded here."""
+    done = []
+    for width, heads, shape in ((256, 4, (1, 64)), (1024, 16, (8, 512))):
+        torch.manual_seed(0)
+        model, x = cuda_models.Block(width, heads).eval(), torch.randn(*shape, width)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "block.plait"
+            capability = int(target().partition(":")[2])
+            plait_compile(model, (x,)).save(path, targets=Targets(cuda=(capability,)))
+            loaded = load(path, device="cuda")
+        there, given = model.cuda().requires_grad_(False), x.cuda()
+        compiled = torch.compile(there)
+        runs: dict[str, Run] = {"plait": partial(loaded, given), "eager": partial(there, given)}
+        runs["inductor"] = partial(compiled, given)
+        done.append(compared(f"block {width} {shape[0]}x{shape[1]} float32", runs, rtol=1e-4, atol=1e-4))
+    return done
+
+
 def machine() -> dict[str, Any]:
     import triton
 
@@ -138,7 +162,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(folder)
         try:
-            for measure in (elementwise_and_reductions, matmuls):
+            for measure in (elementwise_and_reductions, matmuls, models):
                 report["timings"] += measure(cache)
         finally:  # what was measured before a comparison failed is still worth reading
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
