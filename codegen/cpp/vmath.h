@@ -41,7 +41,12 @@ template <class V> struct Nearest {
 template <class V, class I> PLAIT_FN V power_of_two(I k) {  // -126 <= k <= 127
   return bitcast<float>(I((k + int32_t(127)) << int32_t(23)));
 }
-template <class V, class I> PLAIT_FN V scale(V x, I k) {  // x * 2^k, rounded once, for -252 <= k <= 254
+// x * 2^n, rounded once, for integers -252 <= n <= 254 (Small: -126 <= n <= 127); k is n as int32
+template <bool Small = false, class V, class I> PLAIT_FN V scale(V x, [[maybe_unused]] V n, I k) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return V(__builtin_ia32_scalefps512_mask(x.v, n.v, x.v, 0xffff, 4));
+#endif
+  if constexpr (Small) return x * power_of_two<V>(k);
   const I half = I(k >> int32_t(1));
   return x * power_of_two<V>(half) * power_of_two<V>(I(k - half));
 }
@@ -119,7 +124,7 @@ template <class V> PLAIT_FN V exp(V x) {
   if constexpr (!same<lane_t<V>, float>) return libm_exp(x);
   else {
     const ExpReduced<V> e(at_least(at_most(x, 89.0f), -105.0f));  // beyond: inf and 0, by the scaling below
-    return scale(V(1.0f + (e.r + fma(V(e.r * e.r), poly(e.r, EXP), e.tail))), e.by.k);
+    return scale(V(1.0f + (e.r + fma(V(e.r * e.r), poly(e.r, EXP), e.tail))), e.by.n, e.by.k);
   }
 }
 template <class V> PLAIT_FN V exp2(V x) {
@@ -127,7 +132,7 @@ template <class V> PLAIT_FN V exp2(V x) {
   else {
     const Nearest<V> by(at_least(at_most(x, 129.0f), -151.0f));
     const V r = at_least(at_most(x, 129.0f), -151.0f) - by.n;
-    return scale(fma(r, poly(r, EXP2), V(1.0f)), by.k);
+    return scale(fma(r, poly(r, EXP2), V(1.0f)), by.n, by.k);
   }
 }
 
@@ -172,7 +177,7 @@ template <class V> PLAIT_FN V tanh(V x) {
     // 1 - 2 / (e^2a + 1): from TANH_SPLIT on, an error of e^2a counts less than half
     const V y = at_most(V(a * (2.0f * LOG2E)), 27.0f);
     const Nearest<V> by(y);
-    const V e = poly(V(y - by.n), TANH_EXP2) * power_of_two<V>(by.k);
+    const V e = scale<true>(poly(V(y - by.n), TANH_EXP2), by.n, by.k);
     return with_sign(where(a < TANH_SPLIT, near, fma(V(-2.0f), V(1.0f / (e + 1.0f)), V(1.0f))), x);
   }
 }
@@ -231,8 +236,8 @@ template <class V> PLAIT_FN V log1p(V x) {
     const V u = x + 1.0f;
     LogReduced<V> by(u);
     // 1 + x = 2^k (1 + f) from x itself, as u has lost bits of it; from 2^60 on, u = x
-    const auto exact = fma(x, power_of_two<V>(rebind_t<V, int32_t>(-by.k)), V(power_of_two<V>(rebind_t<V, int32_t>(-by.k)) - 1.0f));
-    by.f = where(by.k == int32_t(0), x, where(by.k < int32_t(60), exact, by.f));
+    const V shrink = power_of_two<V>(rebind_t<V, int32_t>(-by.k));
+    by.f = where(by.k == int32_t(0), x, where(by.k < int32_t(60), fma(x, shrink, V(shrink - 1.0f)), by.f));
     const V k = cast<float>(by.k);
     const V low = fma(k, V(LN2_LO), log1p_minus(by.f));
     return where(x == 0.0f, x, log_edges(u, fma(k, V(LN2_HI), V(by.f + low))));
