@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,13 @@ def test_compile_says_what_it_did_as_json(folder: Path) -> None:
     assert found["artifact"] == "m.plait" and found["bytes"] == Path("m.plait").stat().st_size
     assert found["coverage"]["generated"] > 0 and found["seconds"].keys() == {"compile", "build and write"}
     assert {p["name"] for p in found["passes"]} >= {"prune"}
+
+
+def test_results_go_to_stdout_and_nothing_else_does_where_nobody_watches(folder: Path) -> None:
+    command = [sys.executable, "-m", "plait.compiler.cli", "compile", "compile_factories:mlp", "--dry-run", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0 and run.stderr == ""
+    assert json.loads(run.stdout)["artifact"] is None
 
 
 def test_an_exported_program_compiles(folder: Path) -> None:
