@@ -47,8 +47,8 @@ demo: .venv/.demo  ## compile a pretrained model ahead of time, load it elsewher
 bench: .venv/.test .venv/.demo  ## every benchmark, against its peers
 	$(BIN)/python -m benchmarks
 
-gpu-check: .venv/.test  ## tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+gpu-check: .venv/.test  ## tests and timings that need a CUDA device
+	$(BIN)/python -m tests.gpu.gpu_check
 
 docs: .venv/.test  ## rewrite the pages that are generated from the code
 	$(BIN)/python -m plait.compiler.docs --write
