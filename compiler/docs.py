@@ -30,8 +30,10 @@ _GROUPS = {
     "P01": "The intermediate representation",
     "P02": "Passes",
     "P03": "Code generation",
+    "P04": "Compiling",
     "P05": "Running plans and artifacts",
-    "P06": "Compiling and the command line",
+    "P06": "Settings",
+    "P07": "The command line",
 }
 
 
