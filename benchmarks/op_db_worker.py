@@ -152,9 +152,10 @@ def mismatch(got: Any, expected: Any, *, values: bool) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The type of an error and the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    """The type of an error and what it says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}"[:300]
 
 
 def run_compiled(call: Callable[..., Any], sample: Any, backend: str) -> tuple[Any, Any, dict[str, Any]]:

@@ -82,6 +82,9 @@ IN_PLACE = (
     "exact"),
     ("{x}[..., ::2] = 0.5", "exact"), ("{x}[1:].mul_(2)", "ring"), ("{x}.select(0, 0).add_(1)", "ring"),
     ("{x}.flatten()[0] = 3", "exact"), ("{x}.view(-1).sub_(1)", "ring"), ("{x}.copy_({x}.flip(0))", "exact"),
+    ("{x}.add_({x}.flip(-1))", "ring"), ("{x}.mul_({x}.roll(1, 0))", "ring"), ("{x}.copy_({x}.cumsum(0))", "rounded"),
+    ("{x}[1:] = {x}[:-1].clone()", "exact"), ("{x}.sub_({x}.mean(0))", "rounded"),
+    ("{x}.copy_({x}.mT.contiguous())", "exact"),
 )  # fmt: skip
 
 
