@@ -268,7 +268,7 @@ def explain(fn: Callable[..., Any], *, options: Mapping[str, Any] | None = None)
         breaks: list[Break] = []
 
         def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-            reason = gm.compile_subgraph_reason
+            reason: Any = gm.compile_subgraph_reason
             if reason is not None and reason.graph_break:
                 breaks.append(_break(reason))
             return plait(gm, example_inputs, options=options)

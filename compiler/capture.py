@@ -21,6 +21,7 @@ from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
 
 from ..errors import CannotCapture, NeedsSizeFact, PlaitError
 from ..ir import Graph, Node, TensorType, Value, from_fx
@@ -70,7 +71,7 @@ class _Probe(Interpreter):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def _refuse_unknown(gm: GraphModule) -> None:
@@ -135,6 +136,7 @@ def capture_forward(gm: GraphModule, inputs: Sequence[Any]) -> Graph:
     _refuse_unknown(gm)
     try:
         _probe(gm, inputs)
+        traced: Any
         traced, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
         _write_back(traced, signature)
         _detach_spans(traced)
@@ -149,7 +151,7 @@ def capture_forward(gm: GraphModule, inputs: Sequence[Any]) -> Graph:
 def _write_back(gm: GraphModule, signature: Any) -> None:
     """The leading outputs that are new values of inputs, as `copy_` before the output."""
     writes = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
-    results = gm.graph.output_node().args[0]
+    results: Any = gm.graph.output_node().args[0]
     count = len(results) - len(signature.user_outputs)
     if count != len(writes) or signature.buffers or signature.parameters:
         raise CannotCapture(why="two inputs get the same new value, or the graph holds state of its own")
@@ -353,7 +355,7 @@ def lower(graph: Graph, decompositions: Decompositions, name: str = "") -> Graph
     places = traced.graph.find_nodes(op="placeholder")
     for n, v in zip(places, lifted.inputs, strict=True):
         n._rename(v.hint or "x")
-    results = traced.graph.output_node().args[0]
+    results: Any = traced.graph.output_node().args[0]
     written = [(places[i], v) for (i, _), v in zip(graph.writes, results[len(graph.outputs) :], strict=True)]
     outputs_to_writes(traced, written, results[: len(graph.outputs)])
     done = from_fx(traced, name or graph.name)

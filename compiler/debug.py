@@ -15,6 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 
 from ..codegen.compile import compile_graph
 from ..errors import NotANumber, NumericsBroken
@@ -98,8 +99,8 @@ def _widen(gm: GraphModule) -> GraphModule:
                 wide = gm.graph.call_function(_widen_result, (n,))
             n.replace_all_uses_with(wide, lambda user, wide=wide: user is not wide)
             continue
-        n.args = torch.fx.node.map_aggregate(n.args, _wide_dtype)
-        n.kwargs = torch.fx.node.map_aggregate(n.kwargs, _wide_dtype)
+        n.args = map_aggregate(n.args, _wide_dtype)
+        n.kwargs = map_aggregate(n.kwargs, _wide_dtype)
     gm.recompile()
     return gm
 

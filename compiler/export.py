@@ -105,7 +105,7 @@ def from_exported(program: ExportedProgram) -> Exported:
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch copying its own tree specs
         functional = program.run_decompositions({})
     gm, signature = functional.graph_module, functional.graph_signature
-    written = {s.target for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
+    written = {str(s.target) for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
     weights, state = _weights(functional, gm, written)
     _write_outputs(gm, signature)
     imported = from_fx(gm, "forward")
@@ -173,7 +173,8 @@ def _write_outputs(gm: GraphModule, signature: Any) -> None:
     buffers = {s.target: nodes.get(s.arg.name) for s in signature.input_specs if s.kind == InputKind.BUFFER}
     writes: list[tuple[FxNode, FxNode]] = []
     results: list[Any] = []
-    for spec, value in zip(signature.output_specs, gm.graph.output_node().args[0], strict=True):
+    outputs: Any = gm.graph.output_node().args[0]
+    for spec, value in zip(signature.output_specs, outputs, strict=True):
         if spec.kind == OutputKind.USER_OUTPUT:
             results.append(spec.arg.value if isinstance(spec.arg, ConstantArgument) else value)
             continue
