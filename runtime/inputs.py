@@ -97,7 +97,8 @@ def _check_kind(spec: InputSpec, x: Any) -> None:
         return
     if not isinstance(x, torch.Tensor):
         raise WrongInputType(name=spec.name, expected="a tensor", got=type(x).__name__)
-    if type(x) is not torch.Tensor and type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+    kind: Any = type(x)
+    if kind is not torch.Tensor and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         raise WrongInputType(name=spec.name, expected="a plain tensor", got=f"the tensor subclass {type(x).__name__}")
     if x.layout is not torch.strided:
         raise WrongInputType(name=spec.name, expected="a dense tensor", got=f"one of layout {x.layout}")
