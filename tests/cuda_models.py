@@ -55,8 +55,8 @@ def mlp() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return Mlp().eval(), (torch.randint(0, 50, (6, 7)),)
 
 
-def captured(model: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any = None) -> Graph:
-    """The lowered graph of a model, on the CPU."""
+def captured(model: nn.Module, inputs: Any, dynamic_shapes: Any = None) -> Graph:
+    """The lowered graph of a model on positional or keyword inputs, on the CPU."""
     return capture.lower(from_exported(export(model, inputs, dynamic_shapes)).graph, table(), "inference")
 
 

@@ -14,14 +14,16 @@ from plait.codegen.target import CPU_ONLY, Target, retarget
 from plait.codegen.triton.build import binaries
 from plait.codegen.triton.interpret import Interpreter
 from plait.codegen.triton.source import TritonSource
+from plait.compiler.observe import observe
 from plait.errors import CannotRetarget, NoCudaDriver, UnknownTarget
 from plait.ir import TensorType, parse_graph, verify
 from plait.runtime import cuda, devices, weights
 from plait.runtime.check import check
 from plait.runtime.plan import Call, KernelSpec, Launch, from_json, to_json
 
-from tests import cuda_models
+from tests import cuda_models, models
 from tests.codegen.cuda_plan import run_interpreted
+from tests.helpers import random_inputs, run
 
 
 def compiled_for(text: str, target: str = "cuda:90", constants: dict[str, torch.Tensor] | None = None) -> CompiledGraph:
@@ -202,6 +204,35 @@ def test_row_ids_out_of_range_are_reported(interpreter: Interpreter):
     tokens[3, 2] = 50
     with pytest.raises(IndexError, match="row id outside its table"):
         run_interpreted(compiled, [tokens], interpreter)
+
+
+SCALE = models.Scale(layers=1, width=16, image=16)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_known_models(name: str, interpreter: Interpreter):
+    graph = cuda_models.captured(models.build(name, SCALE), models.example(name, SCALE, 2, 8))
+    inputs = random_inputs(graph)
+    compiled = compile_graph(retarget(graph), CodegenOptions(target="cuda:90"))
+    assert compiled.coverage.fallback == 0
+    for got, want in zip(run_interpreted(compiled, inputs, interpreter), run(graph, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_graphs_of_training(interpreter: Interpreter):
+    torch._dynamo.reset()
+    with observe() as seen:
+        model = torch.compile(models.build("resnet", SCALE).train(), backend="plait")
+        model(**models.example("resnet", SCALE, 2)).square().mean().backward()
+    assert [r.kind for r in seen.graphs] == ["forward", "backward"]
+    for record in seen.graphs:
+        assert record.graph is not None
+        inputs = random_inputs(record.graph)
+        compiled = compile_graph(retarget(record.graph), CodegenOptions(target="cuda:90"))
+        got, want = run_interpreted(compiled, inputs, interpreter), run(record.graph, inputs)
+        for a, b in zip(got, want, strict=False):  # what is written to inputs comes behind the results
+            if isinstance(b, torch.Tensor):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 # -- kernels and launches -----------------------------------------------------------------------------------------------
