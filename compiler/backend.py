@@ -72,7 +72,10 @@ class _Compilation:
             decompositions=table(self.session.options.keep_ops),
             keep_inference_input_mutations=True,
         )
-        return compiler(gm, inputs)
+        try:
+            return compiler(gm, inputs)
+        finally:
+            self.inputs = ()  # the backward's compiler lives on; the example batch must not
 
     def refuse(self, what: str, error: PlaitError) -> None:
         """Note that something cannot be done here; an error where the options forbid falling back."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -441,6 +443,17 @@ def test_sizes_read_from_tensors() -> None:
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         check(picked, torch.tensor([0.0, 3.0, 0.0, 5.0]), fullgraph=True)
+
+
+def test_the_first_batch_is_not_kept() -> None:
+    layer = nn.Linear(4, 4)
+    compiled = torch.compile(layer, backend="plait")
+    x = torch.randn(3, 4)
+    batch = weakref.ref(x)
+    out = compiled(x)
+    del x, out
+    gc.collect()
+    assert batch() is None
 
 
 # -- freezing ---------------------------------------------------------------------------------------------------------
