@@ -27,7 +27,8 @@ _WORKER = Path(__file__).with_name("interpreter_worker.py")
 
 
 class Interpreter:
-    """A worker process that interprets kernels; a context manager that ends it. The process starts at the first use.
+    """A worker process that interprets kernels; a context manager that ends it. The process starts at the first use and
+    serves one thread at a time.
 
     timeout: seconds that one kernel may take before the worker is killed.
     """

@@ -1,10 +1,12 @@
 """The process in which Triton's interpreter runs: a script, started by interpret.py with TRITON_INTERPRET=1.
 
 It reads one JSON request per line from its standard input and answers each with one line on the pipe that was its
-standard output. Some things of the interpreter are put right here, so that it computes what a device computes:
-float32 to bfloat16 rounds to nearest even (it truncates) and the way back keeps subnormal numbers; `tl.dot` multiplies
-bfloat16 numbers (it multiplies their bit patterns); an access outside the kernel's buffers is an error (it reads or
-corrupts this process); a scalar can bound a loop (not in Triton 3.6 with NumPy 2.4).
+standard output. What the interpreter computes otherwise than a device does is put right here:
+- float32 to bfloat16 rounds to nearest even (it truncates), and the way back keeps subnormal numbers
+- `tl.dot` multiplies bfloat16 numbers (it multiplies their bit patterns)
+- a comparison gives bools (it casts a scalar's back to the type of the operands when it broadcasts it)
+- a scalar can bound a loop (not in Triton 3.6 with NumPy 2.4)
+- an access outside the kernel's buffers is an error (it reads or corrupts this process)
 """
 
 import importlib.util
@@ -43,7 +45,7 @@ class Bounds:
 
     def check(self, pointers, mask, what):
         addresses, active = np.broadcast_arrays(pointers.data, mask.data)
-        addresses = addresses[active.astype(bool)]  # the interpreter also makes masks of integers
+        addresses = addresses[active]
         if not addresses.size:
             return
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
@@ -58,7 +60,7 @@ class Bounds:
 
 
 def correct_interpreter(bounds):
-    """Put right what the module's docstring names."""
+    """Put right what the docstring of this module lists."""
     builder = interpreter.InterpreterBuilder
     convert, dot = interpreter._convert_float, builder.create_dot
     patch_tensor = interpreter._patch_lang_tensor
@@ -79,6 +81,12 @@ def correct_interpreter(bounds):
     def create_dot(self, a, b, *args):
         return dot(self, widened(a), widened(b), *args)
 
+    def giving_bools(compare):
+        def compared(self, a, b):
+            return interpreter.TensorHandle(compare(self, a, b).data.astype(bool), tl.int1)
+
+        return compared
+
     def create_masked_load(self, pointers, mask, *args, **named):
         bounds.check(pointers, mask, "load")
         return load(self, pointers, mask, *args, **named)
@@ -95,6 +103,9 @@ def correct_interpreter(bounds):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    for name in dir(builder):
+        if name.startswith(("create_icmp", "create_fcmp")):
+            setattr(builder, name, giving_bools(getattr(builder, name)))
     interpreter._convert_float = convert_float
     interpreter._patch_lang_tensor = patch_lang_tensor
     for function in (create_dot, create_masked_load, create_masked_store, create_atomic_rmw):

@@ -192,10 +192,11 @@ class _Nest:
         stride = sympy.Integer(1)
         split: list[str] = []
         for i, loop in reversed(list(enumerate(self.parallel))):
+            extent = loop.extent if loop.extent != 0 else sympy.Integer(1)  # an empty nest never runs, but must divide
             if loop.axis.name in body.used:
                 expr = self.linear if stride == 1 else FloorDiv(self.linear, stride)
-                split.append(f"{identifier(loop.axis.name)} = {text(expr if i == 0 else Mod(expr, loop.extent))}")
-            stride *= loop.extent
+                split.append(f"{identifier(loop.axis.name)} = {text(expr if i == 0 else Mod(expr, extent))}")
+            stride *= extent
         return lines + split[::-1]
 
     def _config(self) -> KernelConfig:

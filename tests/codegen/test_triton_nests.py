@@ -126,6 +126,32 @@ def test_an_unvarying_store_and_an_atomic_count(triton_checker: Checker) -> None
     triton_checker.verify_kernel(tree, inputs, {"N": 29}, {"count": torch.tensor([34], dtype=torch.int32), "last": expected})
 
 
+def test_a_scalar_meets_a_tile(triton_checker: Checker) -> None:
+    tree = Kernel(
+        "k",
+        (*reads("x", "y"), *writes("out", dtype="bool")),
+        (N,),
+        (
+            Const("zero", F32, 0.0),
+            parallel(
+                I, N,
+                load("a", "x", I), load("b", "y", 0), op("p", "ne", "a", "zero", dtype="bool"),
+                op("q", "ne", "b", "zero", dtype="bool"), op("r", "xor", "p", "q", dtype="bool"), store("out", I, "r"),
+            ),
+        ),
+    )  # fmt: skip
+    x = whole(40)
+    triton_checker.verify_kernel(tree, {"x": x, "y": torch.ones(1)}, {"N": 40}, {"out": x == 0})
+
+
+def test_a_nest_without_iterations_still_prints_and_compiles(triton_checker: Checker) -> None:
+    index = I * 6 + J * 2 + K * 5
+    tree = kernel(parallel(I, 4, parallel(J, 0, parallel(K, 3, load("a", "x", index), store("out", index, "a")))), sizes=())
+    out = torch.ones(3)
+    (source,) = triton_checker.verify_kernel(tree, {"x": out, "out": out}, {}, {"out": out})
+    assert source.programs({}) == 0
+
+
 def test_axes_of_one_element_vanish() -> None:
     tree = kernel(
         parallel(I, 1, parallel(J, 6, parallel(K, 1, load("a", "x", I * 100 + J + K * 7), store("out", J, "a")))), sizes=()
