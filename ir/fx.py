@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -326,6 +327,10 @@ class _Exporter:
         if isinstance(expr, int) or expr.is_Integer:
             return int(expr)
         if expr not in self.sizes:
+            numerator, denominator = expr.as_numer_denom()
+            if denominator != 1:  # a fraction that is whole for all sizes, such as (s0 + 1) / 2
+                self.sizes[expr] = self.fx.call_function(operator.floordiv, (self.size(numerator), self.size(denominator)))
+                return self.sizes[expr]
             if not expr.args:
                 raise CannotImport(what=f"size {expr}", why="no input or node of the graph carries it", source=None)
             self.sizes[expr] = self.compute(expr)
@@ -335,7 +340,7 @@ class _Exporter:
         if expr.is_Rational or expr.is_Float:
             return float(expr)  # type: ignore[arg-type]
         parts: tuple[Any, ...] = expr.args
-        args: list[Any] = [self.size(a) if not (a.is_Rational and not a.is_Integer) else a for a in parts]
+        args = [self.size(a) for a in parts]
         return self.fx.call_function(_size_function(type(expr)), tuple(args))
 
     def arg(self, a: Arg) -> Any:
@@ -347,6 +352,8 @@ class _Exporter:
             return [self.arg(x) for x in a]  # pyright: ignore
         if isinstance(a, Graph):
             return self.region(a)
+        if isinstance(a, complex) and not cmath.isfinite(a):  # fx would print a name that Python does not know
+            return self.fx.call_function(complex, (a.real, a.imag))
         return a
 
     def region(self, graph: Graph, bare: bool = False) -> FxNode:

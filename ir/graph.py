@@ -289,8 +289,8 @@ def difference(a: Graph, b: Graph) -> str | None:
             )
         if isinstance(x, Graph) and isinstance(y, Graph):
             return structurally_equal(x, y)
-        if isinstance(x, float) and isinstance(y, float) and x != x and y != y:
-            return True
+        if isinstance(x, float | complex) and isinstance(y, float | complex):
+            return repr(x) == repr(y)  # NaN equals itself, 0.0 is not -0.0
         return type(x) is type(y) and bool(x == y)
 
     def link(xs: tuple[Value, ...], ys: tuple[Value, ...], where: str) -> str | None:

@@ -15,15 +15,8 @@ def size_add(*xs: Any) -> Any:
 
 
 def size_mul(*xs: Any) -> Any:
-    """Product of sizes; a rational factor must divide the rest exactly."""
-    numerator: Any = 1
-    denominator = 1
-    for x in xs:
-        if not isinstance(x, int) and getattr(x, "is_Rational", False):
-            numerator, denominator = numerator * int(x.p), denominator * int(x.q)
-        else:
-            numerator = numerator * x
-    return numerator if denominator == 1 else numerator // denominator
+    """Product of sizes."""
+    return reduce(operator.mul, xs)
 
 
 def size_max(*xs: Any) -> Any:

@@ -16,6 +16,8 @@ is inferred, so that text can be edited by hand. Text is deterministic: no addre
 from __future__ import annotations
 
 import ast
+import keyword
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +44,7 @@ from .types import (
     type_text,
 )
 
-_KEYWORDS = frozenset(("graph", "after", "plait", "aten", "py", "torch", "device", "inf", "nan", "return", "def", "None"))
+_KEYWORDS = frozenset(("graph", "after", "plait", "aten", "py", "torch", "device"))
 
 
 class Names:
@@ -58,6 +60,8 @@ class Names:
         base = re.sub(r"\W", "_", hint) or "v"
         if base[0].isdigit():
             base = "v" + base
+        if keyword.iskeyword(base):
+            base += "_"
         name, n = base, self.counts.get(base, 0)
         while name in self.taken:
             n += 1
@@ -87,11 +91,15 @@ def _arg_text(arg: Arg, names: Names, regions: dict[int, str]) -> str:
         return str(arg)
     if isinstance(arg, torch.device):
         return f'device("{arg}")'
-    if isinstance(arg, float) and (arg != arg or arg in (float("inf"), float("-inf"))):
-        return f'float("{arg}")'
+    if isinstance(arg, float):
+        return _float_text(arg)
     if isinstance(arg, complex):
-        return f"complex({arg.real!r}, {arg.imag!r})"
+        return f"complex({_float_text(arg.real)}, {_float_text(arg.imag)})"
     return repr(arg)
+
+
+def _float_text(value: float) -> str:
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
 def _call_text(node: Node, names: Names, regions: dict[int, str]) -> str:
@@ -293,6 +301,8 @@ class _Parser:
                 return Graph(fn.name, tuple(inputs), tuple(nodes), outs, tuple(writes), symbols=self.symbols, constants=used)
             elif isinstance(stmt, ast.Assign) and isinstance(stmt.targets[0], ast.Subscript):
                 target = self.value(stmt.targets[0].value, scope)
+                if target not in inputs:
+                    raise self.fail("only inputs are written")
                 writes.append((inputs.index(target), self.value(stmt.value, scope)))
             elif isinstance(stmt, ast.Assign):
                 nodes.append(self.node(stmt, scope, used))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+import torch
 
 from ..errors import InvalidGraph
-from .fx import order_after
-from .graph import Graph, Node, Value, flatten
-from .infer import effect_of
+from .fx import advance, order_after
+from .graph import LEVELS, Graph, Node, Value, flatten
+from .infer import effect_of, type_of
 from .text import Names, node_text
 from .types import ScalarType, Symbols, TensorType, TokenType, free_symbols
 
@@ -24,6 +25,8 @@ def verify(graph: Graph, *, after_pass: str = "", rule: str = "") -> None:
         return
     why, index = found
     node = graph.nodes[index] if index is not None else None
+    if node is not None and node.loc.rules:
+        rule = rule or node.loc.rules[-1]
     raise InvalidGraph(
         graph=graph.name,
         where=f" after pass {after_pass}" + (f", rule {rule}" if rule else "") if after_pass else "",
@@ -46,8 +49,17 @@ def around(graph: Graph, index: int, lines: int = 10) -> str:
     return "\n".join(out)
 
 
-def problem(graph: Graph) -> tuple[str, int | None] | None:
-    """The first violated invariant as (words, node index), None for a well-formed graph."""
+def problem(graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> tuple[str, int | None] | None:
+    """The first violated invariant as (words, node index), None for a well-formed graph.
+
+    `constants` are those of the graphs around a region: one name means one tensor in all of them.
+    """
+    if graph.level not in LEVELS:
+        return f"there is no level {graph.level!r}", None
+    known = {} if constants is None else constants
+    for name, tensor in graph.constants.items():
+        if known.setdefault(name, tensor) is not tensor:
+            return f"constant {name!r} of region {graph.name} is another tensor than that of the graph around it", None
     defined: set[Value] = set(graph.inputs)
     bound: set[sympy.Symbol] = set()
     if len(defined) != len(graph.inputs):
@@ -56,18 +68,29 @@ def problem(graph: Graph) -> tuple[str, int | None] | None:
         bound |= _binds(v)
     tokens: dict[str, Value] = {}
     for i, node in enumerate(graph.nodes):
-        why = _node_problem(node, graph, defined, bound, tokens)
+        why = _node_problem(node, graph, defined, bound, tokens, known)
         if why is not None:
             return why, i
         defined.update(node.outputs)
         for v in node.outputs:
             bound |= _binds(v)
+    return _end_problem(graph, defined, bound)
+
+
+def _end_problem(graph: Graph, defined: set[Value], bound: set[sympy.Symbol]) -> tuple[str, int | None] | None:
+    """What is wrong with outputs and writes."""
     for v in flatten(graph.outputs):
         if isinstance(v, Value) and v not in defined:
             return f"output {v!r} is not defined", None
+        if isinstance(v, sympy.Expr) and not free_symbols(v) <= bound:
+            return f"size symbol {min(free_symbols(v) - bound, key=str)} is not bound by any input or node", None
+    written: set[int] = set()
     for position, v in graph.writes:
         if not 0 <= position < len(graph.inputs) or v not in defined:
             return f"write to input {position} is ill-formed", None
+        if position in written:
+            return f"input {position} is written twice", None
+        written.add(position)
         if v.type != graph.inputs[position].type:
             return f"write to input {position} has type {v.type}, the input {graph.inputs[position].type}", None
     return None
@@ -86,7 +109,12 @@ def _binds(v: Value) -> frozenset[sympy.Symbol]:
 
 
 def _node_problem(
-    node: Node, graph: Graph, defined: set[Value], bound: set[sympy.Symbol], tokens: dict[str, Value]
+    node: Node,
+    graph: Graph,
+    defined: set[Value],
+    bound: set[sympy.Symbol],
+    tokens: dict[str, Value],
+    constants: dict[str, torch.Tensor],
 ) -> str | None:
     for v in (*node.inputs, *node.after):
         if v not in defined:
@@ -98,7 +126,9 @@ def _node_problem(
         return f"{node.op.name} takes {len(node.op.params)} arguments, has {len(node.args)}"
     if node.op.returns is not None and len(node.results) != node.op.returns:
         return f"{node.op.name} returns {node.op.returns} values, has {len(node.results)}"
-    why = _argument_problem(node, graph.symbols, bound)
+    why = _argument_problem(node, graph, bound) or _type_problem(node, graph.symbols)
+    if why is None and "control_flow" in node.op.traits:
+        why = _region_problem(node, constants)
     if why is not None:
         return why
     effect = effect_of(node.op, node.args)
@@ -108,14 +138,12 @@ def _node_problem(
         return f"{node.op.name} has the effect {effect!r} and must return its token"
     if node.after != order_after(effect, tokens):
         return f"the order of {effect!r} effects is broken: {node.op.name} does not wait for the one before it"
-    from .fx import advance
-
     advance(effect, node.token, tokens)
     return None
 
 
-def _argument_problem(node: Node, symbols: Symbols, bound: set[sympy.Symbol]) -> str | None:
-    for param, arg in zip(node.op.params, node.args, strict=True):
+def _argument_problem(node: Node, graph: Graph, bound: set[sympy.Symbol]) -> str | None:
+    for arg in node.args:
         if arg.__class__ in _PLAIN:
             continue
         for leaf in flatten(arg):
@@ -123,13 +151,46 @@ def _argument_problem(node: Node, symbols: Symbols, bound: set[sympy.Symbol]) ->
                 for s in free_symbols(leaf):
                     if s not in bound:
                         return f"size symbol {s} is not bound by any input or earlier node"
-            elif isinstance(leaf, Graph):
-                inner = problem(leaf)
-                if inner is not None:
-                    return f"in region {leaf.name}: {inner[0]}"
-                if leaf.level != "tensor" and param.kind == "region":
-                    return f"region {leaf.name} is at level {leaf.level}"
-    return _type_problem(node, symbols)
+    if node.op.name == "plait.constant":
+        tensor, kind = graph.constants.get(node.args[0]), node.out.type
+        if tensor is None:
+            return f"there is no constant {node.args[0]!r}"
+        found = type_of(tensor)
+        if (
+            isinstance(found, TensorType)
+            and isinstance(kind, TensorType)
+            and (found.shape, found.dtype)
+            != (
+                kind.shape,
+                kind.dtype,
+            )
+        ):
+            return f"constant {node.args[0]!r} is {found}, its value {kind}"
+    return None
+
+
+def _region_problem(node: Node, constants: dict[str, torch.Tensor]) -> str | None:
+    given = sum(len(a) for a in node.args if isinstance(a, tuple))  # pyright: ignore[reportUnknownArgumentType]
+    for region in node.regions:
+        inner = problem(region, constants)
+        if inner is not None:
+            return inner[0] if inner[0].startswith("constant ") else f"in region {region.name}: {inner[0]}"
+        if region.level != "tensor":
+            return f"region {region.name} is at level {region.level}"
+        if len(region.inputs) != given:
+            return f"region {region.name} takes {len(region.inputs)} values, {given} are given"
+    if node.op.name == "plait.cond":
+        yes, no = (tuple(_kind(v) for v in r.outputs) for r in node.regions)
+        if yes != no:
+            texts = (", ".join(str(v.type) if isinstance(v, Value) else str(v) for v in r.outputs) for r in node.regions)
+            return "the branches return " + " and ".join(texts)
+    return None
+
+
+def _kind(v: Any) -> Any:
+    """What branches must agree on: dtype and rank. Sizes may differ, then the result has a size of its own."""
+    kind = v.type if isinstance(v, Value) else None
+    return (kind.dtype, kind.rank) if isinstance(kind, TensorType) else type(kind)
 
 
 def _type_problem(node: Node, symbols: Symbols) -> str | None:
