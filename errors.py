@@ -110,7 +110,7 @@ class WrongInputDevice(PlaitError):
 
     code = "P0504"
     message = "input {name!r} must be on device {expected}, got {got}"
-    fix = "move it with .to({expected!r}), or compile for {got}"
+    fix = "move it with .to({expected!r}), load the artifact with device={got!r}, or compile for {got}"
 
 
 class WrongInputRank(PlaitError):

@@ -29,7 +29,7 @@ from . import env
 from .backend import check_fallbacks
 from .cache import compile_cached
 from .options import Options
-from .source import CPU_ISAS, Source, Targets
+from .source import CPU_ISAS, Source, Targets, parse_targets
 
 ALL_CPUS = Targets(isas=CPU_ISAS)
 """What an artifact carries binaries for unless it is told otherwise."""
@@ -78,14 +78,15 @@ def compile_source(source: Source, options: Mapping[str, Any], path: str | Path 
     return Done(model.history, model.coverage, {target: made.coverage for target, made in devices.items()}, seconds)
 
 
-def save(model: Ready, path: str | Path, *, targets: Targets | None = None) -> None:
-    """Write an artifact with binaries for `targets`; by default for all CPUs, or for the device of a model captured there.
+def save(model: Ready, path: str | Path, *, targets: Targets | str | None = None) -> None:
+    """Write an artifact with binaries for `targets`, such as "cpu,cuda:90"; by default for all CPUs, or for the device of
+    a model that was captured on one.
 
     A model captured on the CPU is compiled for CUDA targets too, by plans of their own; no GPU is needed. Raises BadTarget
-    for CPUs where the model was captured on a CUDA device, CannotRetarget, NoTriton, CrossCompilationFailed, NoCompiler,
-    KernelBuildFailed, and what `runtime.artifact.write` raises.
+    for an unknown target and for CPUs where the model was captured on a CUDA device, CannotRetarget, NoTriton,
+    CrossCompilationFailed, NoCompiler, KernelBuildFailed, and what `runtime.artifact.write` raises.
     """
-    write(path, parts(model, targets))
+    write(path, parts(model, parse_targets(targets) if isinstance(targets, str) else targets))
 
 
 def parts(model: Ready, targets: Targets | None = None) -> Parts:

@@ -96,7 +96,7 @@ def test_weights_are_stored_once_for_all_plans(artifact: Path) -> None:
 
 def test_equal_models_give_equal_files(artifact: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.plait"
-    plait.compile(*cuda_models.block()).save(again, targets=Targets(isas=(CPU,), cuda=(80, 90)))
+    plait.compile(*cuda_models.block()).save(again, targets=f"cpu:{CPU},cuda:80,cuda:90")
     assert again.read_bytes() == artifact.read_bytes()
 
 
