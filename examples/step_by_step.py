@@ -33,8 +33,8 @@ def main() -> None:
     print("\nwhat fold changed:\n" + compiled.diff("fold"))
 
     for kernel in compiled.kernels:
-        print(f"kernel {kernel.name}, launched {kernel.launches} time(s) per call, computes:")
-        print("".join(f"    {node}\n" for node in kernel.nodes))
+        print(f"kernel {kernel.name}, launched {kernel.launches} time(s) in a call, begins:")
+        print("".join(f"    {line}\n" for line in kernel.source.splitlines()[:8]))
 
     # Every graph runs at any moment: here the first step's result, interpreted op by op by torch.
     early = compiled.history[0].after.run(x)[0]
