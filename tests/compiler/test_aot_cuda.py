@@ -14,7 +14,10 @@ import plait
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from plait.codegen.compile import CodegenOptions
+from plait.codegen.backends import BACKENDS
+from plait.codegen.compile import CodegenOptions, compile_graph
+from plait.codegen.target import Target
+from plait.codegen.triton import build
 from plait.compiler.aot import device_graphs
 from plait.compiler.backend import target_of
 from plait.compiler.cli import main
@@ -262,13 +265,33 @@ class Launched(ctypes.Structure):
                 ("first", ctypes.c_int64), ("second", ctypes.c_int64))  # fmt: skip
 
 
-def test_a_loaded_model_launches_its_cubins_in_order(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Callable[[int, int], None]
-) -> None:
-    """The memory is the CPU's and the stand-in computes nothing: what is checked is what reaches the driver."""
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
     (tmp_path / "cuda.cpp").write_text(STAND_IN)
     subprocess.run(["g++", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so", tmp_path / "cuda.cpp"], check=True)
-    driver = cuda.Driver(str(tmp_path / "libcuda.so"))
+    return tmp_path / "libcuda.so"
+
+
+def test_a_graph_captured_on_a_device_compiles_for_it_at_once(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `torch.compile` does with CUDA tensors, as far as a machine without them goes."""
+    driver = cuda.Driver(str(stand_in))
+    monkeypatch.setattr(build, "default_driver", lambda: driver)
+    graph = parse_graph('def f(x: "f32[8]@cuda:0"):\n    y = aten.exp.default(x)\n    return (y,)')
+    compiled = compile_graph(graph, CodegenOptions(target="cuda:90"))
+    target = Target("cuda:90")
+    kernels = BACKENDS[target.kind].load(compiled.plan, compiled.sources, target, target.device(graph), "native")
+    ((name, kernel),) = kernels.items()
+    kernel.launch([16, 32], [], 5)
+    library = ctypes.CDLL(str(stand_in))
+    (one, *_) = (Launched * 64).in_dll(library, "log_")
+    assert (one.name.decode(), one.grid, one.stream, one.first, one.second) == (name, 1, 5, 16, 32)
+
+
+def test_a_loaded_model_launches_its_cubins_in_order(
+    artifact: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch, gpu: Callable[[int, int], None]
+) -> None:
+    """The memory is the CPU's and the stand-in computes nothing: what is checked is what reaches the driver."""
+    driver = cuda.Driver(str(stand_in))
     gpu(9, 0)
     monkeypatch.setattr(cuda, "default_driver", lambda: driver)
     monkeypatch.setattr(devices, "place", lambda plan, device: on_cpu(plan))
@@ -283,7 +306,7 @@ def test_a_loaded_model_launches_its_cubins_in_order(
     x = torch.randn(2, 9, 32)
     result = model(x)
     assert result.shape == x.shape
-    library = ctypes.CDLL(str(tmp_path / "libcuda.so"))
+    library = ctypes.CDLL(str(stand_in))
     count = ctypes.c_int.in_dll(library, "launches").value
     log = list((Launched * 64).in_dll(library, "log_"))[:count]
     steps = [s for s in model.executable.plan.steps if isinstance(s, Launch)]
