@@ -6,7 +6,8 @@ Operands without it are shared by all pieces; a piece is a row-major tensor of i
 names: chunks that overlap communication, instances of a batch that share some arguments, shards on several devices.
 
 An axis may carry several letters, outermost first (`view` of `(6, 4)` as `(24,)` gives one axis with two letters), or none
-(a size of 1 that is broadcast). The rules are in `axis_rules.py`; an op without one is a `Reason`, never a guess.
+(a size of 1 that is broadcast). The rules are in `axis_rules.py` and `axis_products.py`; an op without one is a `Reason`,
+never a guess.
 """
 
 from __future__ import annotations
@@ -177,8 +178,9 @@ def axes_of(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> AxisMap | Reason
 
 
 def _axes(op: Op, typed: tuple[Arg, ...], results: tuple[Any, ...]) -> AxisMap | Reason:
-    from . import axis_rules  # registers the rules
+    from . import axis_products, axis_rules  # register the rules
 
+    assert axis_products is not None
     if effect_of(op, typed) == "random":
         return Reason(f"{op.name} draws random numbers: pieces would draw others")
     operands = tuple(a for a in flatten(typed) if isinstance(a, TensorType))

@@ -117,6 +117,16 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("aten.reflection_pad2d.default", (x(4, 3, 8, 8), (1, 2, 1, 0))),
     ("aten.replication_pad2d.default", (x(4, 3, 8, 8), (1, 2, 1, 0))),
     ("aten.pixel_shuffle.default", (x(4, 8, 3, 3), 2)),
+    ("aten.dropout.default", (x(4, 6), 0.5, False)), ("aten.flatten.using_ints", (x(2, 4, 6), 1)),
+    ("aten.repeat.default", (x(4, 6), (3, 1, 2))), ("aten.layer_norm.default", (x(4, 6), (6,))),
+    ("aten.rms_norm.default", (x(4, 6), (6,), x(6))),
+    ("aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+     (x(2, 4, 6, 8), x(2, 4, 6, 8), x(2, 4, 5, 8), x(2, 4, 5, 8), x(2, 4, 6, 8), x(2, 4, 6), 0.0, False)),
+    ("aten.embedding_dense_backward.default", (x(4, 3, 6), index(4, 3, high=10), 10, -1, False)),
+    ("aten.avg_pool2d_backward.default", (x(4, 3, 4, 4), x(4, 3, 8, 8), (2, 2), (2, 2), (0, 0), False, True, None)),
+    ("aten.max_pool2d_with_indices_backward.default",
+     (x(4, 3, 4, 4), x(4, 3, 8, 8), (2, 2), (2, 2), (0, 0), (1, 1), False, index(4, 3, 4, 4, high=64))),
+    ("aten._adaptive_avg_pool2d_backward.default", (x(4, 3, 4, 4), x(4, 3, 8, 8))),
 ]  # fmt: skip
 
 
@@ -268,6 +278,7 @@ def test_symbolic_sizes():
          "between heads"),
         ("aten.index.Tensor", (x(4, 6), (mask(4),)), "true elements"),
         ("aten.cat.default", ((x(0), x(4, 6)), 0), "empty vector"),
+        ("aten.embedding_dense_backward.default", (x(4, 6), index(4, high=9), 10, -1, True), "how often its row"),
         ("aten.linear.default", (x(4, 6), x(6), None), "a vector"),
         ("aten.index_select.default", (x(4), 0, index(high=4)), "no vector"),
         ("aten.gather.default", (x(), 0, index(high=1)), "from a number"),
