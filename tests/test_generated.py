@@ -108,7 +108,7 @@ def test_a_refused_statement_leaves_no_trace():
     worlds = Worlds([(("n", 3),)], seed=0)
     worlds.bind(Input("a", 'data(1, (n,), torch.float32, "normal")'))
     before = worlds.value("a").clone()
-    assert worlds.accept(Statement("a.add_(torch.ones(7))", ("a",), mutates="a"))
+    assert worlds.accept(Statement("a.add_(torch.ones(7))", ("a",), mutates=("a",)))
     assert torch.equal(worlds.value("a"), before)
     assert worlds.accept(Statement("v0 = a.reshape(5)", ("a",), ("v0",)))
     assert "v0" not in worlds.each[0].actual

@@ -23,7 +23,7 @@ __all__ = ["Program", "Result", "Verdict", "check", "judge", "program", "reprodu
 CATALOGUE = {
     elementwise.exact_unary: 6, elementwise.tests: 3, elementwise.rounded_unary: 8, elementwise.activation: 5,
     elementwise.int_unary: 2, elementwise.ring_binary: 12, elementwise.exact_binary: 5, elementwise.rounded_binary: 6,
-    elementwise.ternary: 4, elementwise.where: 4, elementwise.cast: 5, elementwise.in_place: 5,
+    elementwise.ternary: 4, elementwise.where: 4, elementwise.cast: 5, elementwise.in_place: 5, elementwise.exchange: 2,
     elementwise.size_arithmetic: 3, structure.permute: 5, structure.reshape: 6, structure.expand: 4, structure.slices: 6,
     structure.small_views: 6, structure.join: 4, structure.split: 3, structure.index: 3, structure.scatter: 2,
     structure.pad: 2, compound.sums: 10, compound.picks: 5, compound.pairs: 2, compound.norms: 5, compound.losses: 2,

@@ -34,7 +34,7 @@ class Draft:
     outs: int = 1
     numerics: str = "rounded"
     degree: int = 0
-    mutates: str | None = None
+    mutates: tuple[str, ...] = ()
 
 
 Maker = Callable[["Builder"], Draft]
@@ -184,7 +184,7 @@ class Builder:
         else:
             defines = tuple(f"v{first + i}" for i in range(draft.outs))
             text = f"{', '.join(defines)} = {draft.text}"
-            statement = Statement(text, reads, defines, None, draft.numerics, draft.degree)
+            statement = Statement(text, reads, defines, (), draft.numerics, draft.degree)
         if self.worlds.accept(statement):
             return False
         self.statements.append(statement)
@@ -218,6 +218,6 @@ def broadcasts(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
 
 def prune(program: Program) -> Program:
     """Drop inputs that nothing reads (one stays)."""
-    used = set().union(*(names_in(o) for o in program.outputs), *({*s.reads, s.mutates} for s in program.statements))
+    used = set().union(*(names_in(o) for o in program.outputs), *(s.reads for s in program.statements))
     kept = tuple(i for i in program.inputs if i.name in used)
     return dataclasses.replace(program, inputs=kept or program.inputs[:1])

@@ -154,7 +154,7 @@ def _bypass(program: Program, index: int, operand: str) -> Program:
             s,
             text=rename(s.text, swap),
             reads=tuple(swap.get(r, r) for r in s.reads),
-            mutates=swap.get(s.mutates, s.mutates) if s.mutates else None,
+            mutates=tuple(swap.get(m, m) for m in s.mutates),
         )
         for i, s in enumerate(program.statements)
         if i != index

@@ -174,12 +174,22 @@ def in_place(b: Builder) -> Draft:
     text, numerics = b.rng.choice(IN_PLACE)
     x = b.pick("float" if b.rng.random() < 0.8 else "number", writable=True)
     if "{y}" not in text:
-        return Draft(text.format(x=x), (x,), numerics=numerics, mutates=x)
+        return Draft(text.format(x=x), (x,), numerics=numerics, mutates=(x,))
     y = b.partner(x, "number", scalars="[" not in text)
     if y == x and "copy_" in text:
         raise NoCandidate("itself")
     reads = _reads(b, x, y)
-    return Draft(text.format(x=x, y=y), reads, numerics=numerics, mutates=x)
+    return Draft(text.format(x=x, y=y), reads, numerics=numerics, mutates=(x,))
+
+
+def exchange(b: Builder) -> Draft:
+    """Two values trade contents, or one moves on to the next: an order of writes that loses nothing must be found."""
+    inner = b.rng.random() < 0.4  # else arguments as well
+    x = b.pick("number", ndim=(1, 4), writable=inner)
+    y = b.pick("number", where=lambda n: n != x and b.dims(n) == b.dims(x), writable=inner)
+    forms = ("{x}[...], {y}[...] = {y}.clone(), {x}.clone()", "{x}[...], {y}[...] = {y} + 1, {x} * 2")
+    i = b.rng.randrange(2)
+    return Draft(forms[i].format(x=x, y=y), (x, y), numerics=("exact", "ring")[i], mutates=(x, y))
 
 
 def size_arithmetic(b: Builder) -> Draft:

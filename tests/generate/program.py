@@ -97,7 +97,7 @@ class Statement:
     text: str
     reads: tuple[str, ...]
     defines: tuple[str, ...] = ()
-    mutates: str | None = None
+    mutates: tuple[str, ...] = ()
     numerics: str = "rounded"
     degree: int = 0
 

@@ -50,7 +50,7 @@ class World:
         step(statement, self.actual)
         for env in (self.wide, *self.noisy):
             step(statement, env, wide=True)
-        touched = statement.defines + ((statement.mutates,) if statement.mutates else ())
+        touched = statement.defines + statement.mutates
         if statement.numerics == "exact":
             return
         if statement.numerics == "ring" and self._stays_exact(operands, touched, statement.degree):
@@ -66,14 +66,14 @@ class World:
             for env in self.noisy:
                 noise = torch.rand(env[name].shape, generator=generator, dtype=torch.float64) * 2 - 1
                 shifted = env[name] + noise * unit * (env[name].abs() + scale)
-                if name == statement.mutates:
+                if name in statement.mutates:
                     env[name].copy_(shifted)
                 else:
                     env[name] = shifted
 
     def unsound(self, statement: Statement) -> str:
         """Why the statement's results do not have one right answer; empty when they have."""
-        for name in statement.defines + ((statement.mutates,) if statement.mutates else ()):
+        for name in statement.defines + statement.mutates:
             value, wide = self.actual[name], self.wide[name]
             if not isinstance(value, torch.Tensor):
                 continue
