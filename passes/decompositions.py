@@ -40,7 +40,8 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "partial writes": ("select_scatter", "slice_scatter"),
     # the library sorts or owns rows; index_put(accumulate=True) on CPU adds serially
     "accumulating scatters": ("embedding_dense_backward", "index_add"),
-    # interpolation and pooling: gathers with several taps, which the library vectorises over channels
+    # interpolation and pooling: gathers with several taps, which the library vectorises over channels (torch itself opens
+    # interpolation by scale factors into gathers before this table is asked)
     "sampling": (
         "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
         "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
