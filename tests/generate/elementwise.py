@@ -184,9 +184,12 @@ def in_place(b: Builder) -> Draft:
 
 def exchange(b: Builder) -> Draft:
     """Two values trade contents, or one moves on to the next: an order of writes that loses nothing must be found."""
-    inner = b.rng.random() < 0.4  # else arguments as well
-    x = b.pick("number", ndim=(1, 4), writable=inner)
-    y = b.pick("number", where=lambda n: n != x and b.dims(n) == b.dims(x), writable=inner)
+    if b.rng.random() < 0.5:
+        x = b.pick("number", ndim=(1, 4), writable=True)
+        y = b.pick("number", where=lambda n: n != x and b.dims(n) == b.dims(x), writable=True)
+    else:  # two arguments: what the caller sees changes
+        x = b.pick("number", ndim=(1, 4), where=lambda n: n in [i.name for i in b.inputs])
+        y = b.fresh(b.dims(x), "float")
     forms = ("{x}[...], {y}[...] = {y}.clone(), {x}.clone()", "{x}[...], {y}[...] = {y} + 1, {x} * 2")
     i = b.rng.randrange(2)
     return Draft(forms[i].format(x=x, y=y), (x, y), numerics=("exact", "ring")[i], mutates=(x, y))
