@@ -27,9 +27,9 @@ class _ExprPrinter(StrPrinter):
 
 
 for _name in FUNCTIONS:
-    setattr(_ExprPrinter, f"_print_{_name}", _ExprPrinter._print_Function)
+    setattr(_ExprPrinter, f"_print_{_name}", _ExprPrinter._print_Function)  # pyright: ignore[reportPrivateUsage]
 for _name in ("StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "Equality", "Unequality"):
-    setattr(_ExprPrinter, f"_print_{_name}", _ExprPrinter._print_Relational)
+    setattr(_ExprPrinter, f"_print_{_name}", _ExprPrinter._print_Relational)  # pyright: ignore[reportPrivateUsage]
     FUNCTIONS[_name] = getattr(sympy, _name)
 
 _PRINTER = _ExprPrinter({"order": "none"})

@@ -25,7 +25,7 @@ class FakeWorld:
             hint = info.hint if info.hint is not None else max(info.low, 2) + 6 + i
             self._hints[symbol] = hint
             self.env.var_to_range[symbol] = ValueRanges(info.low, info.high if info.high is not None else sympy.oo)
-            nowhere = self.env._get_sloc()
+            nowhere = self.env._get_sloc()  # pyright: ignore[reportPrivateUsage]
             self.env.var_to_range_sloc[symbol] = ValueRangesSLoc(nowhere, nowhere)
             # the hint's home is named differently across torch versions
             values: Any = getattr(self.env, "backed_var_to_val", None)

@@ -264,6 +264,16 @@ class Program:
     entry: str
 
 
+def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True where two constants hold the same bits in the same shape; NaN equals itself."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    x, y = (t.detach().contiguous().reshape(-1).view(torch.uint8) if t.numel() else t for t in (a, b))
+    return bool(torch.equal(x, y))
+
+
 def _same_type(a: ValueType, b: ValueType) -> bool:
     return a == b
 
@@ -326,10 +336,7 @@ def difference(a: Graph, b: Graph) -> str | None:
     if set(a.constants) != set(b.constants):
         return "constants differ"
     for name, tensor in a.constants.items():
-        other = b.constants[name]
-        if tensor is not other and not (
-            tensor.shape == other.shape and tensor.dtype == other.dtype and bool(torch.equal(tensor, other))
-        ):
+        if not same_tensor(tensor, b.constants[name]):
             return f"constant {name!r} differs"
     return None
 
@@ -343,5 +350,6 @@ def expr_symbols(arg: Arg) -> Iterator[sympy.Symbol]:
 
 __all__ = [
     "LEVELS", "NOWHERE", "Arg", "Graph", "Loc", "Node", "OpaqueType", "Program", "ScalarType", "TensorType", "TokenType",
-    "Value", "bind", "difference", "expr_symbols", "flatten", "map_arg", "structurally_equal",
+    "Value", "bind", "difference", "expr_symbols", "flatten", "map_arg", "same_tensor",
+    "structurally_equal",
 ]  # fmt: skip

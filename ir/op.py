@@ -118,7 +118,7 @@ def _default(argument: Any) -> Any:
 
 
 def _from_overload(overload: OpOverload) -> Op:
-    schema = overload._schema
+    schema = overload._schema  # pyright: ignore[reportPrivateUsage]
     params = tuple(
         Param(
             a.name,

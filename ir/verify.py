@@ -9,7 +9,7 @@ import torch
 
 from ..errors import InvalidGraph
 from .fx import advance, order_after
-from .graph import LEVELS, Graph, Node, Value, flatten
+from .graph import LEVELS, Graph, Node, Value, flatten, same_tensor
 from .infer import effect_of, type_of
 from .text import Names, node_text
 from .types import ScalarType, Symbols, TensorType, TokenType, free_symbols
@@ -58,7 +58,7 @@ def problem(graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> t
         return f"there is no level {graph.level!r}", None
     known = {} if constants is None else constants
     for name, tensor in graph.constants.items():
-        if known.setdefault(name, tensor) is not tensor:
+        if not same_tensor(known.setdefault(name, tensor), tensor):
             return f"constant {name!r} of region {graph.name} is another tensor than that of the graph around it", None
     defined: set[Value] = set(graph.inputs)
     bound: set[sympy.Symbol] = set()

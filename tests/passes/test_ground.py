@@ -67,6 +67,29 @@ def test_fold_names_depend_on_content():
     assert str(one) == str(same) != str(other)
 
 
+def test_fold_gives_equal_constants_of_regions_one_name():
+    text = """
+def f(p: "b1[]", x: "f32[2,3]"):
+    def yes(x: "f32[2,3]"):
+        w = plait.constant("w")
+        a = aten.mul.Tensor(w, 2.0)
+        b = aten.add.Tensor(x, a)
+        return (b,)
+    def no(x: "f32[2,3]"):
+        w = plait.constant("w")
+        a = aten.mul.Tensor(w, 2.0)
+        b = aten.sub.Tensor(x, a)
+        return (b,)
+    r = plait.cond(p, yes, no, (x,))  # f32[2,3]
+    return (r,)
+"""
+    step = apply(Fold(), graph(text, {"w": torch.where(W > 4, float("nan"), W)}))
+    assert step.fired == {"fold": 2}
+    check_graph(step.after, runs=False)
+    yes, no = step.after.nodes[0].regions
+    assert yes.constants.keys() == no.constants.keys()
+
+
 def test_fold_lets_large_constants_die():
     text = 'def f():\n    w = plait.constant("w")\n    a = aten.mul.Tensor(w, 2.0)\n    return (a{})\n'
     big = torch.arange(100.0)
