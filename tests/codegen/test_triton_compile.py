@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from plait.codegen.cache import Cache
 from plait.codegen.triton import compile as compiling
 from plait.codegen.triton.compile import TARGETS, cross_compile, resources
@@ -16,6 +17,7 @@ from plait.errors import CrossCompilationFailed, NoTriton, UnknownTarget
 from plait.runtime.cuda import DeviceBinary
 
 from tests.codegen.kernels import ADD_IN_PLACE, BIAS_GELU, SOFTMAX
+from tests.gpu import gpu_check
 
 
 def test_a_binary_says_what_a_launch_needs(triton_cache: Cache) -> None:
@@ -99,3 +101,10 @@ def test_compiling_in_an_interpreting_process_is_refused(triton_cache: Cache, mo
 
 def test_targets_name_two_cuda_generations_and_one_of_amd() -> None:
     assert TARGETS == ("cuda:80", "cuda:90", "hip:gfx942")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_the_gpu_check_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_check"])
+    assert gpu_check.main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
