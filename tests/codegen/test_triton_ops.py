@@ -50,9 +50,10 @@ SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 2.0, -2.0, 0.5, 
 def kernel_of(ops: dict[str, str], dtype: str, arity: int) -> Kernel:
     """A kernel that computes every op (name -> result dtype) of x, or of x and y."""
     names = ("x", "y")[:arity]
-    body: list = [Load(n, dtype, n, AT) for n in names]
+    loaded = tuple(f"{n}_at" for n in names)
+    body: list = [Load(at, dtype, n, AT) for at, n in zip(loaded, names, strict=True)]
     for op, out in ops.items():
-        body += [Compute(f"v_{op}", out, op, names), Store(f"out_{op}", AT, f"v_{op}")]
+        body += [Compute(f"v_{op}", out, op, loaded), Store(f"out_{op}", AT, f"v_{op}")]
     buffers = [Buffer(n, dtype, "read") for n in names] + [Buffer(f"out_{op}", out, "write") for op, out in ops.items()]
     return Kernel(f"ops_{dtype}_{arity}", tuple(buffers), (N,), (Loop(AT, N, tuple(body), "parallel", True),))
 
