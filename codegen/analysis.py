@@ -145,6 +145,9 @@ class Analysis:
     def _wanted(self) -> set[Value]:
         """Values that must be in memory, or be views of memory."""
         wanted = set(self.graph.results)
+        for _, copy in self.graph.writes:
+            # what goes back to an input is finished before the first input changes: it may be made of any of them
+            wanted.update(self.graph.producers[copy].inputs)
         for node in reversed(self.graph.nodes):
             if node in self.calls:
                 wanted.update(node.inputs)
