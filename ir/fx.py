@@ -304,9 +304,12 @@ class _Exporter:
             self.bind_sizes(v)
         for node in self.graph.nodes:
             self.node(node)
-        for i, v in self.graph.writes:
+        finished: list[Any] = [self.env[v] for _, v in self.graph.writes]
+        if len(finished) > 1:  # one may be made of an input that another one overwrites
+            finished = [self.fx.call_function(torch.ops.aten.clone.default, (n,)) for n in finished]
+        for (i, _), source in zip(self.graph.writes, finished, strict=True):
             target = self.env[self.graph.inputs[i]]
-            self.links.writes[self.fx.call_function(torch.ops.aten.copy_.default, (target, self.env[v]))] = i
+            self.links.writes[self.fx.call_function(torch.ops.aten.copy_.default, (target, source))] = i
         self.links.values.update((n, v) for v, n in self.env.items())
         outputs = tuple(self.arg(a) for a in self.graph.outputs)
         self.fx.output(outputs[0] if self.bare else outputs)
