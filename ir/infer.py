@@ -62,11 +62,10 @@ def infer(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, .
     fact about a size symbol that is not known.
     """
     typed = map_arg(args, lambda a: a.type if isinstance(a, Value) else a)
-    found = by_rule(op, typed, symbols)
+    found = () if op.returns == 0 else by_rule(op, typed, symbols)  # what returns nothing checks when it runs
     if found is None:
         found = _region_types(op, typed) if op.has("control_flow") else _by_fake_tensors(op, typed, symbols)
     types = found if isinstance(found, tuple) else (found,)
-    types = () if op.returns == 0 else types  # torch returns None there
     effect = effect_of(op, args)
     return types if effect is None else (*types, TokenType(effect))
 

@@ -128,9 +128,10 @@ def node_text(node: Node, names: Names, regions: dict[int, str] | None = None, *
     call = _call_text(node, names, inside)
     outs = ", ".join(names.of.get(v) or names.define(v) for v in node.outputs)
     types = ", ".join(type_text(v.type) for v in node.outputs)
-    line = f"{outs} = {call}  # {types}" if node.outputs else call
     where = node.loc.short if locations else ""
-    return f"{line}  {where}" if where else line
+    comment = "  ".join(filter(None, (types, where))) if node.outputs else where and f"  {where}"
+    line = f"{outs} = {call}" if node.outputs else call
+    return f"{line}  # {comment}" if comment else line
 
 
 def print_graph(graph: Graph, *, locations: bool = True, header: bool = True) -> str:
@@ -304,13 +305,13 @@ class _Parser:
                 if target not in inputs:
                     raise self.fail("only inputs are written")
                 writes.append((inputs.index(target), self.value(stmt.value, scope)))
-            elif isinstance(stmt, ast.Assign):
+            elif isinstance(stmt, ast.Assign | ast.Expr):
                 nodes.append(self.node(stmt, scope, used))
             else:
                 raise self.fail("only assignments, regions and one return are allowed")
         raise self.fail(f"{fn.name} has no return")
 
-    def node(self, stmt: ast.Assign, scope: dict[str, Any], used: dict[str, torch.Tensor]) -> Node:
+    def node(self, stmt: ast.Assign | ast.Expr, scope: dict[str, Any], used: dict[str, torch.Tensor]) -> Node:
         call = stmt.value
         if not isinstance(call, ast.Call):
             raise self.fail("the right side must be a call of an op")
@@ -326,10 +327,12 @@ class _Parser:
             if bound[0] not in self.constants:
                 raise self.fail(f"no constant {bound[0]!r} was given")
             used[bound[0]] = self.constants[bound[0]]
-        types = self.types_of_line(stmt.end_lineno or stmt.lineno, found, bound)
-        target = stmt.targets[0]
+        types = self.types_of(stmt, found, bound)
+        target = stmt.targets[0] if isinstance(stmt, ast.Assign) else ast.Tuple([])
         targets = target.elts if isinstance(target, ast.Tuple) else [target]
         for name in map(ast.unparse, targets):
+            if not name.isidentifier():
+                raise self.fail(f"{name} cannot be assigned to")
             if any(s.name == name for s in self.symbols):
                 raise self.fail(f"{name} is the name of a size symbol")
         if len(targets) != len(types):
@@ -338,9 +341,10 @@ class _Parser:
         scope.update({v.hint: v for v in outs})
         return Node(found, bound, outs, after, Loc())
 
-    def types_of_line(self, line: int, found: Op, bound: tuple[Arg, ...]) -> tuple[ValueType, ...]:
-        text = self.lines[line - 1]
-        _, mark, comment = text.partition("  # ")
+    def types_of(self, stmt: ast.stmt, found: Op, bound: tuple[Arg, ...]) -> tuple[ValueType, ...]:
+        line, column = stmt.end_lineno or stmt.lineno, stmt.end_col_offset or 0
+        behind = self.lines[line - 1].encode()[column:].decode()  # offsets of ast count bytes
+        _, mark, comment = behind.partition("  # ")
         if mark:
             return tuple(self.type(t) for t in _split_top(comment.split("  ")[0]))
         if found.name == "plait.constant":

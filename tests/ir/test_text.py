@@ -73,6 +73,7 @@ EXPRESSIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.unchecked_graphs("some sizes come out negative")
 @pytest.mark.parametrize("expr", EXPRESSIONS, ids=[expr_text(e) for e in EXPRESSIONS])
 def test_size_expressions_round_trip(expr: sympy.Expr):
     x = Value(TensorType((S0, S1), torch.float32), "x")
@@ -240,7 +241,8 @@ BAD = [
     ('def f(x: "f32[2"):\n    return (x,)\n', "bad type"),
     ('def f(x: "f32[s7]"):\n    return (x,)\n', "unknown name 's7'"),
     ('def f(x: "f32[2]"):\n    a = x\n    return (a,)\n', "must be a call of an op"),
-    ('def f(x: "f32[2]"):\n    print(x)\n    return (x,)\n', "only assignments, regions and one return"),
+    ('def f(x: "f32[2]"):\n    x.y = aten.neg.default(x)\n    return (x,)\n', "x.y cannot be assigned to"),
+    ('def f(x: "f32[2]"):\n    for y in x: pass\n    return (x,)\n', "only assignments, regions and one return"),
     ('def f(x: "f32[2]"):\n    a = aten.neg.default(x)\n', "f has no return"),
     ('def f(x: "f32[2]"):\n    a = aten.neg.default(x.y)\n    return (a,)\n', "cannot read 'x.y'"),
     ('def f(x: "f32[2]"):\n    a = aten.neg.default(open("x"))\n    return (a,)\n', "cannot read"),
@@ -278,3 +280,20 @@ def test_text_is_deterministic():
     text = str(graph(REGIONS, {"w": torch.ones(3)}))
     assert text == str(graph(REGIONS, {"w": torch.ones(3)}))
     assert "0x" not in text
+
+
+def test_a_node_without_results_round_trips_with_its_location():
+    x = Value(TensorType((2,), torch.float32, "cpu", (1,)), "x")
+    metadata = op("aten._assert_tensor_metadata.default")
+    where = Loc('File "model.py", line 3, in forward\n    check(x)')
+    g = Graph("f", (x,), (Node(metadata, bind(metadata, [x, (2,)], {}), (), (), where),), (x,))
+    assert print_graph(g).splitlines()[2] == "    aten._assert_tensor_metadata.default(x, (2,))  #   model.py:3"
+    check_graph(g)
+
+
+def test_text_that_looks_like_a_comment_is_an_argument():
+    weight = torch.ones(2)
+    text = 'def f(x: "f32[2]"):\n    w = plait.constant("w  # f32[3]")\n    r = aten.add.Tensor(x, w)\n    return (r,)\n'
+    g = parse_graph(text, {"w  # f32[3]": weight})
+    assert structurally_equal(parse_graph(print_graph(g), g.constants), g)
+    assert torch.equal(g.run(torch.zeros(2))[0], weight)
