@@ -81,8 +81,11 @@ def unravel(linear: Any, shape: Sequence[Any]) -> list[Any]:
 def reshape_index(index: Sequence[Any], shape: Sequence[Any], source: Sequence[Any]) -> Index:
     """The index into `source` sizes of the element at `index` of a row-major reshape to `shape`.
 
-    Runs of dimensions with equal products map to each other, so that most reshapes stay affine.
+    Runs of dimensions with equal products map to each other, so that most reshapes stay affine. A tensor without
+    elements is never read: any index does, and dividing by its sizes would not.
     """
+    if any(n == 0 for n in source):
+        return (0,) * len(source)
     result: list[Any] = []
     i = j = 0
     while i < len(shape) or j < len(source):

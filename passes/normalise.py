@@ -220,9 +220,11 @@ def _loose_bounds(m: Match, _: Arg) -> bool:
 def _tight_bounds(m: Match, b: Builder) -> Value:
     node = m.node
     start = node["start"] or 0
-    length = node.out.tensor.shape[node["dim"]]
+    size, length = node["self"].tensor.shape[node["dim"]], node.out.tensor.shape[node["dim"]]
     if type(start) is int and start < 0:
-        start = node["self"].tensor.shape[node["dim"]] - length  # only an open end brings it here
+        start = size - length  # only an open end brings it here
+    elif type(start) is int and type(size) is int:
+        start = min(start, size)  # a start past the end reads nothing, and its end must not lie past the end again
     return b.call("aten.slice.Tensor", m["x"], node["dim"], start, start + length)
 
 

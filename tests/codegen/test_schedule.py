@@ -371,3 +371,16 @@ def test_measured_matmuls_go_to_the_fastest(tmp_path: Any, monkeypatch: pytest.M
         torch.testing.assert_close(compiled.executable(x, w, b)[0], torch.relu(torch.addmm(b, x, w.T)))
         if wanted:
             assert "measured" in compiled.coverage.reported[0].reason
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_a_view_of_no_elements_is_reduced(correction: int):
+    run(
+        f"""def f(x: "f32[5,0,0]"):
+        a = aten.add.Tensor(x, 1)
+        v = aten.view.default(a, (5, 1, 0, 0))
+        r = aten.var.correction(v, (0,), correction={correction})
+        return (r,)
+    """,
+        rand(5, 0, 0),
+    )

@@ -56,6 +56,8 @@ FORMS = [
     ("unsqueeze-dim-front", "f32[2,3]", "r = aten.unsqueeze.default(x, -1)", "r = aten.unsqueeze.default(x, 2)"),
     ("slice-bounds", "f32[2,3]", "r = aten.slice.Tensor(x, 1, 1, 9223372036854775807)",
      "r = aten.slice.Tensor(x, 1, 1, 3)"),
+    ("slice-bounds", "f32[2,0]", "r = aten.slice.Tensor(x, 1, 1, 9223372036854775807)",
+     "r = aten.slice.Tensor(x, 1, 0, 0)"),
     ("slice-bounds", "f32[2,3]", "r = aten.slice.Tensor(x, 1, -2)", "r = aten.slice.Tensor(x, 1, 1, 3)"),
     ("reduce-all", "f32[2,3]", "r = aten.sum.default(x)", "r = aten.sum.dim_IntList(x, (0, 1))"),
     ("reduce-all", "f32[2,3]", "r = aten.mean.default(x)", "r = aten.mean.dim(x, (0, 1))"),
