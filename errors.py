@@ -423,7 +423,10 @@ class TrainingMode(PlaitError):
 
     code = "P0405"
     message = "the module is in training mode, where {op} behaves differently"
-    fix = 'call model.eval() first; to train, use torch.compile(model, backend="plait")'
+    fix = (
+        "call model.eval() first, or keep that behaviour with options={{'training': True}}; "
+        'to train, use torch.compile(model, backend="plait")'
+    )
 
 
 class CannotExport(PlaitError):
@@ -456,14 +459,6 @@ class UnknownStep(PlaitError):
     code = "P0409"
     message = "no step {name!r} in the history"
     fix = "the steps are: {known}"
-
-
-class NotSupported(PlaitError):
-    """Something was asked for that this version of plait does not do."""
-
-    code = "P0410"
-    message = "{what} is not there: {why}"
-    fix = "{way}"
 
 
 class NoMinimax(PlaitError):
@@ -672,3 +667,11 @@ class DeviceNotAvailable(PlaitError):
     code = "P0545"
     message = "the artifact cannot run on {device}: {why}"
     fix = 'load it with device="cpu", or compile it with the target of this device'
+
+
+class SharedMemory(PlaitError):
+    """An input shares memory with another one that the model writes, or with a buffer that it writes."""
+
+    code = "P0526"
+    message = "input {name!r} shares memory with {other!r}, which the model writes"
+    fix = "pass a copy (.clone()); a compiled model reads all its inputs before it writes any"

@@ -25,6 +25,7 @@ from ..passes.base import Step
 from ..runtime import native
 from ..runtime.artifact import Parts, write
 from ..runtime.cuda import DeviceBinary
+from ..runtime.state import hold
 from . import env
 from .backend import check_fallbacks
 from .cache import compile_cached
@@ -39,7 +40,8 @@ ALL_CPUS = Targets(isas=CPU_ISAS)
 class Ready:
     """A model that is ready to be written: its compiled graph, the graph as captured, the passes in between, and the
     structure of `(args, kwargs)` and of the result, whose leaves are the graph's inputs and outputs in order. `options` say
-    whether plans for further targets may fall back to torch."""
+    whether plans for further targets may fall back to torch. `state` are buffers that the model writes, by name, a tied one
+    under each of its names; the graph takes the distinct ones before its other inputs."""
 
     compiled: CompiledGraph
     captured: Graph
@@ -48,6 +50,7 @@ class Ready:
     out_tree: pytree.TreeSpec
     info: Mapping[str, Any] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,13 @@ def parts(model: Ready, targets: Targets | None = None) -> Parts:
     native_sources = compiled.sources if own.kind == "cpu" else {}
     headers = {header.name: header.read_text() for header in build.HEADERS} if native_sources else {}
     devices = device_graphs(model, targets)
+    held, names = _held(model.state, compiled.graph.constants)
     return Parts(
-        plan=compiled.plan,
+        plan=hold(compiled.plan, held),
         target=own.name,
-        device_plans={target: made.plan for target, made in devices.items() if target != own.name},
-        weights=compiled.graph.constants,
+        device_plans={target: hold(made.plan, held) for target, made in devices.items() if target != own.name},
+        weights={**compiled.graph.constants, **held},
+        state=names,
         in_tree=model.in_tree,
         out_tree=model.out_tree,
         graphs=graph_texts(model, devices),
@@ -117,6 +122,23 @@ def parts(model: Ready, targets: Targets | None = None) -> Parts:
         build=[*build.FLAGS],
         info=manifest(model, devices),
     )
+
+
+def _held(
+    state: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(the distinct buffers by names that no constant has, in order; these names by the model's names)."""
+    held: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
+    for name, tensor in state.items():
+        known = next((n for n, t in held.items() if t is tensor), None)
+        if known is None:
+            known = name
+            while known in constants or known in held:
+                known += "_"
+            held[known] = tensor
+        names[name] = known
+    return held, names
 
 
 def device_graphs(model: Ready, targets: Targets) -> dict[str, CompiledGraph]:

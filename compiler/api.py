@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage
-from ..errors import NotSupported, UnknownStep, WrongCapturePoint
+from ..errors import UnknownStep, WrongCapturePoint
 from ..ir import Graph
 from ..passes.base import Step, reassociates
 from ..passes.decompositions import table
@@ -51,8 +52,9 @@ def compile(
 ) -> CompiledModel:
     """Compile a model for inference; the result owns copies of the weights.
 
-    `model` is a module in eval mode, a function, an ExportedProgram or the path of a `.pt2` file. `example_inputs` are
-    positional arguments (a tuple or list, or one tensor) or keyword arguments (a dict); an exported program needs none.
+    `model` is a module in eval mode (in training mode with the option `training`), a function, an ExportedProgram or the
+    path of a `.pt2` file. `example_inputs` are positional arguments (a tuple or list, or one tensor) or keyword arguments (a
+    dict); an exported program needs none. Buffers that the model writes belong to the result, see `CompiledModel.state`.
     `dynamic_shapes` are torch.export's. `passes` run besides the ground passes: objects, names or `name:option=value`.
     `options` are those of `torch.compile(options=...)`, see `compiler.options.Options`.
 
@@ -77,7 +79,8 @@ def prepare(
     for one in chosen.passes:
         if one.at == "joint":
             raise WrongCapturePoint(name=one.name, at="joint", here="inference")
-    exported = from_exported(export(model, example_inputs, dynamic_shapes))
+    deliberate = isinstance(model, torch.nn.Module) and not any(m.training for m in model.modules())
+    exported = from_exported(export(model, example_inputs, dynamic_shapes), training=chosen.training or deliberate)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else "model"
     done = _compile(exported, Session(name, chosen))
     for observation in active():
@@ -86,7 +89,7 @@ def prepare(
 
 
 def _compile(exported: Exported, session: Session) -> CompiledModel:
-    inputs = None if exported.examples is None else [*exported.state.values(), *exported.examples]
+    inputs = None if exported.examples is None else [*exported.held, *exported.examples]
     graph, before = session.run(exported.graph, "forward", inputs)
     start = time.perf_counter()
     lowered = capture.lower(graph, table(session.options.keep_ops), "inference")
@@ -115,7 +118,8 @@ class CompiledModel:
     """A compiled model. Call it like the original; calls may overlap in threads where it has no state.
 
     `captured` and `graph` are the graph as captured and after the passes, `history` the passes in between, `compiled` the
-    plan and its kernels. `state` are buffers that the model writes, by name. No gradients flow through it.
+    plan and its kernels. `state` are buffers that the model writes, by its own names, tied ones under each: copies that
+    belong to this object, to be read or set in place. No gradients flow through it.
     """
 
     def __init__(self, exported: Exported, graph: Graph, history: tuple[Step, ...], session: Session) -> None:
@@ -123,7 +127,7 @@ class CompiledModel:
         self.graph = graph
         self.history = history
         self.options = session.options
-        self.state = dict(exported.state)
+        self.state = MappingProxyType(dict(exported.state))
         self._exported = exported
         self._session = session
         compiled = compile_cached(graph, codegen_options(session.options, graph))
@@ -132,7 +136,7 @@ class CompiledModel:
         session.dump_compiled(self.compiled)
         self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)
         self._structure = Structure(exported.in_tree, exported.out_tree)
-        self._held = list(self.state.values())
+        self._held = exported.held
 
     @cached_property
     def executable(self) -> Executable:
@@ -140,7 +144,8 @@ class CompiledModel:
         return self.compiled.executable_checking()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. Raises the WrongInput* errors for inputs that it was not compiled for."""
+        """Run the model. Raises the WrongInput* errors for inputs that it was not compiled for, SharedMemory for those that
+        share memory with what it writes."""
         self.record.runs += 1
         flat = self._structure.flatten(args, kwargs)
         return self._structure.unflatten(self.executable.run([*self._held, *flat]))
@@ -181,10 +186,11 @@ class CompiledModel:
         return "".join(difflib.unified_diff(old, new, "before", f"after {step.pass_name}"))
 
     def run_until(self, which: int | str) -> CompiledModel:
-        """The model as it was after a step: the same call, its own `graph` and `history`. Raises UnknownStep."""
+        """The model as it was after a step: the same call, its own `graph` and `history`, and copies of the buffers that it
+        writes. Raises UnknownStep."""
         step = self.step(which)
         history = self.history[: self.history.index(step) + 1]
-        return CompiledModel(self._exported, step.after, history, self._session)
+        return CompiledModel(self._exported.copied(), step.after, history, self._session)
 
     def numerics(self, *args: Any, **kwargs: Any) -> list[Judged]:
         """Run the graph as captured and after each step on these inputs (by default the example inputs) and compare every
@@ -197,16 +203,11 @@ class CompiledModel:
     def save(self, path: str | Path, **how: Any) -> None:
         """Write an artifact that `plait.load` runs without the compiler; see `compiler.aot.save` for `how`.
 
-        Raises NotSupported for a model that writes its own buffers.
+        Buffers that the model writes go into it as they are now, after the calls so far; each loaded model goes on from
+        there with copies of its own.
         """
         from . import aot
 
-        if self.state:
-            raise NotSupported(
-                what="an artifact of a model that writes its own buffers",
-                why=f"it writes {', '.join(self.state)}, and artifacts hold constants only",
-                way="pass these buffers as inputs of the model",
-            )
         aot.save(self.ready(), path, **how)
 
     def ready(self) -> Any:
@@ -214,7 +215,7 @@ class CompiledModel:
         from . import aot
 
         trees = self._structure.in_tree, self._structure.out_tree
-        return aot.Ready(self.compiled, self.captured, self.history, *trees, options=self.options)
+        return aot.Ready(self.compiled, self.captured, self.history, *trees, options=self.options, state=self.state)
 
     def report(self, path: str | Path) -> None:
         """Write one HTML page: coverage, passes with their changes, graph, kernels. It needs no network."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CannotExport, CannotImport, TrainingMode
 from ..ir import Graph, Node, from_fx, op
+from ..runtime.state import overlap
 from .capture import outputs_to_writes
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -29,7 +31,8 @@ _CAST_SPAN = "wrap_with_autocast"
 class Exported:
     """A program as a functional graph before autograd, with its own copies of the weights as constants.
 
-    `state` are buffers that the program writes; they are the graph's first inputs, in order. `in_tree` is the structure of
+    `state` are buffers that the program writes, by name, a tied one under each of its names; the distinct ones, `held`, are
+    the graph's first inputs, in order. `in_tree` is the structure of
     `(args, kwargs)`, whose leaves are the other inputs; `out_tree` that of the result. `examples` are the flat example
     inputs where there are any. `ones` names the size symbols for which the program was declared to hold at 1 too: torch
     traces every size as at least 2 and vouches for 1, so the graph's types say 2 and only the check of inputs says 1.
@@ -41,6 +44,16 @@ class Exported:
     out_tree: pytree.TreeSpec
     examples: tuple[Any, ...] | None
     ones: frozenset[str] = frozenset()
+
+    @property
+    def held(self) -> list[torch.Tensor]:
+        """The distinct buffers that the program writes."""
+        return list({id(t): t for t in self.state.values()}.values())
+
+    def copied(self) -> Exported:
+        """The same with copies of the buffers that the program writes, tied as they were."""
+        copies = {id(t): own(t) for t in self.held}
+        return replace(self, state={name: copies[id(t)] for name, t in self.state.items()})
 
 
 def export(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) -> ExportedProgram:
@@ -94,19 +107,22 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
     return empty.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def from_exported(program: ExportedProgram) -> Exported:
+def from_exported(program: ExportedProgram, *, training: bool = False) -> Exported:
     """The graph of an exported program. Equal parameters are one constant.
 
-    Raises TrainingMode where an op draws its behaviour from training mode, CannotImport.
+    Raises TrainingMode where an op draws its behaviour from training mode and `training` does not allow it, CannotImport.
     """
-    _refuse_training(program)
+    if not training:
+        _refuse_training(program)
     _inline_spans(program.graph_module)
+    tensors = _tensors(program)
+    program = _untied(program, tensors)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch copying its own tree specs
         functional = program.run_decompositions({})
     gm, signature = functional.graph_module, functional.graph_signature
     written = {str(s.target) for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
-    weights, state = _weights(functional, gm, written)
+    weights, state = _weights(gm, signature, tensors, written)
     _write_outputs(gm, signature)
     imported = from_fx(gm, "forward")
     places = dict(zip((n.name for n in gm.graph.find_nodes(op="placeholder")), imported.inputs, strict=True))
@@ -126,7 +142,8 @@ def from_exported(program: ExportedProgram) -> Exported:
     flat = tuple(pytree.tree_leaves(example)) if example is not None else None
     assert spec.in_spec is not None and spec.out_spec is not None
     ones = frozenset(s.name for s, allowed in functional.range_constraints.items() if allowed.lower <= 1)
-    return Exported(graph, dict(state.values()), spec.in_spec, spec.out_spec, flat, ones)
+    buffers = {name: tensor for names, tensor in state.values() for name in names}
+    return Exported(graph, buffers, spec.in_spec, spec.out_spec, flat, ones)
 
 
 def _refuse_training(program: ExportedProgram) -> None:
@@ -138,33 +155,83 @@ def _refuse_training(program: ExportedProgram) -> None:
             raise TrainingMode(op=n.target)
 
 
+def _tensors(program: ExportedProgram) -> dict[str, Any]:
+    """Parameters, buffers and other tensors of a program by name."""
+    return {**program.constants, **program.state_dict}
+
+
+def _identity(t: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory read the same way."""
+    return (t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) if t.numel() else (id(t),)
+
+
+def _untied(program: ExportedProgram, tensors: Mapping[str, Any]) -> ExportedProgram:
+    """The program with memory of its own for each buffer, tied ones used under one name: torch decomposes no program that
+    writes to one of several buffers which share memory."""
+    places = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
+    memories: set[int] = set()
+    first: dict[Any, FxNode] = {}
+    apart: dict[str, torch.Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        tensor = tensors.get(str(spec.target)) if spec.kind in _WEIGHTS else None
+        if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+            continue
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in memories and spec.kind == InputKind.BUFFER:
+            apart[str(spec.target)] = own(tensor)
+        memories.add(memory)
+        place = places[spec.arg.name]
+        keeper = first.setdefault(_identity(tensor), place)
+        if keeper is not place:  # outputs are also named by the signature: `_weights` looks at those
+            place.replace_all_uses_with(keeper, lambda user: user.op != "output")
+    if not apart:
+        return program
+    program = copy.copy(program)
+    program._state_dict = {name: apart.get(name, t) for name, t in program.state_dict.items()}
+    program._constants = {name: apart.get(name, t) for name, t in program.constants.items()}
+    return program
+
+
 def _weights(
-    program: ExportedProgram, gm: GraphModule, written: set[str]
-) -> tuple[dict[str, tuple[str, torch.Tensor]], dict[str, tuple[str, torch.Tensor]]]:
-    """(constants, state) by placeholder: the name of each tensor and our copy. Tied weights become one placeholder."""
+    gm: GraphModule, signature: Any, tensors: Mapping[str, Any], written: set[str]
+) -> tuple[dict[str, tuple[str, torch.Tensor]], dict[str, tuple[list[str], torch.Tensor]]]:
+    """(constants, state) by placeholder: the name of each tensor, or its names, and our copy. Tied ones become one
+    placeholder. `tensors` are those of the program before `_untied`."""
+    places = list(zip(gm.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
     weights: dict[str, tuple[str, torch.Tensor]] = {}
-    state: dict[str, tuple[str, torch.Tensor]] = {}
+    state: dict[str, tuple[list[str], torch.Tensor]] = {}
     seen: dict[Any, FxNode] = {}
-    for n, spec in zip(gm.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True):
+    for n, spec in places:
+        if str(spec.target) in written and spec.kind in _WEIGHTS:
+            seen[_identity(tensors[str(spec.target)])] = n
+            state[n.name] = ([], own(tensors[str(spec.target)]))
+    for n, spec in places:
         if spec.kind == InputKind.USER_INPUT:
             continue
         if spec.kind not in _WEIGHTS:
             raise CannotImport(what=f"input {n.name}", why=f"it is a {spec.kind.name.lower()} of the program")
-        source = program.state_dict if spec.target in program.state_dict else program.constants
-        tensor = source[str(spec.target)]
+        name, tensor = str(spec.target), tensors[str(spec.target)]
         if not isinstance(tensor, torch.Tensor):
-            raise CannotImport(what=f"weight {spec.target}", why=f"it is a {type(tensor).__name__}")
-        if spec.target in written:
-            state[n.name] = (str(spec.target), own(tensor))
-            continue
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if tensor.numel() and key in seen:
-            n.replace_all_uses_with(seen[key])
+            raise CannotImport(what=f"weight {name}", why=f"it is a {type(tensor).__name__}")
+        keeper = seen.setdefault(_identity(tensor), n)
+        if keeper.name in state:
+            state[keeper.name][0].append(name)
+        _refuse_overlap(name, n, tensor, {w: tensors[w] for w in written}, keeper)
+        if keeper is not n:
+            n.replace_all_uses_with(keeper)
             gm.graph.erase_node(n)
-            continue
-        seen[key] = n
-        weights[n.name] = (str(spec.target), own(tensor))
+        elif n.name not in state:
+            weights[n.name] = (name, own(tensor))
     return weights, state
+
+
+def _refuse_overlap(name: str, place: FxNode, tensor: torch.Tensor, written: Mapping[str, Any], keeper: FxNode) -> None:
+    """Raise CannotImport for a tensor whose use would not show what the program writes to another one."""
+    tied = keeper is not place and not any(user.op == "output" for user in place.users)
+    for other, t in written.items():
+        same_memory = t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        if other != name and same_memory and place.users and overlap(t, tensor) and not tied:
+            raise CannotImport(what=f"buffer {name}", why=f"it shares memory with {other}, which the model writes")
 
 
 def _write_outputs(gm: GraphModule, signature: Any) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NoSuchPart
+from ..runtime import weights
 from ..runtime.archive import Archive
-from ..runtime.artifact import PLAN, WEIGHTS, plan_members
+from ..runtime.artifact import PLAN, WEIGHTS, plan_members, state_names
 from ..runtime.binaries import BINARIES, SOURCES, kernel_names
 from ..runtime.plan import Call, Launch, Plan, ValueSpec, from_json
 from ..runtime.sizes import text as size_text
@@ -28,6 +29,7 @@ def summary(path: str | Path) -> dict[str, Any]:
         "versions": manifest.get("versions", {}),
         "inputs": [describe(v) for v in manifest["inputs"]],
         "outputs": [describe(v) for v in manifest["outputs"]],
+        "state": state(manifest, plan),
         "symbols": {s.name: f"{s.low}..{'' if s.high is None else s.high}" for s in plan.symbols},
         "targets": sorted(manifest.get("targets", {})) + device_targets(manifest),
         "passes": [p["name"] for p in manifest.get("passes", [])],
@@ -37,6 +39,19 @@ def summary(path: str | Path) -> dict[str, Any]:
         "weight_bytes": len(archive.view(WEIGHTS)),
         "graphs": sorted([*graphs(archive), "plan"]),
     }
+
+
+def state(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Buffers that a call writes, as the artifact begins with them: `count: int64[]`, tied ones `a = b: float32[4]`."""
+    constants = {str(v.ref): v for v in weights.constants(plan)}
+    names: dict[str, list[str]] = {}
+    for name, weight in state_names(manifest, constants).items():
+        names.setdefault(weight, []).append(name)
+    return [
+        f"{' = '.join(tied)}: {v.dtype}[{','.join(map(size_text, v.shape))}]"
+        for weight, tied in names.items()
+        for v in (constants[weight],)
+    ]
 
 
 def _work(plan: Plan) -> dict[str, Any]:
@@ -92,11 +107,16 @@ def coverage(path: str | Path, target: str | None = None) -> dict[str, Any]:
 
 
 def describe(value: Mapping[str, Any]) -> str:
-    """An input or output of the manifest as one word: `x: float32[s0,4]`."""
+    """An input or output of the manifest as one word: `x: float32[s0,4]`; `cache: float32[8] (written)`."""
     kind = value["kind"]
     shown = f"{value['dtype']}[{','.join(map(str, value['shape']))}]" if kind == "tensor" else kind
     name, device = value.get("name"), value.get("device", "cpu")
-    return (f"{name}: " if name else "") + shown + ("" if device == "cpu" else f"@{device}")
+    return (
+        (f"{name}: " if name else "")
+        + shown
+        + ("" if device == "cpu" else f"@{device}")
+        + " (written)" * bool(value.get("written"))
+    )
 
 
 def device_targets(manifest: Mapping[str, Any]) -> list[str]:

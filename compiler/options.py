@@ -39,6 +39,7 @@ class Options:
     verify: str = option("off", doc="off, structure (once, at the end) or each-pass (structure and numerics)")
     fallback: str = option("allow", doc="allow, or error: refuse to run ops in torch that no kernel was generated for")
     freeze: bool = option(False, doc="inference only: treat parameters as constants; writes through `.data` are not seen")
+    training: bool = option(False, doc="plait.compile: take training mode as it is; batch norm updates, dropout draws")
     print_after: tuple[str, ...] = option((), doc="passes after which the graph is printed to stderr, or `all`")
     dump_dir: str | None = option(None, doc="folder for the graph after each pass, kernel sources and coverage")
     bisect_limit: int | None = option(None, doc="how many rule firings are allowed; none: all")

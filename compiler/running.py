@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import BadInputs
 from ..runtime.archive import Archive
-from ..runtime.artifact import LoadedModel, load_weights
+from ..runtime.artifact import LoadedModel, load_weights, state_names
 from ..runtime.plan import InputSpec, Plan
 from ..runtime.sizes import evaluate
+from ..runtime.state import private
 
 CPU = torch.device("cpu")
 DEFAULT_SIZE = 8
@@ -147,7 +148,8 @@ def call_reference(model: Any, loaded: LoadedModel, flat: Sequence[Any]) -> list
 
 
 def call_graph(path: str | Path, loaded: LoadedModel, flat: Sequence[Any]) -> list[Any]:
-    """Results of an artifact's graph after the passes, run op by op by torch where the model was captured, on flat inputs.
+    """Results of an artifact's graph after the passes, run op by op by torch where the model was captured, on flat inputs
+    and the buffers as they were saved.
 
     Imports the IR.
     """
@@ -155,9 +157,11 @@ def call_graph(path: str | Path, loaded: LoadedModel, flat: Sequence[Any]) -> li
     from .inspection import plan_of
 
     archive = Archive(path)
-    graph = parse_graph(loaded.graphs["tensor"], load_weights(archive, plan_of(archive)))
+    constants = load_weights(archive, plan_of(archive))
+    graph = parse_graph(loaded.graphs["tensor"], constants)
+    state = [private(constants[name]) for name in dict.fromkeys(state_names(loaded.manifest, constants).values())]
     with torch.no_grad():
-        return list(graph.run(*_as_captured(loaded, flat)))
+        return list(graph.run(*state, *_as_captured(loaded, flat)))
 
 
 def _as_captured(loaded: LoadedModel, flat: Sequence[Any]) -> list[Any]:

@@ -8,22 +8,26 @@
     kernels/src/*.cpp, *.h    sources, from which kernels are rebuilt where no binary fits; *.py: Triton kernels
     kernels/bin/<target>/*    shared objects per CPU target, cubins per device target
 
-An artifact holds machine code. Checksums find damage, not malice: load only files whose origin you trust. Writes of the
-model to its own weights stay in the process. Do not truncate a file in place while a process has it loaded.
+Buffers that the model writes are among the constants; each loaded model has its own copy of these, see `LoadedModel`.
+
+An artifact holds machine code. Checksums find damage, not malice: load only files whose origin you trust. Do not truncate
+a file in place while a process has it loaded.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import DamagedArtifact, KernelMissing, StructureNotPortable, WrongInputStructure
+from ..errors import DamagedArtifact, KernelMissing, StructureNotPortable
 from . import devices, machine, native, sizes, weights
 from .archive import MANIFEST, Archive, Content, write_archive
 from .binaries import SOURCES, kernel_names, load_device, load_native, target_folder
@@ -31,6 +35,8 @@ from .check import check
 from .cuda import DeviceBinary
 from .executor import Executable
 from .plan import InputSpec, Plan, from_json, to_json
+from .state import private, written_constants, written_inputs
+from .structure import Structure
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 
@@ -45,7 +51,8 @@ class Parts:
     whose functions are named like the plan's kernels, each `*.py` a Triton module, the rest headers. binaries: CPU target
     (a key of `machine.TARGETS`) -> file name -> bytes; every target needs a `runner.so`, built from `native.SOURCE`.
     device_binaries: by kernel. build: compiler flags for rebuilding, without an architecture. info: further plain data
-    for the manifest (versions, passes, numerics, coverage, guards).
+    for the manifest (versions, passes, numerics, coverage, guards). state: the names of weights that the model writes, by
+    the model's own names, in the order in which the graphs take them; tied ones have several.
     """
 
     plan: Plan
@@ -60,6 +67,7 @@ class Parts:
     info: Mapping[str, Any] = field(default_factory=dict)
     target: str = "cpu"
     device_plans: Mapping[str, Plan] = field(default_factory=dict)
+    state: Mapping[str, str] = field(default_factory=dict)
 
 
 def write(path: str | os.PathLike[str], parts: Parts) -> None:
@@ -89,7 +97,7 @@ def write(path: str | os.PathLike[str], parts: Parts) -> None:
     targets = {name: machine.TARGETS[name] for name in parts.binaries}
     manifest = {
         **parts.info,
-        "inputs": [_describe_input(spec) for spec in parts.plan.inputs],
+        "inputs": _describe_inputs(parts.plan),
         "outputs": _describe_outputs(parts.plan),
         "structure": {"inputs": _dump_tree(parts.in_tree, "inputs"), "outputs": _dump_tree(parts.out_tree, "outputs")},
         "symbols": to_json(parts.plan)["symbols"],
@@ -97,6 +105,7 @@ def write(path: str | os.PathLike[str], parts: Parts) -> None:
         "targets": {n: {"machine": t.machine, "requires": sorted(t.requires)} for n, t in targets.items()},
         "build": list(parts.build),
         "weights": {"tied": tied, "strides": strides},
+        "state": [list(pair) for pair in parts.state.items()],
         "device_kernels": device_kernels,
     }
     write_archive(path, manifest, members)
@@ -135,6 +144,11 @@ def _distinct(
         if not t.is_contiguous():
             strides[name] = list(t.stride())
     return stored, tied, strides
+
+
+def _describe_inputs(plan: Plan) -> list[dict[str, Any]]:
+    written = written_inputs(plan)
+    return [_describe_input(spec) | ({"written": True} if i in written else {}) for i, spec in enumerate(plan.inputs)]
 
 
 def _describe_input(spec: InputSpec) -> dict[str, Any]:
@@ -192,8 +206,33 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
             raise DamagedArtifact(part=MANIFEST, why=f"it describes {tree.num_leaves} {which}, the plan has {leaves}")
     addresses, runner = load_native(archive, kernel_names(plan, "cpp"))
     kernels = {**addresses, **load_device(archive, kernel_names(plan, "triton"), chosen.index or 0)}
-    executable = Executable(plan, kernels, load_weights(archive, plan), runner=runner)
-    return LoadedModel(archive, executable, in_tree, out_tree, target, chosen)
+    constants = load_weights(archive, plan)
+    names = state_names(archive.manifest, constants)
+    constants |= {weight: private(constants[weight]) for weight in {*names.values(), *written_constants(plan)}}
+    state = {name: constants[weight] for name, weight in names.items()}
+    executable = Executable(plan, kernels, constants, runner=runner)
+    return LoadedModel(archive, executable, _structure(in_tree, out_tree), target, chosen, state)
+
+
+def _structure(in_tree: pytree.TreeSpec, out_tree: pytree.TreeSpec) -> Structure:
+    try:
+        return Structure(in_tree, out_tree)
+    except ValueError as error:
+        raise DamagedArtifact(part=MANIFEST, why=str(error)) from None
+
+
+def state_names(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, str]:
+    """The weights that the model writes, by the model's names for them, in the order in which its graphs take them.
+
+    Raises DamagedArtifact.
+    """
+    try:
+        names = {str(name): str(weight) for name, weight in manifest.get("state", [])}  # older artifacts hold no state
+    except (TypeError, ValueError):
+        names = None
+    if names is None or any(weight not in known for weight in names.values()):
+        raise DamagedArtifact(part=MANIFEST, why="its list of buffers is ill-formed")
+    return names
 
 
 def plan_members(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -229,29 +268,35 @@ def load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
 
 
 class LoadedModel:
-    """A model loaded from an artifact. Call it like the model that was compiled; calls may overlap in threads.
+    """A model loaded from an artifact. Call it like the model that was compiled.
 
     manifest: what the artifact says of itself. target, device: what its plan was compiled for, and where it runs. inputs,
-    outputs: name, kind, dtype, device and shape of each flat input and result, sizes as text. coverage: which part of the
-    model runs in generated kernels, and why the rest does not.
+    outputs: name, kind, dtype, device and shape of each flat input and result, sizes as text; `written` for inputs that a
+    call writes, as the model does. coverage: which part of the model runs in generated kernels, and why the rest does not.
+
+    state: the buffers that the model writes, by its own names, tied ones under each. They begin as they were when the
+    artifact was saved, belong to this object alone (load again for others, the file never changes), and are what the
+    calls so far have made of them. Read them, or set them in place: `loaded.state["count"].zero_()`.
+
+    Calls may overlap in threads. Those of a model with state take turns, so that each sees the writes of the one before,
+    in whatever order the threads arrive; on a CUDA device the turns order what is queued, so queue it on one stream. A call
+    that raises on the way may have written some of its buffers.
     """
 
     def __init__(
-        self, archive: Archive, executable: Executable, in_tree: pytree.TreeSpec, out_tree: pytree.TreeSpec, target: str,
-        device: torch.device,
+        self, archive: Archive, executable: Executable, structure: Structure, target: str, device: torch.device,
+        state: Mapping[str, torch.Tensor],
     ) -> None:  # fmt: skip
         self._archive = archive
         self.executable = executable
-        self._in_tree, self._out_tree = in_tree, out_tree
+        self._structure = structure
         self.manifest: dict[str, Any] = archive.manifest
         self.target, self.device = target, device
-        self.inputs = [_describe_input(spec) for spec in executable.plan.inputs]
+        self.state = MappingProxyType(dict(state))
+        self._turn = threading.RLock()
+        self.inputs = _describe_inputs(executable.plan)
         self.outputs = _describe_outputs(executable.plan)
         self.coverage: Any = self.manifest.get("device_coverage", {}).get(target, self.manifest.get("coverage"))
-        flat = pytree.tree_structure(((0,) * len(self.inputs), {}))
-        self._positional = in_tree == flat
-        self._keywords = _keywords(in_tree)
-        self._single = out_tree.is_leaf()
 
     @property
     def graphs(self) -> dict[str, str]:
@@ -260,31 +305,10 @@ class LoadedModel:
         return {n.removeprefix("graphs/").removesuffix(".txt"): self._archive.text(n) for n in names}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. Raises the WrongInput* errors for inputs that it was not compiled for."""
-        if self._positional and not kwargs:
-            flat = list(args)  # a container among them is refused by the check of each input
-        else:
-            flat = self._flatten(args, kwargs)
-        results = self.executable.run(flat)
-        return results[0] if self._single else pytree.tree_unflatten(results, self._out_tree)
-
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        if kwargs.keys() == set(self._keywords):
-            kwargs = {name: kwargs[name] for name in self._keywords}  # the structure knows their order
-        flat, tree = pytree.tree_flatten((args, kwargs))
-        if tree != self._in_tree:
-            raise WrongInputStructure(expected=_show(self._in_tree), got=_show(tree))
-        return flat
-
-
-def _keywords(in_tree: pytree.TreeSpec) -> list[str]:
-    sample = pytree.tree_unflatten([0] * in_tree.num_leaves, in_tree)
-    if not isinstance(sample, tuple) or len(sample) != 2 or not isinstance(sample[1], dict):
-        raise DamagedArtifact(part=MANIFEST, why="its structure of the inputs is not (args, kwargs)")
-    return list(sample[1])
-
-
-def _show(tree: pytree.TreeSpec) -> str:
-    """The structure as one short line, leaves as `*`: `((*, [*, *]), {'mask': *})`."""
-    leaf = type("Leaf", (), {"__repr__": lambda self: "*"})()
-    return repr(pytree.tree_unflatten([leaf] * tree.num_leaves, tree))
+        """Run the model. Raises the WrongInput* errors for inputs that it was not compiled for, SharedMemory for those that
+        share memory with what it writes."""
+        flat = self._structure.flatten(args, kwargs)
+        if not self.state:
+            return self._structure.unflatten(self.executable.run(flat))
+        with self._turn:
+            return self._structure.unflatten(self.executable.run(flat))

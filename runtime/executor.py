@@ -26,6 +26,7 @@ from .inputs import InputCheck
 from .layout import Layout
 from .memory import Memory
 from .plan import Plan
+from .state import SharingCheck
 from .steps import Builder
 
 ALIGNMENT = 64
@@ -58,7 +59,8 @@ class Executable:
     maps names to the weights, which the executable keeps and does not copy. `runner` is the native runner, by default
     this machine's. With `check=False` the caller vouches for the inputs (torch.compile has guards of its own).
 
-    Raises the catalogue's WrongInput* errors for inputs that the plan was not compiled for.
+    Raises the catalogue's WrongInput* errors for inputs that the plan was not compiled for, SharedMemory for those that
+    share memory with what it writes.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Executable:
         self._bind_symbols()
         self._bind_addresses(memory.native_inputs())
         self._constants = self._place_constants(constants, memory)
+        sharing = SharingCheck(plan, constants) if check else None
+        self._sharing = sharing if sharing is not None and sharing.needed else None
         self._idle: list[Frame] = []
 
     def _bind_symbols(self) -> None:
@@ -153,6 +157,8 @@ class Executable:
     def _run(self, args: list[Any], times: list[tuple[int, int]] | None) -> list[Any]:
         if self._check is not None:
             self._check(args)
+            if self._sharing is not None:
+                self._sharing(args)
         elif len(args) != self._arity:
             raise WrongInputCount(expected=self._arity, got=len(args), names=", ".join(s.name for s in self.plan.inputs))
         try:
