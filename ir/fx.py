@@ -10,6 +10,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._higher_order_ops.effects import with_effects
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
@@ -170,16 +171,39 @@ class _Importer:
             return
         if target is torch.ops.aten.copy_.default and self._write(n):
             return
+        if target is torch.ops.prims._make_token.default or target is torch.ops.prims._sink_tokens.default:
+            self.env[n] = None
+            return
+        if target is with_effects:
+            self.env[n] = self.tuples[n] = self.effectful(n, val)
+            return
         found, args = self.resolve(n)
         if found is None:
             return
         self.env[n] = self.emit(n, found, args, val)
 
+    def effectful(self, n: FxNode, val: tuple[Any, ...]) -> tuple[Arg, ...]:
+        """The op below `with_effects`, ordered by tokens of ours. Torch's tokens, empty tensors, stand for nothing: the one
+        that is given is the one that comes back."""
+        token, target, *rest = n.args
+        name = getattr(target, "__name__", str(target))
+        if not isinstance(target, OpOverload):
+            raise CannotImport(what=f"call of {name} with effects", why="it is no op with a schema", source=_source(n))
+        found = of(target)
+        if found.effect is None:
+            why = "torch does not know its effect in this process (torch.library._register_effectful_op)"
+            raise CannotImport(what=f"call of {name} with effects", why=why, source=_source(n))
+        args = bind(found, [self.arg(a) for a in rest], {k: self.arg(v) for k, v in n.kwargs.items()})
+        single = found.returns in (0, 1, None)
+        results = self.emit(n, found, args, val[1] if single else val[1:])
+        return (self.arg(token), results) if single else (self.arg(token), *results)  # type: ignore[misc]
+
     def getitem(self, n: FxNode) -> Arg:
         source, i = n.args
         if isinstance(source, FxNode) and source in self.tuples:
             got = self.tuples[source][i]  # type: ignore[index]
-            self.links.values[n] = got
+            if source.target is not with_effects or i:  # torch's tokens stand for nothing
+                self.links.values[n] = got
             return got
         got = self.arg(source)
         return got[i]  # type: ignore[index]

@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
+from torch._library.simple_registry import singleton as _singleton
 from torch._ops import OpOverload
 
 from ..errors import UnknownOp
@@ -26,7 +27,7 @@ _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "bitwise_and", "
                 "logical_or", "logical_xor"}  # fmt: skip
 
 #: Ops that return nothing and raise where a condition does not hold. Their schemas say "pure".
-_ASSERTIONS = {"_assert_async", "_assert_scalar"}
+_ASSERTIONS = {"_assert_async", "_assert_scalar", "_linalg_check_errors"}
 
 #: Namespaces whose ops run on a process group.
 _COLLECTIVE_NAMESPACES = ("_c10d_functional", "c10d_functional", "_c10d_functional_autograd", "c10d")
@@ -57,7 +58,7 @@ class Op:
     """One entry of the op table.
 
     `effect` is None for pure ops, else "random", "collective", "assert" (may raise, must stay) or "world" (unknown side
-    effects: a barrier).
+    effects, such as those that torch.library registers as ordered: a barrier).
     Traits: "elementwise", "commutative", "view", "reduction", "data_dependent", "mutates", "control_flow", "scalar".
     `returns` is the number of results, None where a list is returned whose length depends on the arguments.
     """
@@ -117,7 +118,7 @@ def _default(argument: Any) -> Any:
     return _freeze(argument.default_value)
 
 
-def _from_overload(overload: OpOverload) -> Op:
+def _from_overload(overload: OpOverload, registered: bool) -> Op:
     schema = overload._schema  # pyright: ignore[reportPrivateUsage]
     params = tuple(
         Param(
@@ -150,7 +151,7 @@ def _from_overload(overload: OpOverload) -> Op:
         effect = "assert"
     elif torch.Tag.nondeterministic_seeded in tags:
         effect = "random"
-    elif schema.is_mutable:
+    elif schema.is_mutable or registered:
         effect = "world"
     results = schema.returns
     variadic = len(results) == 1 and "List" in str(results[0].type)
@@ -245,7 +246,11 @@ def op(name: str) -> Op:
     return of(target)
 
 
-@cache
 def of(overload: OpOverload) -> Op:
-    """The entry derived from a torch operator overload."""
-    return _from_overload(overload)
+    """The entry derived from a torch operator overload, and from the effect that is registered for it now."""
+    return _entry(overload, _singleton.find(overload._name).effect.effect is not None)
+
+
+@cache
+def _entry(overload: OpOverload, registered: bool) -> Op:
+    return _from_overload(overload, registered)

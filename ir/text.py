@@ -9,8 +9,10 @@
         r1, t1 = aten.rand.default((4,), after=(t0,))  # f32[4], token(random)
         return (a, None, 2*s0)
 
-Mutated inputs print before `return` as `x[...] = value`. Regions print as nested functions. A line without a type comment
-is inferred, so that text can be edited by hand. Text is deterministic: no addresses, times or unordered iteration.
+A size symbol prints with its range and the value seen at capture; `"integer"` marks one that may be 0 or less (an integer
+argument, or a size that depends on data). Mutated inputs print before `return` as `x[...] = value`. Regions print as nested
+functions. A line without a type comment is inferred, so that text can be edited by hand. Text is deterministic: no
+addresses, times or unordered iteration.
 """
 
 from __future__ import annotations
@@ -139,7 +141,10 @@ def print_graph(graph: Graph, *, locations: bool = True, header: bool = True) ->
     lines: list[str] = []
     if header:
         symbols = ", ".join(
-            f'"{s.name}": ({i.low}, {i.high}, {i.hint})' for s, i in sorted(graph.symbols.items(), key=lambda kv: kv[0].name)
+            f'"{s.name}": ({i.low}, {i.high}, {i.hint})'
+            if s.is_positive
+            else f'"{s.name}": ({i.low}, {i.high}, {i.hint}, "integer")'
+            for s, i in sorted(graph.symbols.items(), key=lambda kv: kv[0].name)
         )
         lines.append(f'graph(level="{graph.level}", symbols={{{symbols}}})')
     _print_function(graph, graph.name, lines, "", {s.name for s in graph.symbols}, locations)
@@ -276,7 +281,7 @@ class _Parser:
                     if kw.arg == "level":
                         level = value
                     elif kw.arg == "symbols":
-                        self.symbols = {size_symbol(n): SymbolInfo(*v) for n, v in value.items()}
+                        self.symbols = {size_symbol(n, positive=len(v) < 4): SymbolInfo(*v[:3]) for n, v in value.items()}
             elif isinstance(stmt, ast.FunctionDef):
                 return replace_level(self.function(stmt), level)
         raise self.fail("no graph found")

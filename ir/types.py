@@ -218,6 +218,9 @@ class SymbolInfo:
 Symbols = dict[sympy.Symbol, SymbolInfo]
 
 
-def size_symbol(name: str) -> sympy.Symbol:
-    """The size symbol of that name. Integer and positive, as torch's backed symbols are, so equal names compare equal."""
-    return sympy.Symbol(name, integer=True, positive=True)
+def size_symbol(name: str, *, positive: bool = True) -> sympy.Symbol:
+    """The size symbol of that name, with the assumptions of torch's, so that equal names compare equal.
+
+    Torch's symbols for sizes are positive; those for integers from outside or out of tensors only integer.
+    """
+    return sympy.Symbol(name, integer=True, positive=True) if positive else sympy.Symbol(name, integer=True)

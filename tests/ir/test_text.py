@@ -297,3 +297,10 @@ def test_text_that_looks_like_a_comment_is_an_argument():
     g = parse_graph(text, {"w  # f32[3]": weight})
     assert structurally_equal(parse_graph(print_graph(g), g.constants), g)
     assert torch.equal(g.run(torch.zeros(2))[0], weight)
+
+
+def test_symbols_keep_their_assumptions():
+    text = 'graph(level="tensor", symbols={"s0": (2, None, 8), "u0": (0, 4, None, "integer")})\ndef f(x: "f32[s0,u0]"):\n'
+    g = parse_graph(text + "    return (x, u0)\n")
+    assert {s.name: s.is_positive for s in g.symbols} == {"s0": True, "u0": None}
+    check_graph(g)
