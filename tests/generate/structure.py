@@ -75,8 +75,8 @@ def small_views(b: Builder) -> Draft:
     x = b.pick(ndim=(1, 4))
     i = b.axis(x)
     forms = (
-        "{x}.unsqueeze({i})", "{x}.squeeze()", "{x}.squeeze({i})", "{x}.flip({i})", "{x}.unfold({i}, 2, 1)",
-        "{x}.unfold({i}, 3, 2)", "{x}.select({i}, 0)", "{x}.narrow({i}, 1, 2)", "{x}.diagonal()",
+        "{x}.unsqueeze({i})", "{x}.squeeze()", "{x}.squeeze({i})", "{x}.flip({i})", "{x}.unfold({i}, 3, 2).clone()",
+        "{x}.unfold({i}, 2, 2)", "{x}.select({i}, 0)", "{x}.narrow({i}, 1, 2)", "{x}.diagonal()",
         "torch.roll({x}, 1, {i})",
         "{x}.detach()", "torch.tril({x})", "torch.triu({x}, 1)", "{x}.T.contiguous()", "{x}.swapaxes(0, {i})",
         "torch.rot90({x})",
