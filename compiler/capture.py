@@ -27,6 +27,7 @@ from ..errors import CannotCapture, NeedsSizeFact, PlaitError
 from ..ir import Graph, Node, TensorType, Value, from_fx
 from ..ir.fake import FakeWorld
 from ..ir.fx import FxLinks, to_fx
+from .effects import make_tokens, refuse_in_regions, rethread
 
 aten: Any = torch.ops.aten
 
@@ -152,6 +153,8 @@ def _write_back(gm: GraphModule, signature: Any) -> None:
     """The leading outputs that are new values of inputs, as `copy_` before the output."""
     writes = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
     results: Any = gm.graph.output_node().args[0]
+    results = results[len(signature.output_tokens) :]
+    make_tokens(gm, [n for n in gm.graph.find_nodes(op="placeholder") if n.name in signature.input_tokens])
     count = len(results) - len(signature.user_outputs)
     if count != len(writes) or signature.buffers or signature.parameters:
         raise CannotCapture(why="two inputs get the same new value, or the graph holds state of its own")
@@ -267,6 +270,7 @@ def _check_derivatives(gm: GraphModule, inputs: Sequence[Any]) -> None:
 def capture_joint(gm: GraphModule) -> tuple[Graph, FxLinks]:
     """The joint graph, and which fx node each value came from. Raises CannotImport."""
     links = FxLinks()
+    refuse_in_regions(gm)
     return from_fx(gm, "joint", links), links
 
 
@@ -282,6 +286,7 @@ def restore_joint(graph: Graph, links: FxLinks, gm: GraphModule) -> GraphModule:
         old = {v: n for n, v in theirs.items()}
         came.update({n: old[v] for n, v in mine.items() if v in old})
     came[made.graph.output_node()] = gm.graph.output_node()
+    came.update(rethread(made, came, gm))
     mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")])
     modules = [m for m in made.modules() if isinstance(m, GraphModule)]
     for module in reversed(modules):  # regions first

@@ -21,6 +21,7 @@ from ..errors import CannotExport, CannotImport, TrainingMode
 from ..ir import Graph, Node, from_fx, op
 from ..runtime.state import overlap
 from .capture import outputs_to_writes
+from .effects import make_tokens
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _GRAD_SPAN = "wrap_with_set_grad_enabled"
@@ -208,6 +209,9 @@ def _weights(
     for n, spec in places:
         if spec.kind == InputKind.USER_INPUT:
             continue
+        if spec.kind == InputKind.TOKEN:
+            make_tokens(gm, [n])
+            continue
         if spec.kind not in _WEIGHTS:
             raise CannotImport(what=f"input {n.name}", why=f"it is a {spec.kind.name.lower()} of the program")
         name, tensor = str(spec.target), tensors[str(spec.target)]
@@ -235,7 +239,7 @@ def _refuse_overlap(name: str, place: FxNode, tensor: torch.Tensor, written: Map
 
 
 def _write_outputs(gm: GraphModule, signature: Any) -> None:
-    """Outputs that are new values of buffers and inputs become writes of their placeholders."""
+    """Outputs that are new values of buffers and inputs become writes of their placeholders; effect tokens are dropped."""
     nodes = {n.name: n for n in gm.graph.nodes}
     buffers = {s.target: nodes.get(s.arg.name) for s in signature.input_specs if s.kind == InputKind.BUFFER}
     writes: list[tuple[FxNode, FxNode]] = []
@@ -244,6 +248,8 @@ def _write_outputs(gm: GraphModule, signature: Any) -> None:
     for spec, value in zip(signature.output_specs, outputs, strict=True):
         if spec.kind == OutputKind.USER_OUTPUT:
             results.append(spec.arg.value if isinstance(spec.arg, ConstantArgument) else value)
+            continue
+        if spec.kind == OutputKind.TOKEN:
             continue
         targets = {OutputKind.BUFFER_MUTATION: buffers, OutputKind.USER_INPUT_MUTATION: nodes}.get(spec.kind)
         if targets is None:

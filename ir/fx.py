@@ -175,7 +175,7 @@ class _Importer:
             self.env[n] = None
             return
         if target is with_effects:
-            self.env[n] = self.tuples[n] = self.effectful(n, val)
+            self.env[n] = self.tuples[n] = self.effectful(n, n.meta["val"])
             return
         found, args = self.resolve(n)
         if found is None:
@@ -196,13 +196,13 @@ class _Importer:
         args = bind(found, [self.arg(a) for a in rest], {k: self.arg(v) for k, v in n.kwargs.items()})
         single = found.returns in (0, 1, None)
         results = self.emit(n, found, args, val[1] if single else val[1:])
-        return (self.arg(token), results) if single else (self.arg(token), *results)  # type: ignore[misc]
+        return (self.arg(token), results) if single else (self.arg(token), *results)  # pyright: ignore
 
     def getitem(self, n: FxNode) -> Arg:
         source, i = n.args
         if isinstance(source, FxNode) and source in self.tuples:
             got = self.tuples[source][i]  # type: ignore[index]
-            if source.target is not with_effects or i:  # torch's tokens stand for nothing
+            if isinstance(got, Value) and (source.target is not with_effects or i):  # torch's tokens stand for nothing
                 self.links.values[n] = got
             return got
         got = self.arg(source)

@@ -229,12 +229,14 @@ def _declared() -> dict[str, Op]:
     return ops
 
 
-@cache
 def op(name: str) -> Op:
     """The op called `name`: `aten.add.Tensor`, `plait.cond`, `py.mul`. Raises `UnknownOp` with near names."""
     declared = _declared().get(name)
-    if declared is not None:
-        return declared
+    return declared if declared is not None else of(_overload(name))
+
+
+@cache
+def _overload(name: str) -> OpOverload:
     target: Any = torch.ops
     try:
         for part in name.split("."):
@@ -243,12 +245,12 @@ def op(name: str) -> Op:
         target = None
     if not isinstance(target, OpOverload):
         raise UnknownOp(name=name)
-    return of(target)
+    return target
 
 
 def of(overload: OpOverload) -> Op:
     """The entry derived from a torch operator overload, and from the effect that is registered for it now."""
-    return _entry(overload, _singleton.find(overload._name).effect.effect is not None)
+    return _entry(overload, _singleton.find(overload.name()).effect.effect is not None)
 
 
 @cache
