@@ -107,15 +107,15 @@ def _by_fake_tensors(op: Op, typed: tuple[Arg, ...], symbols: Symbols) -> tuple[
     key = tuple(_hashable(a) for a in typed)
     used = sorted(_symbols_in(typed), key=lambda s: s.name)
     infos = tuple((s, symbols.get(s, SymbolInfo())) for s in used)
-    try:
-        return _fake_call(op, key, infos)
-    except NeedsSizeFact:
+    found = _fake_call(op, key, infos)
+    if isinstance(found, str) and not op.has("view"):
         # Which layout torch picks may hang on how unknown sizes compare. Ops that make new memory may promise any layout,
         # so promise the row-major one; views have no such choice.
         plain = map_arg(key, lambda a: a.with_(shape=a.shape) if isinstance(a, TensorType) else a)
-        if op.has("view") or plain == key:
-            raise
-        return _fake_call(op, plain, infos)
+        found = _fake_call(op, plain, infos)
+    if isinstance(found, str):
+        raise NeedsSizeFact(op=op.name, fact=found)
+    return found
 
 
 def _hashable(arg: Arg) -> Arg:
@@ -146,7 +146,10 @@ def _symbols_in(typed: Arg) -> set[sympy.Symbol]:
 
 
 @lru_cache(maxsize=65536)
-def _fake_call(op: Op, key: tuple[Arg, ...], symbols: tuple[tuple[sympy.Symbol, SymbolInfo], ...]) -> tuple[ValueType, ...]:
+def _fake_call(
+    op: Op, key: tuple[Arg, ...], symbols: tuple[tuple[sympy.Symbol, SymbolInfo], ...]
+) -> tuple[ValueType, ...] | str:
+    """The result types, or the fact about sizes that torch assumed to give them; either is worth remembering."""
     from .fake import FakeWorld
 
     world = FakeWorld(dict(symbols))
@@ -158,8 +161,8 @@ def _fake_call(op: Op, key: tuple[Arg, ...], symbols: tuple[tuple[sympy.Symbol, 
             result = op.reference(*positional, **named)
     except Exception as error:  # torch raises many classes here; all mean "these types are refused"
         raise InferenceFailed(op=op.name, why=str(error).split("\n")[0]) from error
-    if world.assumed():
-        raise NeedsSizeFact(op=op.name, fact=world.assumed())
+    if fact := world.assumed():
+        return fact
     results = result if isinstance(result, tuple | list) else (result,)
     return tuple(type_of(r) for r in results)
 
