@@ -207,7 +207,7 @@ def _cat(c: Call) -> AxisMap | Reason:
 def _stack(c: Call) -> AxisMap:
     out = c.results[0]
     own = c.axes(out)
-    at = c["dim"] % out.rank
+    at = c.dim("dim", out.rank)
     return c.map([[a for i, a in enumerate(own) if i != at]] * len(c.operands), [own], whole=[own[at]])
 
 

@@ -40,7 +40,8 @@ axis_rule("aten.clone.default", "aten._to_copy.default", "aten.alias.default", "
 @axis_rule("aten.permute.default")
 def _permute(c: Call) -> AxisMap:
     own = c.axes(c.operands[0])
-    return c.map([own], [[own[d % len(own)] for d in c["dims"]]])
+    dims: tuple[int, ...] = c["dims"]
+    return c.map([own], [[own[d % len(own)] for d in dims]])
 
 
 @axis_rule("aten.t.default", "aten.transpose.int", "aten.mT.default", "aten.numpy_T.default")
@@ -67,7 +68,7 @@ def _unsqueeze(c: Call) -> AxisMap:
 @axis_rule("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
 def _squeeze(c: Call) -> AxisMap:
     x = c.operands[0]
-    given = c.get("dim", tuple(range(x.rank)))
+    given: int | tuple[int, ...] = c.get("dim", tuple(range(x.rank)))
     drop = {d % max(x.rank, 1) for d in (given if isinstance(given, tuple) else (given,))}
     own: list[Axis] = [() if n == 1 and i in drop else c.axis(n) for i, n in enumerate(x.shape)]
     return c.map([own], [[a for i, a in enumerate(own) if not (i in drop and x.shape[i] == 1)]])

@@ -20,10 +20,10 @@ class _ExprPrinter(StrPrinter):
     """Sympy functions and relations as Python calls; `FloorDiv` prints itself as `//`, which parses back as `FloorDiv`."""
 
     def _print_Function(self, expr: Any) -> str:
-        return f"{type(expr).__name__}({', '.join(self._print(a) for a in expr.args)})"  # pyright: ignore
+        return f"{type(expr).__name__}({', '.join(self._print(a) for a in expr.args)})"
 
     def _print_Relational(self, expr: Any) -> str:
-        return f"{type(expr).__name__}({', '.join(self._print(a) for a in expr.args)})"  # pyright: ignore
+        return f"{type(expr).__name__}({', '.join(self._print(a) for a in expr.args)})"
 
 
 for _name in FUNCTIONS:

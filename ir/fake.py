@@ -28,15 +28,17 @@ class FakeWorld:
             nowhere = self.env._get_sloc()  # pyright: ignore[reportPrivateUsage]
             self.env.var_to_range_sloc[symbol] = ValueRangesSLoc(nowhere, nowhere)
             # the hint's home is named differently across torch versions
-            values: Any = getattr(self.env, "backed_var_to_val", None)
-            values = self.env.var_to_val if values is None else values  # pyright: ignore
+            env: Any = self.env
+            values = getattr(env, "backed_var_to_val", None)
+            if values is None:
+                values = env.var_to_val
             values[symbol] = sympy.Integer(hint)
 
     def size(self, value: Dim) -> Any:
         """A size as int or SymInt of this world."""
-        if type(value) is int:
+        if isinstance(value, int):
             return value
-        hint = int(value.subs(self._hints))  # pyright: ignore
+        hint = int(value.subs(self._hints))
         return torch.SymInt(SymNode(value, self.env, int, hint))
 
     def tensor(self, kind: TensorType) -> torch.Tensor:
@@ -63,4 +65,5 @@ class FakeWorld:
 
     def assumed(self) -> str:
         """What was assumed about symbols so far, in words; "" for nothing."""
-        return ", ".join(str(g.expr) for g in self.env.guards)
+        guards: list[Any] = self.env.guards
+        return ", ".join(str(g.expr) for g in guards)

@@ -17,7 +17,7 @@ import sympy
 import torch
 
 from .op import REQUIRED, Op
-from .types import OpaqueType, ScalarType, Symbols, TensorType, TokenType, ValueType
+from .types import TUPLE, OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType
 
 Arg = Any
 """An argument: Value, Graph (a region), None, number, str, sympy expression, torch dtype/device/layout/memory format, or
@@ -80,8 +80,8 @@ NOWHERE = Loc()
 
 def flatten(arg: Arg) -> Iterator[Arg]:
     """Leaves of an argument, tuples opened."""
-    if isinstance(arg, tuple):
-        for a in arg:  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(arg, TUPLE):
+        for a in arg:
             yield from flatten(a)
     else:
         yield arg
@@ -89,9 +89,9 @@ def flatten(arg: Arg) -> Iterator[Arg]:
 
 def map_arg(arg: Arg, fn: Callable[[Arg], Arg]) -> Arg:
     """The argument with `fn` applied to each leaf; the same object where nothing changed."""
-    if isinstance(arg, tuple):
-        new = tuple(map_arg(a, fn) for a in arg)  # pyright: ignore[reportUnknownVariableType]
-        return new if any(a is not b for a, b in zip(new, arg, strict=True)) else arg  # pyright: ignore
+    if isinstance(arg, TUPLE):
+        new = tuple(map_arg(a, fn) for a in arg)
+        return new if any(a is not b for a, b in zip(new, arg, strict=True)) else arg
     return fn(arg)
 
 
@@ -196,8 +196,8 @@ class Graph:
     outputs: tuple[Arg, ...]
     writes: tuple[tuple[int, Value], ...] = ()
     level: str = "tensor"
-    symbols: Symbols = field(default_factory=dict)
-    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    symbols: Symbols = field(default_factory=dict[sympy.Symbol, SymbolInfo])
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     @cached_property
     def producers(self) -> dict[Value, Node]:
@@ -274,10 +274,6 @@ def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(torch.equal(x, y))
 
 
-def _same_type(a: ValueType, b: ValueType) -> bool:
-    return a == b
-
-
 def structurally_equal(a: Graph, b: Graph) -> bool:
     """True where both graphs compute the same, value names and locations aside."""
     return difference(a, b) is None
@@ -290,13 +286,8 @@ def difference(a: Graph, b: Graph) -> str | None:
     def same(x: Arg, y: Arg) -> bool:
         if isinstance(x, Value) or isinstance(y, Value):
             return isinstance(x, Value) and isinstance(y, Value) and pair.get(x) is y
-        if isinstance(x, tuple) or isinstance(y, tuple):
-            return (
-                isinstance(x, tuple)
-                and isinstance(y, tuple)
-                and len(x) == len(y)  # pyright: ignore
-                and all(same(p, q) for p, q in zip(x, y, strict=True))  # pyright: ignore
-            )
+        if isinstance(x, TUPLE) and isinstance(y, TUPLE):
+            return len(x) == len(y) and all(map(same, x, y))
         if isinstance(x, Graph) and isinstance(y, Graph):
             return structurally_equal(x, y)
         if isinstance(x, float | complex) and isinstance(y, float | complex):
@@ -307,7 +298,7 @@ def difference(a: Graph, b: Graph) -> str | None:
         if len(xs) != len(ys):
             return f"{where}: {len(xs)} against {len(ys)} values"
         for x, y in zip(xs, ys, strict=True):
-            if not _same_type(x.type, y.type):
+            if x.type != y.type:
                 return f"{where}: type {x.type} against {y.type}"
             pair[x] = y
         return None
@@ -345,7 +336,7 @@ def expr_symbols(arg: Arg) -> Iterator[sympy.Symbol]:
     """Size symbols mentioned in an argument."""
     for leaf in flatten(arg):
         if isinstance(leaf, sympy.Expr):
-            yield from leaf.free_symbols  # type: ignore[misc]
+            yield from leaf.free_symbols
 
 
 __all__ = [

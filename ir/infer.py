@@ -18,7 +18,7 @@ from ..errors import InferenceFailed, NeedsSizeFact
 from .facts import Facts, Unknown
 from .graph import Arg, Graph, Value, flatten, map_arg
 from .op import Op
-from .types import OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType, dim
+from .types import LIST, TUPLE, OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType, dim
 
 Result = tuple[ValueType, ...] | TensorType | None
 """What a rule returns: the result types, None where it does not cover the case."""
@@ -120,16 +120,16 @@ def _by_fake_tensors(op: Op, typed: tuple[Arg, ...], symbols: Symbols) -> tuple[
 
 def _hashable(arg: Arg) -> Arg:
     # 1, 1.0 and True are equal as keys but not as arguments
-    if isinstance(arg, tuple):
-        return tuple(_hashable(a) for a in arg)  # pyright: ignore
+    if isinstance(arg, TUPLE):
+        return tuple(_hashable(a) for a in arg)
     return (type(arg).__name__, arg) if isinstance(arg, bool | int | float | complex) else arg
 
 
 def _plain(arg: Arg) -> Arg:
-    if isinstance(arg, tuple):
-        if len(arg) == 2 and isinstance(arg[0], str) and arg[0] in ("bool", "int", "float", "complex"):  # pyright: ignore
-            return arg[1]  # pyright: ignore
-        return tuple(_plain(a) for a in arg)  # pyright: ignore
+    if isinstance(arg, TUPLE):
+        if len(arg) == 2 and isinstance(arg[0], str) and arg[0] in ("bool", "int", "float", "complex"):
+            return arg[1]
+        return tuple(_plain(a) for a in arg)
     return arg
 
 
@@ -139,9 +139,9 @@ def _symbols_in(typed: Arg) -> set[sympy.Symbol]:
         if isinstance(leaf, TensorType):
             found |= leaf.symbols()
         elif isinstance(leaf, sympy.Expr):
-            found |= leaf.free_symbols  # type: ignore[arg-type]
+            found |= leaf.free_symbols
         elif isinstance(leaf, ScalarType) and leaf.expr is not None:
-            found |= leaf.expr.free_symbols  # type: ignore[arg-type]
+            found |= leaf.expr.free_symbols
     return found
 
 
@@ -163,7 +163,7 @@ def _fake_call(
         raise InferenceFailed(op=op.name, why=str(error).split("\n")[0]) from error
     if fact := world.assumed():
         return fact
-    results = result if isinstance(result, tuple | list) else (result,)
+    results = result if isinstance(result, (TUPLE, LIST)) else (result,)
     return tuple(type_of(r) for r in results)
 
 

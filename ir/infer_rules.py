@@ -16,7 +16,7 @@ from .facts import Facts
 from .infer import Result, rule
 from .op import op
 from .strides import channels_last_strides, elementwise_strides, is_row_major, preserved_strides
-from .types import Dim, ScalarType, TensorType, dim
+from .types import TUPLE, Dim, ScalarType, TensorType, dim
 
 T = TensorType
 Dims = tuple[Dim, ...]
@@ -302,7 +302,7 @@ def _arange(f: Facts, start: Any, end: Any, step: Any = 1, dtype: Any = None, la
 
 def axes_of(dims: Any, rank: int) -> tuple[int, ...] | None:
     """Reduced dimensions, none given meaning all; None where one is out of range or given twice."""
-    given = dims if isinstance(dims, tuple) else () if dims is None else (dims,)
+    given = dims if isinstance(dims, TUPLE) else () if dims is None else (dims,)
     if not given:
         return tuple(range(rank))
     if any(not -max(rank, 1) <= d < max(rank, 1) for d in given):

@@ -27,10 +27,10 @@ def axis(at: Any, rank: int) -> int | None:
 
 @rule("aten.permute.default")
 def _permute(f: Facts, x: Any, dims: Any) -> Result:
-    order = [axis(d, x.rank) for d in dims]
-    if sorted(d for d in order if d is not None) != list(range(x.rank)):
+    order = [i for i in (axis(d, x.rank) for d in dims) if i is not None]
+    if len(dims) != x.rank or sorted(order) != list(range(x.rank)):
         return None
-    return x.with_(shape=tuple(x.shape[d] for d in order), strides=tuple(x.strides[d] for d in order))  # type: ignore[index]
+    return _kept(x, order)
 
 
 @rule("aten.t.default")

@@ -19,6 +19,7 @@ from torch._library.simple_registry import singleton as _singleton
 from torch._ops import OpOverload
 
 from ..errors import UnknownOp
+from .types import LIST, TUPLE
 
 ParamKind = Literal["tensor", "tensors", "number", "size", "sizes", "region", "other"]
 
@@ -31,6 +32,10 @@ _ASSERTIONS = {"_assert_async", "_assert_scalar", "_linalg_check_errors"}
 
 #: Namespaces whose ops run on a process group.
 _COLLECTIVE_NAMESPACES = ("_c10d_functional", "c10d_functional", "_c10d_functional_autograd", "c10d")
+
+
+#: The class of torch's operator overloads for `isinstance` on what is typed `Any` (see `types.TUPLE`).
+OVERLOAD: Any = OpOverload
 
 
 class Required:
@@ -69,7 +74,7 @@ class Op:
     reference: Callable[..., Any]
     traits: frozenset[str] = frozenset()
     effect: str | None = None
-    overload: OpOverload | None = None
+    overload: OpOverload[..., Any] | None = None
     index: dict[str, int] = field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:
@@ -103,7 +108,7 @@ def _param_kind(type_text: str) -> ParamKind:
 
 
 def _freeze(value: Any) -> Any:
-    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value  # pyright: ignore
+    return tuple(_freeze(v) for v in value) if isinstance(value, (LIST, TUPLE)) else value
 
 
 #: Schemas spell the default memory format as a number.
@@ -118,7 +123,7 @@ def _default(argument: Any) -> Any:
     return _freeze(argument.default_value)
 
 
-def _from_overload(overload: OpOverload, registered: bool) -> Op:
+def _from_overload(overload: OpOverload[..., Any], registered: bool) -> Op:
     schema = overload._schema  # pyright: ignore[reportPrivateUsage]
     params = tuple(
         Param(
@@ -175,17 +180,9 @@ def _python_ops() -> dict[str, Op]:
     }  # fmt: skip
     for name in ("sqrt", "sin", "cos", "tan", "exp", "log", "log2", "floor", "ceil", "trunc"):
         table[name] = getattr(math, name)
-    table.update(
-        {
-            "sym_float": torch.sym_float,
-            "sym_int": torch.sym_int,
-            "sym_not": torch.sym_not,
-            "sym_ite": torch.sym_ite,
-            "sym_max": torch.sym_max,
-            "sym_min": torch.sym_min,
-            "round": round,
-        }
-    )
+    for name in ("sym_float", "sym_int", "sym_not", "sym_ite", "sym_max", "sym_min"):
+        table[name] = getattr(torch, name)
+    table["round"] = round
     arity = {"neg": 1, "pos": 1, "not_": 1, "abs": 1, "sym_float": 1, "sym_int": 1, "sym_not": 1, "sym_ite": 3}
     ops: dict[str, Op] = {}
     for name, fn in table.items():
@@ -200,8 +197,7 @@ def _constant_reference(name: str) -> Any:
 
 
 def _control_flow_ops() -> dict[str, Op]:
-    from torch._higher_order_ops import cond, scan, while_loop
-    from torch._higher_order_ops.while_loop import while_loop_stack_output_op
+    from torch._higher_order_ops.while_loop import while_loop_stack_output_op  # its package registers the others
 
     region = "region"
     declared: list[tuple[str, tuple[Param, ...], Callable[..., Any]]] = [
@@ -215,18 +211,13 @@ def _control_flow_ops() -> dict[str, Op]:
                         Param("captured", "tensors", ())), torch.ops.higher_order.scan),
         ("plait.call", (Param("body", region), Param("operands", "tensors")), torch.ops.higher_order.invoke_subgraph),
     ]  # fmt: skip
-    assert cond is not None and scan is not None and while_loop is not None  # importing registers the operators
     return {name: Op(name, params, None, ref, frozenset({"control_flow"})) for name, params, ref in declared}
 
 
 @lru_cache(maxsize=1)
 def _declared() -> dict[str, Op]:
-    ops = {
-        "plait.constant": Op("plait.constant", (Param("name", "other"),), 1, _constant_reference),
-        **_python_ops(),
-        **_control_flow_ops(),
-    }
-    return ops
+    constant = Op("plait.constant", (Param("name", "other"),), 1, _constant_reference)
+    return {constant.name: constant, **_python_ops(), **_control_flow_ops()}
 
 
 def op(name: str) -> Op:
@@ -236,23 +227,23 @@ def op(name: str) -> Op:
 
 
 @cache
-def _overload(name: str) -> OpOverload:
+def _overload(name: str) -> OpOverload[..., Any]:
     target: Any = torch.ops
     try:
         for part in name.split("."):
             target = getattr(target, part)
     except (AttributeError, RuntimeError):
         target = None
-    if not isinstance(target, OpOverload):
+    if not isinstance(target, OVERLOAD):
         raise UnknownOp(name=name)
     return target
 
 
-def of(overload: OpOverload) -> Op:
+def of(overload: OpOverload[..., Any]) -> Op:
     """The entry derived from a torch operator overload, and from the effect that is registered for it now."""
     return _entry(overload, _singleton.find(overload.name()).effect.effect is not None)
 
 
 @cache
-def _entry(overload: OpOverload, registered: bool) -> Op:
+def _entry(overload: OpOverload[..., Any], registered: bool) -> Op:
     return _from_overload(overload, registered)

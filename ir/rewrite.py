@@ -14,7 +14,7 @@ from .fx import advance, order_after
 from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind, flatten, map_arg
 from .infer import effect_of, infer, type_of
 from .op import Op, op
-from .types import ScalarType, Symbols, TensorType, TokenType
+from .types import TUPLE, ScalarType, Symbols, TensorType, TokenType
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,8 +305,8 @@ def _apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
         log.refuse(rule.name, old, Reason(str(error)))
         builder.rewind(mark)
         return False
-    replacements = replacement if isinstance(replacement, tuple) else (replacement,)  # pyright: ignore
-    pairs = list(zip(found.node.results, replacements, strict=True))  # pyright: ignore
+    replacements = replacement if isinstance(replacement, TUPLE) else (replacement,)
+    pairs = list(zip(found.node.results, replacements, strict=True))
     reason = next((r for r in (_type_change(v, new) for v, new in pairs) if r is not None), None)
     if reason is not None:
         log.refuse(rule.name, old, reason)

@@ -34,26 +34,32 @@ def modular_indexing(x: Any, divisor: Any, modulus: Any) -> Any:
     return (x // divisor) % modulus
 
 
+def ceil_div(a: Any, b: Any) -> Any:
+    """`a / b` rounded up."""
+    return -(-a // b)
+
+
+def identity(x: Any) -> Any:
+    """The size itself; sympy wraps it where it must not be simplified."""
+    return x
+
+
+#: Sympy operations that are operators of Python.
+_OPERATORS = {"Pow": "pow", "PowByNatural": "pow", "FloorDiv": "floordiv", "CleanDiv": "floordiv", "Mod": "mod",
+              "PythonMod": "mod", "IntTrueDiv": "truediv", "FloatTrueDiv": "truediv", "LShift": "lshift",
+              "RShift": "rshift"}  # fmt: skip
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{kind: getattr(operator, name) for kind, name in _OPERATORS.items()},
     "Add": size_add,
     "Mul": size_mul,
-    "Pow": operator.pow,
-    "PowByNatural": operator.pow,
-    "FloorDiv": operator.floordiv,
-    "CleanDiv": operator.floordiv,
-    "CeilDiv": lambda a, b: -(-a // b),
-    "Mod": operator.mod,
-    "PythonMod": operator.mod,
+    "CeilDiv": ceil_div,
     "ModularIndexing": modular_indexing,
     "Max": size_max,
     "Min": size_min,
-    "Identity": lambda x: x,
-    "IntTrueDiv": operator.truediv,
-    "FloatTrueDiv": operator.truediv,
+    "Identity": identity,
     "ToFloat": float,
     "TruncToInt": math.trunc,
     "CeilToInt": math.ceil,
     "FloorToInt": math.floor,
-    "LShift": operator.lshift,
-    "RShift": operator.rshift,
 }

@@ -33,6 +33,7 @@ from .graph import Arg, Graph, Loc, Node, Value, bind
 from .infer import infer
 from .op import Op, op
 from .types import (
+    TUPLE,
     OpaqueType,
     ScalarType,
     SymbolInfo,
@@ -84,9 +85,9 @@ def _arg_text(arg: Arg, names: Names, regions: dict[int, str]) -> str:
         return names.of.get(arg, f"UNDEFINED_{arg.hint}")
     if isinstance(arg, Graph):
         return regions[id(arg)]
-    if isinstance(arg, tuple):
-        inner = ", ".join(_arg_text(a, names, regions) for a in arg)  # pyright: ignore
-        return f"({inner},)" if len(arg) == 1 else f"({inner})"  # pyright: ignore
+    if isinstance(arg, TUPLE):
+        inner = ", ".join(_arg_text(a, names, regions) for a in arg)
+        return f"({inner},)" if len(arg) == 1 else f"({inner})"
     if isinstance(arg, sympy.Basic):
         return expr_text(arg)
     if isinstance(arg, torch.dtype | torch.memory_format | torch.layout):

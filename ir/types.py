@@ -12,8 +12,19 @@ import torch
 
 from .expr import expr_text
 
+#: `tuple` and `list` for `isinstance` on what is typed `Any`: checkers narrow that to a tuple of unknowns by the bare
+#: classes, and leave it as it is by these.
+TUPLE: Any = tuple
+LIST: Any = list
+
 Dim = int | sympy.Expr
 ScalarKind = Literal["int", "float", "bool"]
+
+
+def size_expr(size: torch.SymInt) -> sympy.Expr:
+    """The expression behind a symbolic size of torch's."""
+    node: Any = size.node
+    return node.expr
 
 
 def dim(value: Any) -> Dim:
@@ -24,10 +35,10 @@ def dim(value: Any) -> Dim:
     if type(value) is int:
         return value
     if isinstance(value, torch.SymInt):
-        expr = value.node.expr
-        return int(expr) if expr.is_Integer else expr  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
+        expr = size_expr(value)
+        return int(expr) if expr.is_Integer else expr
     if isinstance(value, sympy.Expr):
-        return int(value) if value.is_Integer else value  # pyright: ignore[reportUnknownMemberType]
+        return int(value) if value.is_Integer else value
     if isinstance(value, int):
         return int(value)
     raise TypeError(f"a size must be an int, a SymInt or a sympy expression, not {value!r}")
@@ -37,7 +48,7 @@ _NO_SYMBOLS: frozenset[sympy.Symbol] = frozenset()
 
 
 @lru_cache(maxsize=65536)
-def free_symbols(expr: Any) -> frozenset[sympy.Symbol]:
+def free_symbols(expr: sympy.Basic) -> frozenset[sympy.Symbol]:
     """Symbols in a sympy expression."""
     return frozenset(expr.free_symbols)
 

@@ -12,7 +12,7 @@ from .fx import advance, order_after
 from .graph import LEVELS, Graph, Node, Value, flatten, same_tensor
 from .infer import effect_of, type_of
 from .text import Names, node_text
-from .types import ScalarType, Symbols, TensorType, TokenType, free_symbols
+from .types import TUPLE, ScalarType, Symbols, TensorType, TokenType, free_symbols
 
 
 def verify(graph: Graph, *, after_pass: str = "", rule: str = "") -> None:
@@ -170,7 +170,7 @@ def _argument_problem(node: Node, graph: Graph, bound: set[sympy.Symbol]) -> str
 
 
 def _region_problem(node: Node, constants: dict[str, torch.Tensor]) -> str | None:
-    given = sum(len(a) for a in node.args if isinstance(a, tuple))  # pyright: ignore[reportUnknownArgumentType]
+    given = sum(len(a) for a in node.args if isinstance(a, TUPLE))
     for region in node.regions:
         inner = problem(region, constants)
         if inner is not None:

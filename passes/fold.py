@@ -137,9 +137,9 @@ class _Folding:
         if any(not v.tensor.is_static for v in (*node.results, *node.inputs)):
             return Reason("a size is symbolic")
         made = sum(_bytes(v) for v in node.results)
-        elements = max((v.tensor.numel for v in node.results), default=0)
+        elements = max((int(v.tensor.numel) for v in node.results), default=0)
         dying = sum(_bytes(v) for v in self.constants_of(node) if self.dies_with(v, node))
-        if elements > self.limits.max_elements and made > dying:  # type: ignore[operator]
+        if elements > self.limits.max_elements and made > dying:
             return Reason(f"its {elements} elements are more than max_elements={self.limits.max_elements}")
         return None
 

@@ -1,0 +1,9 @@
+"""The printer that `ir/expr.py` extends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+class StrPrinter:
+    def __init__(self, settings: Mapping[str, Any] | None = ...) -> None: ...
+    def _print(self, expr: Any) -> str: ...
+    def doprint(self, expr: Any) -> str: ...
