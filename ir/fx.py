@@ -75,6 +75,7 @@ class _Importer:
         self.outputs: tuple[Arg, ...] = ()
         self.used: dict[str, torch.Tensor] = {}
         self.tuples: dict[FxNode, tuple[Arg, ...]] = {}
+        self.offsets: set[sympy.Symbol] = set()
 
     def run(self) -> Graph:
         for n in self.gm.graph.nodes:
@@ -158,6 +159,8 @@ class _Importer:
     def do_call_function(self, n: FxNode) -> None:
         target = n.target
         val = n.meta.get("val")
+        if self._about_offsets(n, val):
+            return
         self.note_symbols(val)
         if target is operator.getitem:
             self.env[n] = self.getitem(n)
@@ -181,6 +184,29 @@ class _Importer:
         if found is None:
             return
         self.env[n] = self.emit(n, found, args, val)
+
+    def _about_offsets(self, n: FxNode, val: Any) -> bool:
+        """Whether a node only speaks of where in its storage a view begins that depends on data.
+
+        Types carry no such offset, so that its symbol is bound nowhere, and no value can depend on it. What torch asserts
+        of it follows from what it asserts of the slice. Raises CannotImport where it is computed with.
+        """
+        if n.target is torch.ops.aten.sym_storage_offset.default and isinstance(val, torch.SymInt):
+            self.offsets |= val.node.expr.free_symbols - self.symbols.keys()
+        if not self.offsets:
+            return False
+        mine = any(isinstance(a, sympy.Expr) and a.free_symbols & self.offsets for a in map(self.arg, n.args))
+        if isinstance(val, torch.SymInt) and val.node.expr.free_symbols & self.offsets and not _is_item(n.target):
+            self.env[n] = val.node.expr
+        elif mine and n.target in _PYTHON and isinstance(val, bool | torch.SymBool):
+            self.env[n] = True
+        elif mine:
+            why = "it computes with the storage offset of a view that depends on data"
+            raise CannotImport(what=f"call of {n.target}", why=why, source=_source(n))
+        else:
+            asserts = n.target is torch.ops.aten._assert_scalar.default
+            return asserts and isinstance(n.args[0], FxNode) and self.env[n.args[0]] is True
+        return True
 
     def effectful(self, n: FxNode, val: tuple[Any, ...]) -> tuple[Arg, ...]:
         """The op below `with_effects`, ordered by tokens of ours. Torch's tokens, empty tensors, stand for nothing: the one

@@ -436,6 +436,11 @@ def test_assertions_stay() -> None:
     assert "aten._assert_async.msg" in {n.op.name for r in seen.graphs if r.graph for n in r.graph.nodes}
 
 
+def test_pieces_whose_bounds_are_read_from_a_tensor() -> None:
+    check(lambda x, at: torch.tensor_split(x, at, 1), torch.randn(3, 7), torch.tensor([1, 3, 3]))
+    check(lambda x, at: x[at.item() :] * 2, torch.randn(7, 3), torch.tensor(2))
+
+
 def test_sizes_read_from_tensors() -> None:
     def picked(x: torch.Tensor) -> tuple[torch.Tensor, int]:
         rows = x.nonzero()
