@@ -110,6 +110,11 @@ def split_with_sizes(self: Tensor, split_sizes: list[int], dim: int = 0) -> list
     return out
 
 
+def take(self: Tensor, index: Tensor) -> Tensor:
+    """Elements by their position in row-major order. torch's own asks an index without dimensions for its number."""
+    return aten.index.Tensor(self.reshape(-1), [index])
+
+
 def unbind(self: Tensor, dim: int = 0) -> list[Tensor]:
     """Rows as selects."""
     return [aten.select.int(self, dim, i) for i in range(self.shape[dim])]
@@ -120,6 +125,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "nll_loss_backward.default": nll_loss_backward,
     "repeat.default": repeat,
     "split_with_sizes.default": split_with_sizes,
+    "take.default": take,
     "unbind.int": unbind,
 }
 

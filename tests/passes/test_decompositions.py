@@ -53,6 +53,8 @@ TARGET = torch.tensor([1, 9, 0, -100, 3, 3, 7, 2])
         (lambda a, t: F.cross_entropy(a, t, torch.arange(10.0), reduction="sum"), (x(8, 10), TARGET), "aten.scatter"),
         (lambda a, t: F.cross_entropy(a, t, label_smoothing=0.1), (x(8, 10), TARGET), "aten.scatter"),
         (lambda a, t: F.cross_entropy(a[0], t[0]), (x(8, 10), TARGET), "aten.scatter"),
+        (lambda a, i: a.take(i[2]), (x(8, 10), TARGET), "aten.take"),
+        (lambda a, i: a.t().take(i[:3]), (x(8, 10), TARGET), "aten.take"),
         (lambda a: a.repeat(2, 3, 1, 2), (x(2, 1, 3),), "repeat"),
         (lambda a: torch.cat([p.exp() for p in a.chunk(3, 1)], 1), (x(8, 10),), "as_strided"),
         (lambda a: torch.stack([p.exp() for p in a.split([2, 8], 1)[1].unbind(0)]), (x(3, 10),), "as_strided"),
