@@ -15,11 +15,11 @@ from typing import Any
 import sympy
 
 from ..ir import Dim, Graph, Node, ScalarType, TensorType, TokenType, Value, dim, flatten
-from . import library
+from . import activations, library, pointwise  # noqa: F401 (the first and the last register their lowerings)
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
+from .lowering import CHEAP, POINTWISE, At
 from .matmul import Chooser, Matmul, matmul_of
-from .pointwise import CHEAP, POINTWISE, At
 from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
 from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split

@@ -1,127 +1,15 @@
-"""Scalar lowerings: for each op that computes every output element on its own, how that element is computed.
-
-A lowering gets an `At`: the node, the index of one output element, and a way to read operands. It returns the name of a
-scalar; the caller casts it to the output's dtype, so that values round where eager rounds them.
-"""
+"""Lowerings of arithmetic: unary and binary ops, comparisons, selections, casts, copies and constants."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import sympy
 import torch
 
-from ..ir import Node, ScalarType, TensorType, Value
-from .body import BOOL, FLOAT32, INT64, Body, Index, compute_dtype, dtype_name
-
-
-@dataclass
-class At:
-    """One output element of `node`: `index` has one entry per dimension of the output."""
-
-    body: Body
-    node: Node
-    index: Index
-    out: TensorType
-    read: Callable[[Value, Index], str]
-    guard: Callable[[str], AbstractContextManager[None]]
-    bounds: Callable[[str, Any], Any]
-
-    @property
-    def dtype(self) -> str:
-        """The dtype that this op computes in."""
-        return compute_dtype(dtype_name(self.out.dtype))
-
-    def __getitem__(self, name: str) -> Any:
-        return self.node[name]
-
-    def broadcast(self, value: Value) -> Index:
-        """The index of `value`'s element that meets this output element under broadcasting."""
-        shape = value.tensor.shape
-        lead = len(self.index) - len(shape)
-        return tuple(0 if type(size) is int and size == 1 else self.index[lead + i] for i, size in enumerate(shape))
-
-    def load(self, value: Value, index: Index | None = None) -> str:
-        """An element of `value` in its own dtype; by default the broadcast one."""
-        return self.read(value, self.broadcast(value) if index is None else index)
-
-    def masked(self, value: Value, index: Index, mask: str) -> str:
-        """An element of `value`, read only where `mask` holds (an arbitrary value elsewhere)."""
-        with self.guard(mask):
-            return self.read(value, index)
-
-    def checked(self, row: str, size: Any) -> Any:
-        """An integer scalar as an index into a dimension of `size`; out-of-range ids are reported, not read."""
-        return self.bounds(row, size)
-
-    def operand(self, arg: Any, dtype: str | None = None) -> str:
-        """Any operand (tensor, number, size expression, scalar value) as a scalar of `dtype` (default: the op's)."""
-        dtype = self.dtype if dtype is None else dtype
-        if isinstance(arg, Value):
-            if isinstance(arg.type, ScalarType):
-                raise TypeError("scalar values are bound as size symbols or fall back")
-            return self.body.cast(self.body.up(self.load(arg)), dtype)
-        if isinstance(arg, sympy.Expr):
-            return self.body.cast(self.body.index(arg), dtype)
-        return self.body.const(arg, dtype)
-
-    def op(self, name: str, *args: str, dtype: str | None = None) -> str:
-        """Shorthand for `body.op`."""
-        return self.body.op(name, *args, dtype=dtype)
-
-    def const(self, value: Any, dtype: str | None = None) -> str:
-        """A literal of `dtype` (default: the op's)."""
-        return self.body.const(value, self.dtype if dtype is None else dtype)
-
-
-Lowering = Callable[[At], str]
-POINTWISE: dict[str, Lowering] = {}
-
-#: Ops whose recomputation is cheap enough to repeat in every consumer instead of storing the result.
-CHEAP: set[str] = set()
-
-
-def lowers(*names: str, cheap: bool = False) -> Callable[[Lowering], Lowering]:
-    """Register a lowering for op names (overload included)."""
-
-    def register(fn: Lowering) -> Lowering:
-        for name in names:
-            POINTWISE[name] = fn
-            if cheap:
-                CHEAP.add(name)
-        return fn
-
-    return register
-
-
-@lru_cache(maxsize=4096)
-def _promote(kinds: tuple[tuple[str, Any], ...]) -> str:
-    operands = [torch.empty((0,) * rank, dtype=d) if kind == "t" else d for kind, (rank, d) in kinds]
-    result = operands[0]
-    dtype = result.dtype if isinstance(result, torch.Tensor) else torch.result_type(result, result)
-    if len(operands) > 1:
-        dtype = torch.result_type(operands[0], operands[1])
-    return dtype_name(dtype)
-
-
-def promoted(*args: Any) -> str:
-    """The dtype in which torch compares these operands."""
-    kinds: list[tuple[str, Any]] = []
-    for a in args:
-        if isinstance(a, Value) and isinstance(a.type, TensorType):
-            kinds.append(("t", (min(a.type.rank, 1), a.type.dtype)))
-        else:
-            sample = (
-                1 if isinstance(a, int | sympy.Expr) and not isinstance(a, bool) else (a if isinstance(a, bool) else 1.0)
-            )
-            kinds.append(("s", (0, sample)))
-    return compute_dtype(_promote(tuple(kinds)))
-
+from .body import BOOL, INT64
+from .lowering import CHEAP, POINTWISE, At, Lowering, lowers, promoted
 
 # -- unary ------------------------------------------------------------------------------------------------------------
 
@@ -178,77 +66,6 @@ def _frac(at: At) -> str:
     return at.op("sub", x, at.op("trunc", x))
 
 
-@lowers("aten.relu.default", cheap=True)
-def _relu(at: At) -> str:
-    return at.op("maximum", at.operand(at["self"]), at.const(0))
-
-
-@lowers("aten.relu6.default", cheap=True)
-def _relu6(at: At) -> str:
-    return at.op("minimum", at.op("maximum", at.operand(at["self"]), at.const(0)), at.const(6))
-
-
-@lowers("aten.silu.default")
-def _silu(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op("div", x, at.op("add", at.const(1), at.op("exp", at.op("neg", x))))
-
-
-@lowers("aten.gelu.default")
-def _gelu(at: At) -> str:
-    x = at.operand(at["self"])
-    half, one = at.const(0.5), at.const(1)
-    if at["approximate"] == "tanh":
-        inner = at.op("mul", at.op("mul", at.op("mul", x, x), x), at.const(0.044715))
-        inner = at.op("mul", at.const(math.sqrt(2 / math.pi)), at.op("add", x, inner))
-        return at.op("mul", at.op("mul", half, x), at.op("add", one, at.op("tanh", inner)))
-    erf = at.op("erf", at.op("mul", x, at.const(math.sqrt(0.5))))
-    return at.op("mul", at.op("mul", x, half), at.op("add", one, erf))
-
-
-@lowers("aten.hardswish.default")
-def _hardswish(at: At) -> str:
-    x = at.operand(at["self"])
-    gate = at.op("minimum", at.op("maximum", at.op("add", x, at.const(3)), at.const(0)), at.const(6))
-    return at.op("div", at.op("mul", x, gate), at.const(6))
-
-
-@lowers("aten.hardsigmoid.default")
-def _hardsigmoid(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op(
-        "div", at.op("minimum", at.op("maximum", at.op("add", x, at.const(3)), at.const(0)), at.const(6)), at.const(6)
-    )
-
-
-@lowers("aten.leaky_relu.default", cheap=True)
-def _leaky_relu(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op("where", at.op("gt", x, at.const(0)), x, at.op("mul", x, at.operand(at["negative_slope"])))
-
-
-@lowers("aten.elu.default")
-def _elu(at: At) -> str:
-    x = at.operand(at["self"])
-    scale, alpha = at.operand(at["scale"]), at.operand(at["alpha"])
-    low = at.op("mul", at.op("expm1", at.op("mul", x, at.operand(at["input_scale"]))), alpha)
-    return at.op("where", at.op("le", x, at.const(0)), at.op("mul", low, scale), at.op("mul", x, scale))
-
-
-@lowers("aten.softplus.default")
-def _softplus(at: At) -> str:
-    x, beta = at.operand(at["self"]), at.operand(at["beta"])
-    scaled = at.op("mul", x, beta)
-    soft = at.op("div", at.op("log1p", at.op("exp", scaled)), beta)
-    return at.op("where", at.op("gt", scaled, at.operand(at["threshold"])), x, soft)
-
-
-@lowers("aten.mish.default")
-def _mish(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op("mul", x, at.op("tanh", at.op("log1p", at.op("exp", x))))
-
-
 @lowers("aten.isnan.default", cheap=True)
 def _isnan(at: At) -> str:
     x = at.body.up(at.load(at["self"]))
@@ -269,16 +86,6 @@ def _logical_not(at: At) -> str:
 @lowers("aten.bitwise_not.default", cheap=True)
 def _bitwise_not(at: At) -> str:
     return at.op("not", at.operand(at["self"]))
-
-
-@lowers("aten.logit.default")
-def _logit(at: At) -> str:
-    x = at.operand(at["self"])
-    eps = at["eps"]
-    if eps is not None:
-        low, high = at.const(eps), at.const(1 - eps)
-        x = at.op("where", at.op("lt", x, low), low, at.op("where", at.op("gt", x, high), high, x))
-    return at.op("log", at.op("div", x, at.op("sub", at.const(1), x)))
 
 
 @lowers("aten.nan_to_num.default")
@@ -480,66 +287,6 @@ def _clamp(at: At) -> str:
     return x if high is None else at.op("minimum", x, at.operand(high))
 
 
-# -- backward formulas that autograd leaves whole -----------------------------------------------------------------------
-
-
-@lowers("aten.threshold_backward.default", cheap=True)
-def _threshold_backward(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op("where", at.op("le", x, at.operand(at["threshold"])), at.const(0), at.operand(at["grad_output"]))
-
-
-@lowers("aten.threshold.default", cheap=True)
-def _threshold(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op("where", at.op("le", x, at.operand(at["threshold"])), at.operand(at["value"]), x)
-
-
-@lowers("aten.tanh_backward.default", cheap=True)
-def _tanh_backward(at: At) -> str:
-    y = at.operand(at["output"])
-    return at.op("mul", at.operand(at["grad_output"]), at.op("sub", at.const(1), at.op("mul", y, y)))
-
-
-@lowers("aten.sigmoid_backward.default", cheap=True)
-def _sigmoid_backward(at: At) -> str:
-    y = at.operand(at["output"])
-    return at.op("mul", at.op("mul", at.operand(at["grad_output"]), at.op("sub", at.const(1), y)), y)
-
-
-@lowers("aten.gelu_backward.default")
-def _gelu_backward(at: At) -> str:
-    grad, x = at.operand(at["grad_output"]), at.operand(at["self"])
-    half, one = at.const(0.5), at.const(1)
-    if at["approximate"] == "tanh":
-        beta, kappa = at.const(math.sqrt(2 / math.pi)), at.const(0.044715)
-        square = at.op("mul", x, x)
-        inner = at.op("mul", beta, at.op("add", x, at.op("mul", kappa, at.op("mul", square, x))))
-        tanh = at.op("tanh", inner)
-        left = at.op("mul", half, at.op("add", one, tanh))
-        slope = at.op("mul", beta, at.op("add", one, at.op("mul", at.const(3 * 0.044715), square)))
-        right = at.op("mul", at.op("mul", half, x), at.op("mul", at.op("sub", one, at.op("mul", tanh, tanh)), slope))
-        return at.op("mul", grad, at.op("add", left, right))
-    cdf = at.op("mul", half, at.op("add", one, at.op("erf", at.op("mul", x, at.const(math.sqrt(0.5))))))
-    density = at.op("exp", at.op("mul", at.op("mul", x, x), at.const(-0.5)))
-    pdf = at.op("mul", at.const(1 / math.sqrt(2 * math.pi)), density)
-    return at.op("mul", grad, at.op("add", cdf, at.op("mul", x, pdf)))
-
-
-@lowers("aten.silu_backward.default")
-def _silu_backward(at: At) -> str:
-    grad, x = at.operand(at["grad_output"]), at.operand(at["self"])
-    one = at.const(1)
-    gate = at.op("div", one, at.op("add", one, at.op("exp", at.op("neg", x))))
-    return at.op("mul", at.op("mul", grad, gate), at.op("add", one, at.op("mul", x, at.op("sub", one, gate))))
-
-
-@lowers("aten.native_dropout_backward.default", cheap=True)
-def _native_dropout_backward(at: At) -> str:
-    mask = at.operand(at["mask"])
-    return at.op("mul", at.op("mul", at.operand(at["grad_output"]), mask), at.operand(at["scale"]))
-
-
 # -- casts, copies, constants -------------------------------------------------------------------------------------------
 
 
@@ -600,6 +347,3 @@ def _triangle(at: At) -> str:
     edge = at.op("add", row, at.body.const(at["diagonal"], INT64))
     keep = at.op("le" if at.node.op.name == "aten.tril.default" else "ge", col, edge)
     return at.op("where", keep, at.operand(at["self"]), at.const(0))
-
-
-__all__ = ["CHEAP", "FLOAT32", "POINTWISE", "At", "Lowering", "lowers", "promoted"]

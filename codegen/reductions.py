@@ -9,7 +9,7 @@ import torch
 
 from ..ir import Node
 from .body import BOOL, INT64, compute_dtype, dtype_name
-from .pointwise import At
+from .lowering import At
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from ..ir import TensorType, Value
 from .body import BOOL, INT64, Index, dtype_name
-from .pointwise import POINTWISE, At, lowers
+from .lowering import POINTWISE, At, lowers
 
 #: Ops that are an index map of one operand and nothing else: reading through them is free.
 INDEX_MAPS: set[str] = set()
