@@ -16,10 +16,11 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from ..errors import CannotImport
+from . import size_ops
 from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind
 from .infer import effect_of, type_of
-from .op import Op, of, op
-from .types import ScalarType, SymbolInfo, Symbols, TensorType, TokenType
+from .op import OVERLOAD, Op, of, op
+from .types import LIST, TUPLE, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, dim, size_expr
 
 _HIGHER_ORDER = {
     "cond": "plait.cond",
@@ -98,8 +99,9 @@ class _Importer:
                 self._note(s)
 
     def _note(self, size: torch.SymInt) -> None:
-        env: Any = size.node.shape_env
-        for symbol in size.node.expr.free_symbols:
+        node: Any = size.node
+        env: Any = node.shape_env
+        for symbol in size_expr(size).free_symbols:
             if symbol in self.symbols:
                 continue
             bounds = env.var_to_range.get(symbol)
@@ -147,12 +149,11 @@ class _Importer:
         if isinstance(a, FxNode):
             got = self.env[a]
             if isinstance(got, Value) and isinstance(got.type, ScalarType) and got.type.expr is not None:
-                expr = got.type.expr
-                return int(expr) if expr.is_Integer else expr  # pyright: ignore
+                return dim(got.type.expr)
             return got
-        if isinstance(a, list | tuple):
-            return tuple(self.arg(x) for x in a)  # pyright: ignore
-        if isinstance(a, slice):
+        if isinstance(a, (LIST, TUPLE)):
+            return tuple(self.arg(x) for x in a)
+        if a.__class__ is slice:
             return tuple(self.arg(x) for x in (a.start, a.stop, a.step))
         return a
 
@@ -166,8 +167,7 @@ class _Importer:
             self.env[n] = self.getitem(n)
             return
         if isinstance(val, torch.SymInt) and not _is_item(target):
-            expr = val.node.expr
-            self.env[n] = int(expr) if expr.is_Integer else expr
+            self.env[n] = dim(val)
             return
         if isinstance(val, int) and not isinstance(val, bool) and target in _PYTHON:
             self.env[n] = val
@@ -181,8 +181,6 @@ class _Importer:
             self.env[n] = self.tuples[n] = self.effectful(n, n.meta["val"])
             return
         found, args = self.resolve(n)
-        if found is None:
-            return
         self.env[n] = self.emit(n, found, args, val)
 
     def _about_offsets(self, n: FxNode, val: Any) -> bool:
@@ -192,12 +190,12 @@ class _Importer:
         of it follows from what it asserts of the slice. Raises CannotImport where it is computed with.
         """
         if n.target is torch.ops.aten.sym_storage_offset.default and isinstance(val, torch.SymInt):
-            self.offsets |= val.node.expr.free_symbols - self.symbols.keys()
+            self.offsets |= size_expr(val).free_symbols - self.symbols.keys()
         if not self.offsets:
             return False
         mine = any(isinstance(a, sympy.Expr) and a.free_symbols & self.offsets for a in map(self.arg, n.args))
-        if isinstance(val, torch.SymInt) and val.node.expr.free_symbols & self.offsets and not _is_item(n.target):
-            self.env[n] = val.node.expr
+        if isinstance(val, torch.SymInt) and size_expr(val).free_symbols & self.offsets and not _is_item(n.target):
+            self.env[n] = size_expr(val)
         elif mine and n.target in _PYTHON and isinstance(val, bool | torch.SymBool):
             self.env[n] = True
         elif mine:
@@ -222,17 +220,17 @@ class _Importer:
         args = bind(found, [self.arg(a) for a in rest], {k: self.arg(v) for k, v in n.kwargs.items()})
         single = found.returns in (0, 1, None)
         results = self.emit(n, found, args, val[1] if single else val[1:])
-        return (self.arg(token), results) if single else (self.arg(token), *results)  # pyright: ignore
+        return (self.arg(token), results) if single else (self.arg(token), *results)
 
     def getitem(self, n: FxNode) -> Arg:
-        source, i = n.args
+        arguments: tuple[Any, ...] = n.args
+        source, i = arguments
         if isinstance(source, FxNode) and source in self.tuples:
-            got = self.tuples[source][i]  # type: ignore[index]
+            got = self.tuples[source][i]
             if isinstance(got, Value) and (source.target is not with_effects or i):  # torch's tokens stand for nothing
                 self.links.values[n] = got
             return got
-        got = self.arg(source)
-        return got[i]  # type: ignore[index]
+        return self.arg(source)[i]
 
     def _write(self, n: FxNode) -> bool:
         target, value = self.arg(n.args[0]), self.arg(n.args[1])
@@ -246,12 +244,12 @@ class _Importer:
         self.links.writes[n] = i
         return True
 
-    def resolve(self, n: FxNode) -> tuple[Op | None, tuple[Arg, ...]]:
-        """The op that an fx node applies, and its bound arguments. None where the node only asserts."""
+    def resolve(self, n: FxNode) -> tuple[Op, tuple[Arg, ...]]:
+        """The op that an fx node applies, and its bound arguments."""
         target: Any = n.target
         args = [self.arg(a) for a in n.args]
         kwargs = {k: self.arg(v) for k, v in n.kwargs.items()}
-        if isinstance(target, OpOverload):
+        if isinstance(target, OVERLOAD):
             return of(target), bind(of(target), args, kwargs)
         if isinstance(target, HigherOrderOperator) and target.name() in _HIGHER_ORDER:
             found = op(_HIGHER_ORDER[target.name()])
@@ -264,12 +262,10 @@ class _Importer:
         raise CannotImport(what=f"call of {name}", why="it is neither an ATen op nor known control flow", source=_source(n))
 
     def emit(self, n: FxNode, found: Op, args: tuple[Arg, ...], val: Any) -> Arg:
-        returns = val if isinstance(val, list | tuple) else (val,)
-        many = isinstance(val, list | tuple)
-        if found.returns == 0:
-            returns = ()
-        values = [Value(type_of(v), f"{n.name}_{i}" if many else n.name) for i, v in enumerate(returns)]  # pyright: ignore
-        for v in returns:  # pyright: ignore
+        many = isinstance(val, (LIST, TUPLE))
+        returns = () if found.returns == 0 else val if many else (val,)
+        values = [Value(type_of(v), f"{n.name}_{i}" if many else n.name) for i, v in enumerate(returns)]
+        for v in returns:
             self.note_symbols(v)
         effect = effect_of(found, args)
         after: tuple[Value, ...] = ()
@@ -308,7 +304,7 @@ def advance(effect: str, token: Value, tokens: dict[str, Value]) -> None:
 
 
 def _is_item(target: Any) -> bool:
-    return isinstance(target, OpOverload) and of(target).has("data_dependent")
+    return isinstance(target, OVERLOAD) and of(target).has("data_dependent")
 
 
 def _loc(n: FxNode) -> Loc:
@@ -317,7 +313,7 @@ def _loc(n: FxNode) -> Loc:
     module = ""
     if modules:
         last = next(reversed(modules.values()))
-        module = str(last[0]) if isinstance(last, tuple) else str(last)
+        module = str(last[0] if isinstance(last, TUPLE) else last)
     return Loc(stack, module) if stack or module else NOWHERE
 
 
@@ -382,7 +378,8 @@ class _Exporter:
         if expr not in self.sizes:
             numerator, denominator = expr.as_numer_denom()
             if denominator != 1:  # a fraction that is whole for all sizes, such as (s0 + 1) / 2
-                self.sizes[expr] = self.fx.call_function(operator.floordiv, (self.size(numerator), self.size(denominator)))
+                parts = (self.size(numerator), self.size(denominator))
+                self.sizes[expr] = self.fx.call_function(size_ops.FUNCTIONS["FloorDiv"], parts)
                 return self.sizes[expr]
             if not expr.args:
                 raise CannotImport(what=f"size {expr}", why="no input or node of the graph carries it", source=None)
@@ -391,7 +388,7 @@ class _Exporter:
 
     def compute(self, expr: sympy.Expr) -> Any:
         if expr.is_Rational or expr.is_Float:
-            return float(expr)  # type: ignore[arg-type]
+            return float(expr)
         parts: tuple[Any, ...] = expr.args
         args = [self.size(a) for a in parts]
         return self.fx.call_function(_size_function(type(expr)), tuple(args))
@@ -401,8 +398,8 @@ class _Exporter:
             return self.env[a]
         if isinstance(a, sympy.Expr):
             return self.size(a)
-        if isinstance(a, tuple):
-            return [self.arg(x) for x in a]  # pyright: ignore
+        if isinstance(a, TUPLE):
+            return [self.arg(x) for x in a]
         if isinstance(a, Graph):
             return self.region(a)
         if isinstance(a, complex) and not cmath.isfinite(a):  # fx would print a name that Python does not know
@@ -457,13 +454,11 @@ def _call_args(node: Node, positional: list[Any], named: dict[str, Any]) -> tupl
     if node.op.name == "plait.call":
         return (positional[0], node.regions[0].name, *positional[1]), named
     wants_tuple = node.op.name != "plait.scan"
-    return tuple(tuple(a) if isinstance(a, list) and wants_tuple else a for a in positional), named
+    return tuple(tuple(a) if isinstance(a, LIST) and wants_tuple else a for a in positional), named
 
 
 def _size_function(kind: type) -> Callable[..., Any]:
     """A Python function on ints that computes a sympy operation."""
-    from . import size_ops
-
     found = size_ops.FUNCTIONS.get(kind.__name__)
     if found is None:
         raise CannotImport(what=f"size operation {kind.__name__}", why="it has no integer function", source=None)
