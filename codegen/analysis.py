@@ -14,7 +14,8 @@ from typing import Any
 
 import sympy
 
-from ..ir import Dim, Graph, Node, ScalarType, TensorType, TokenType, Value, dim, flatten
+from ..ir import Dim, Graph, Node, ScalarType, TensorType, Value, dim
+from ..ir.types import type_symbols
 from . import activations, library, pointwise  # noqa: F401 (the first and the last register their lowerings)
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
@@ -90,11 +91,11 @@ class Analysis:
     # -- what can be generated ----------------------------------------------------------------------------------------
 
     def _classify(self) -> None:
-        known = {s for v in self.graph.inputs for s in _symbols(v)}
+        known = {s for v in self.graph.inputs for s in type_symbols(v.type)}
         for node in self.graph.nodes:
             if node.op.name == "plait.constant":
                 continue
-            made = {s for v in node.results for s in _symbols(v)}
+            made = {s for v in node.results for s in type_symbols(v.type)}
             why = (
                 self._refusal(node) or self._measured(node)
                 if made <= known
@@ -246,14 +247,6 @@ class Analysis:
         return self.memory[value]
 
 
-def _symbols(v: Value) -> set[sympy.Symbol]:
-    """Size symbols that a value's type mentions."""
-    if isinstance(v.type, TensorType):
-        return set(v.type.symbols())
-    expr = v.type.expr if isinstance(v.type, ScalarType) else None
-    return set() if expr is None else expr.free_symbols  # type: ignore[return-value]
-
-
 def _record(probe: Evaluator, reads: list[tuple[Value, Index]], v: Value, index: Index) -> str:
     if not any(w is v and i == index for w, i in reads):
         reads.append((v, index))
@@ -327,10 +320,3 @@ class Evaluator:
 
     def report(self, outside: str) -> None:
         """Called with the condition under which a row id is out of range."""
-
-
-def tensor_leaves(arg: Any) -> Iterator[Value]:
-    """Tensor values among an argument's leaves."""
-    for leaf in flatten(arg):
-        if isinstance(leaf, Value) and isinstance(leaf.type, TensorType) and not isinstance(leaf.type, TokenType):
-            yield leaf

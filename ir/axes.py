@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .effects import effect_of
 from .graph import Arg, Node, Value, flatten, map_arg
-from .infer import effect_of, infer
+from .infer import infer
 from .op import Op
 from .rewrite import Reason
 from .types import Dim, Symbols, TensorType, product

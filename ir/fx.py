@@ -17,8 +17,9 @@ from torch.fx import Node as FxNode
 
 from ..errors import CannotImport
 from . import size_ops
+from .effects import advance, effect_of, order_after
 from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind
-from .infer import effect_of, type_of
+from .infer import type_of
 from .op import OVERLOAD, Op, of, op
 from .types import LIST, TUPLE, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, dim, size_expr
 
@@ -286,21 +287,6 @@ class _Importer:
     def do_output(self, n: FxNode) -> None:
         outs = n.args[0]
         self.outputs = tuple(self.arg(a) for a in (outs if isinstance(outs, list | tuple) else (outs,)))
-
-
-def order_after(effect: str, tokens: dict[str, Value]) -> tuple[Value, ...]:
-    """Tokens that an effect of this class waits for: its own class and unknown effects; unknown effects wait for all."""
-    if effect == "world":
-        return tuple(dict.fromkeys(tokens.values()))
-    return tuple(dict.fromkeys(tokens[k] for k in ("world", effect) if k in tokens))[-1:]
-
-
-def advance(effect: str, token: Value, tokens: dict[str, Value]) -> None:
-    """Record the newest token of a class; an unknown effect becomes the newest of every class."""
-    if effect == "world":
-        for k in tokens:
-            tokens[k] = token
-    tokens[effect] = token
 
 
 def _is_item(target: Any) -> bool:

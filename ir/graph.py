@@ -17,7 +17,7 @@ import sympy
 import torch
 
 from .op import REQUIRED, Op
-from .types import TUPLE, OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType
+from .types import TUPLE, OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType, type_symbols
 
 Arg = Any
 """An argument: Value, Graph (a region), None, number, str, sympy expression, torch dtype/device/layout/memory format, or
@@ -332,15 +332,24 @@ def difference(a: Graph, b: Graph) -> str | None:
     return None
 
 
-def expr_symbols(arg: Arg) -> Iterator[sympy.Symbol]:
-    """Size symbols mentioned in an argument."""
-    for leaf in flatten(arg):
-        if isinstance(leaf, sympy.Expr):
-            yield from leaf.free_symbols
+def symbols_in(what: Any) -> set[sympy.Symbol]:
+    """Size symbols in types, expressions, regions, and tuples of these."""
+    found: set[sympy.Symbol] = set()
+    for leaf in flatten(what):
+        if isinstance(leaf, TensorType):
+            found |= leaf.symbols()
+        elif isinstance(leaf, ScalarType):
+            found |= type_symbols(leaf)
+        elif isinstance(leaf, sympy.Expr):
+            found |= leaf.free_symbols
+        elif isinstance(leaf, Graph):
+            for node in leaf.nodes:
+                found |= symbols_in((node.args, *(v.type for v in node.results)))
+            found |= symbols_in((leaf.outputs, *(v.type for v in leaf.inputs)))
+    return found
 
 
 __all__ = [
     "LEVELS", "NOWHERE", "Arg", "Graph", "Loc", "Node", "OpaqueType", "Program", "ScalarType", "TensorType", "TokenType",
-    "Value", "bind", "difference", "expr_symbols", "flatten", "map_arg", "same_tensor",
-    "structurally_equal",
+    "Value", "bind", "difference", "flatten", "map_arg", "same_tensor", "structurally_equal", "symbols_in",
 ]  # fmt: skip

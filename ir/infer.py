@@ -15,8 +15,9 @@ import sympy
 import torch
 
 from ..errors import InferenceFailed, NeedsSizeFact
+from .effects import effect_of
 from .facts import Facts, Unknown
-from .graph import Arg, Graph, Value, flatten, map_arg
+from .graph import Arg, Graph, Value, map_arg, symbols_in
 from .op import Op
 from .types import LIST, TUPLE, OpaqueType, ScalarType, SymbolInfo, Symbols, TensorType, TokenType, ValueType, dim
 
@@ -70,30 +71,6 @@ def infer(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, .
     return types if effect is None else (*types, TokenType(effect))
 
 
-def effect_of(op: Op, args: tuple[Arg, ...]) -> str | None:
-    """The effect class of one application: collectives carry their group, regions the strongest effect inside."""
-    if op.effect is None and "control_flow" not in op.traits:
-        return None
-    if op.effect == "collective":
-        i = op.index.get("group_name")
-        return f"collective:{args[i] if i is not None else 'default'}"
-    if op.has("control_flow"):
-        inside = {effect_of(n.op, n.args) for a in flatten(args) if isinstance(a, Graph) for n in a.nodes} - {None}
-        return None if not inside else (next(iter(inside)) if len(inside) == 1 else "world")
-    if op.effect == "random" and _draws_nothing(op, args):
-        return None
-    return op.effect
-
-
-def _draws_nothing(op: Op, args: tuple[Arg, ...]) -> bool:
-    """True for an op that can drop elements and is told not to: attention without dropout, layers in evaluation."""
-    for name, off in (("dropout_p", 0), ("dropout", 0), ("train", False), ("training", False)):
-        i = op.index.get(name)
-        if i is not None and isinstance(args[i], bool | int | float) and args[i] == off:
-            return True
-    return False
-
-
 def _region_types(op: Op, args: tuple[Arg, ...]) -> tuple[ValueType, ...]:
     regions = [a for a in args if isinstance(a, Graph)]
     body = regions[-1]
@@ -105,7 +82,7 @@ def _region_types(op: Op, args: tuple[Arg, ...]) -> tuple[ValueType, ...]:
 
 def _by_fake_tensors(op: Op, typed: tuple[Arg, ...], symbols: Symbols) -> tuple[ValueType, ...]:
     key = tuple(_hashable(a) for a in typed)
-    used = sorted(_symbols_in(typed), key=lambda s: s.name)
+    used = sorted(symbols_in(typed), key=lambda s: s.name)
     infos = tuple((s, symbols.get(s, SymbolInfo())) for s in used)
     found = _fake_call(op, key, infos)
     if isinstance(found, str) and not op.has("view"):
@@ -131,18 +108,6 @@ def _plain(arg: Arg) -> Arg:
             return arg[1]
         return tuple(_plain(a) for a in arg)
     return arg
-
-
-def _symbols_in(typed: Arg) -> set[sympy.Symbol]:
-    found: set[sympy.Symbol] = set()
-    for leaf in flatten(typed):
-        if isinstance(leaf, TensorType):
-            found |= leaf.symbols()
-        elif isinstance(leaf, sympy.Expr):
-            found |= leaf.free_symbols
-        elif isinstance(leaf, ScalarType) and leaf.expr is not None:
-            found |= leaf.expr.free_symbols
-    return found
 
 
 @lru_cache(maxsize=65536)
@@ -186,4 +151,4 @@ def type_of(value: Any) -> ValueType:
     return OpaqueType("none" if value is None else type(value).__name__)
 
 
-__all__ = ["RULES", "Result", "by_rule", "effect_of", "infer", "rule", "type_of"]
+__all__ = ["RULES", "Result", "by_rule", "infer", "rule", "type_of"]

@@ -9,7 +9,6 @@ import torch
 
 from .facts import Facts
 from .infer import Result, rule
-from .infer_rules import broadcast
 from .strides import is_row_major, view_strides
 from .types import Dim, TensorType, dim, is_static, product
 
@@ -157,7 +156,7 @@ def _slice(f: Facts, x: Any, at: Any = 0, start: Any = None, end: Any = None, st
         b = a
     elif type(a) is not int or type(b) is not int:
         f.less(b, a)  # which is longer must be known
-    length: Any = b - a  # type: ignore[operator]
+    length: Any = b - a
     length = dim(length) if step == 1 else -(-length // step) if type(length) is int else None
     if length is None:
         return None
@@ -295,4 +294,4 @@ def _expand_as(f: Facts, x: Any, other: Any) -> Result:
     return _expand(f, x, other.shape)
 
 
-__all__ = ["axis", "broadcast", "target_shape"]
+__all__ = ["axis", "target_shape"]

@@ -125,15 +125,7 @@ def _default(argument: Any) -> Any:
 
 def _from_overload(overload: OpOverload[..., Any], registered: bool) -> Op:
     schema = overload._schema  # pyright: ignore[reportPrivateUsage]
-    params = tuple(
-        Param(
-            a.name,
-            _param_kind(str(a.real_type)),
-            _default(a),
-            a.kwarg_only,
-        )
-        for a in schema.arguments
-    )
+    params = tuple(Param(a.name, _param_kind(str(a.real_type)), _default(a), a.kwarg_only) for a in schema.arguments)
     traits: set[str] = set()
     tags = overload.tags
     packet = overload.name().split("::")[1].split(".")[0]

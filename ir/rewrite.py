@@ -10,11 +10,11 @@ import sympy
 import torch
 
 from ..errors import NeedsSizeFact, NoFixpoint
-from .fx import advance, order_after
-from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind, flatten, map_arg
-from .infer import effect_of, infer, type_of
+from .effects import advance, effect_of, order_after
+from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind, map_arg, symbols_in
+from .infer import infer, type_of
 from .op import Op, op
-from .types import TUPLE, ScalarType, Symbols, TensorType, TokenType
+from .types import TUPLE, ScalarType, Symbols, TokenType
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +332,7 @@ def prune(graph: Graph) -> Graph:
     """
     live: set[Value] = set(graph.results)
     binders = _binders(graph)
-    wanted: set[Any] = _symbols((graph.outputs, *(v.type for v in graph.results))) if binders else set()
+    wanted: set[sympy.Symbol] = symbols_in((graph.outputs, *(v.type for v in graph.results))) if binders else set()
     keep: list[Node] = []
     for node in reversed(graph.nodes):
         binds = binders.get(node)
@@ -342,7 +342,7 @@ def prune(graph: Graph) -> Graph:
         live.update(node.after)
         keep.append(node)
         if binders:
-            wanted |= _symbols((node.args, *(v.type for v in node.results)))
+            wanted |= symbols_in((node.args, *(v.type for v in node.results)))
     if len(keep) == len(graph.nodes):
         return graph
     keep.reverse()
@@ -350,36 +350,18 @@ def prune(graph: Graph) -> Graph:
     return graph.replace(nodes=tuple(keep), constants={k: t for k, t in graph.constants.items() if k in named})
 
 
-def _binders(graph: Graph) -> dict[Node, set[Any]]:
+def _binders(graph: Graph) -> dict[Node, set[sympy.Symbol]]:
     """Nodes that first make size symbols known, with these symbols."""
     if not graph.symbols:
         return {}
-    known = _symbols(tuple(v.type for v in graph.inputs))
-    found: dict[Node, set[Any]] = {}
+    known = symbols_in(tuple(v.type for v in graph.inputs))
+    found: dict[Node, set[sympy.Symbol]] = {}
     for node in graph.nodes:
-        new = _symbols(tuple(v.type for v in node.results)) - known
+        new = symbols_in(tuple(v.type for v in node.results)) - known
         if new:
             found[node] = new
             known |= new
     return found
 
 
-def _symbols(what: Any) -> set[Any]:
-    """Size symbols in types, expressions, regions, and tuples of these."""
-    found: set[Any] = set()
-    for leaf in flatten(what):
-        if isinstance(leaf, TensorType):
-            found |= leaf.symbols()
-        elif isinstance(leaf, ScalarType):
-            found |= leaf.expr.free_symbols if leaf.expr is not None else set()
-        elif isinstance(leaf, sympy.Expr):
-            found |= leaf.free_symbols
-        elif isinstance(leaf, Graph):
-            for node in leaf.nodes:
-                found |= _symbols((node.args, *(v.type for v in node.results)))
-            found |= _symbols((leaf.outputs, *(v.type for v in leaf.inputs)))
-    return found
-
-
-__all__ = ["Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Such", "Var", "flatten", "match", "pattern", "prune",
-           "rewrite"]  # fmt: skip
+__all__ = ["Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Such", "Var", "match", "pattern", "prune", "rewrite"]

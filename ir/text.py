@@ -284,7 +284,7 @@ class _Parser:
                     elif kw.arg == "symbols":
                         self.symbols = {size_symbol(n, positive=len(v) < 4): SymbolInfo(*v[:3]) for n, v in value.items()}
             elif isinstance(stmt, ast.FunctionDef):
-                return replace_level(self.function(stmt), level)
+                return _at_level(self.function(stmt), level)
         raise self.fail("no graph found")
 
     def function(self, fn: ast.FunctionDef) -> Graph:
@@ -359,10 +359,10 @@ class _Parser:
         return infer(found, bound, self.symbols)
 
 
-def replace_level(graph: Graph, level: str) -> Graph:
+def _at_level(graph: Graph, level: str) -> Graph:
     """The graph at another level, regions included."""
     nodes = tuple(
-        n.with_args(tuple(replace_level(a, level) if isinstance(a, Graph) else a for a in n.args)) if n.regions else n
+        n.with_args(tuple(_at_level(a, level) if isinstance(a, Graph) else a for a in n.args)) if n.regions else n
         for n in graph.nodes
     )
     return graph.replace(level=level, nodes=nodes)

@@ -167,6 +167,16 @@ class OpaqueType:
 
 ValueType = TensorType | ScalarType | TokenType | OpaqueType
 
+
+def type_symbols(kind: ValueType) -> frozenset[sympy.Symbol]:
+    """Size symbols that a type mentions."""
+    if isinstance(kind, TensorType):
+        return kind.symbols()
+    if isinstance(kind, ScalarType) and kind.expr is not None:
+        return free_symbols(kind.expr)
+    return _NO_SYMBOLS
+
+
 _SHORT: dict[torch.dtype, str] = {
     torch.float32: "f32",
     torch.float64: "f64",

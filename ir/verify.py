@@ -8,11 +8,11 @@ import sympy
 import torch
 
 from ..errors import InvalidGraph
-from .fx import advance, order_after
+from .effects import advance, effect_of, order_after
 from .graph import LEVELS, Graph, Node, Value, flatten, same_tensor
-from .infer import effect_of, type_of
+from .infer import type_of
 from .text import Names, node_text
-from .types import TUPLE, ScalarType, Symbols, TensorType, TokenType, free_symbols
+from .types import TUPLE, Symbols, TensorType, TokenType, free_symbols, type_symbols
 
 
 def verify(graph: Graph, *, after_pass: str = "", rule: str = "") -> None:
@@ -65,7 +65,7 @@ def problem(graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> t
     if len(defined) != len(graph.inputs):
         return "an input occurs twice", None
     for v in graph.inputs:
-        bound |= _binds(v)
+        bound |= type_symbols(v.type)
     tokens: dict[str, Value] = {}
     for i, node in enumerate(graph.nodes):
         why = _node_problem(node, graph, defined, bound, tokens, known)
@@ -73,7 +73,7 @@ def problem(graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> t
             return why, i
         defined.update(node.outputs)
         for v in node.outputs:
-            bound |= _binds(v)
+            bound |= type_symbols(v.type)
     return _end_problem(graph, defined, bound)
 
 
@@ -98,14 +98,6 @@ def _end_problem(graph: Graph, defined: set[Value], bound: set[sympy.Symbol]) ->
 
 #: Arguments with nothing to check inside.
 _PLAIN = frozenset((Value, int, float, bool, str, type(None)))
-
-
-def _binds(v: Value) -> frozenset[sympy.Symbol]:
-    if isinstance(v.type, TensorType):
-        return v.type.symbols()
-    if isinstance(v.type, ScalarType) and v.type.expr is not None:
-        return free_symbols(v.type.expr)
-    return frozenset()
 
 
 def _node_problem(
@@ -159,11 +151,7 @@ def _argument_problem(node: Node, graph: Graph, bound: set[sympy.Symbol]) -> str
         if (
             isinstance(found, TensorType)
             and isinstance(kind, TensorType)
-            and (found.shape, found.dtype)
-            != (
-                kind.shape,
-                kind.dtype,
-            )
+            and (found.shape, found.dtype) != (kind.shape, kind.dtype)
         ):
             return f"constant {node.args[0]!r} is {found}, its value {kind}"
     return None
@@ -195,7 +183,7 @@ def _kind(v: Any) -> Any:
 
 def _type_problem(node: Node, symbols: Symbols) -> str | None:
     for v in node.results:
-        kind: Any = v.type
+        kind = v.type
         if isinstance(kind, TensorType) and len(kind.shape) != len(kind.strides):
             return f"{v!r} has {len(kind.shape)} sizes and {len(kind.strides)} strides"
         if isinstance(kind, TokenType):
