@@ -90,6 +90,12 @@ def _logit(at: At) -> str:
     return at.op("log", at.op("div", x, at.op("sub", at.const(1), x)))
 
 
+@lowers("aten.threshold.default", cheap=True)
+def _threshold(at: At) -> str:
+    x = at.operand(at["self"])
+    return at.op("where", at.op("le", x, at.operand(at["threshold"])), at.operand(at["value"]), x)
+
+
 # -- backward formulas that autograd leaves whole -----------------------------------------------------------------------
 
 
@@ -97,12 +103,6 @@ def _logit(at: At) -> str:
 def _threshold_backward(at: At) -> str:
     x = at.operand(at["self"])
     return at.op("where", at.op("le", x, at.operand(at["threshold"])), at.const(0), at.operand(at["grad_output"]))
-
-
-@lowers("aten.threshold.default", cheap=True)
-def _threshold(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op("where", at.op("le", x, at.operand(at["threshold"])), at.operand(at["value"]), x)
 
 
 @lowers("aten.tanh_backward.default", cheap=True)

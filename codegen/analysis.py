@@ -193,9 +193,12 @@ class Analysis:
 
     def _compute(self, v: Value, node: Node, wanted: set[Value]) -> None:
         spec, made = reduction(node), matmul_of(node)
-        if isinstance(spec, ReduceSpec) or isinstance(made, Matmul):
-            domain = v.tensor.shape if made is not None else node.args[0].tensor.shape
-            self.units[v] = Unit(v, node, domain, spec if isinstance(spec, ReduceSpec) else None, made)  # type: ignore[arg-type]
+        if isinstance(spec, ReduceSpec):
+            self.units[v] = Unit(v, node, node.args[0].tensor.shape, reduce=spec)
+            self._in_memory(v)
+            return
+        if isinstance(made, Matmul):
+            self.units[v] = Unit(v, node, v.tensor.shape, matmul=made)
             self._in_memory(v)
             return
         weight = 0 if node.op.name in INDEX_MAPS or node.op.name in SPLITS else 1 if node.op.name in CHEAP else _HEAVY
@@ -285,11 +288,9 @@ class Evaluator:
 
     def compute(self, value: Value, node: Node, index: Index) -> str:
         """Lower one elementwise node at `index`, rounded to the value's dtype."""
-        if node.op.name in SPLITS:
-            part = node.outputs.index(value)
-            at = At(self.body, node, index, value.tensor, self.read, self.guard, self.bounds)
-            return self.read(node.args[0], part_of_split(at, part))
         at = At(self.body, node, index, value.tensor, self.read, self.guard, self.bounds)
+        if node.op.name in SPLITS:
+            return self.read(node.args[0], part_of_split(at, node.outputs.index(value)))
         return self.body.cast(POINTWISE[node.op.name](at), dtype_name(value.tensor.dtype))
 
     def evaluate(self, unit: Unit, index: Index) -> str:

@@ -63,7 +63,7 @@ class Body:
         if isinstance(expr, sympy.Expr):
             for s in sorted(expr.free_symbols, key=str):
                 if not self._is_local(s):
-                    self.sizes[s] = None  # type: ignore[index]
+                    self.sizes[s] = None
 
     def _is_local(self, symbol: Any) -> bool:
         return symbol.name in self.depth or any(symbol in s.axes for s in self.scopes)
@@ -91,7 +91,7 @@ class Body:
                 if scope.axes & names:
                     deepest = max(deepest, i)
             for s in names:
-                deepest = max(deepest, self.depth.get(s.name, 0))  # type: ignore[attr-defined]
+                deepest = max(deepest, self.depth.get(s.name, 0))
         return deepest
 
     def _find(self, key: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Reported:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Nodes by what runs them. `free` are views, constants and nodes that became part of no memory traffic of their own;
-    `launches` is the number of generated kernels launched per call."""
+    """Nodes by what runs them. `free` are values that are views of others and need no work; `launches` is the number of
+    generated kernels launched per call."""
 
     generated: int = 0
     library: int = 0
     fallback: int = 0
     free: int = 0
     launches: int = 0
-    reported: tuple[Reported, ...] = field(default=())
+    reported: tuple[Reported, ...] = ()
 
     @property
     def reasons(self) -> list[tuple[str, str]]:

@@ -42,17 +42,18 @@ class _Order:
 
 @dataclass(frozen=True)
 class Emitted:
-    """A kernel, and the values bound to its parameters; the last one is `STATUS` where it checks row ids."""
+    """A kernel, and the values bound to its parameters, in order."""
 
     kernel: K.Kernel
-    buffers: tuple[Value | None, ...]
+    buffers: tuple[Value, ...]
 
 
 class _GroupBody(Evaluator):
     """Emits one group, for one choice of loops."""
 
-    def __init__(self, analysis: Analysis, group: Group, stored: set[Value], order: _Order) -> None:
+    def __init__(self, analysis: Analysis, group: Group, stored: set[Value], order: _Order, status: Value | None) -> None:
         super().__init__(analysis, Body())
+        self.status = status
         self.leaf = self.load
         self.group = group
         self.stored = stored
@@ -62,7 +63,7 @@ class _GroupBody(Evaluator):
         self.form = {v: self.at(i) for v, i in group.form.items()}
         self.scalars: dict[Value, str] = {}
         self.kept: dict[Value, str] = {}
-        self.params: dict[Value | None, str] = {}
+        self.params: dict[Value, str] = {}
         self.now = 0
         self.inside = False
         self.spilled = self._spilled()
@@ -72,8 +73,8 @@ class _GroupBody(Evaluator):
     def at(self, index: Index) -> Index:
         return tuple(substitute(i, dict(self.order.names)) for i in index)
 
-    def param(self, value: Value | None) -> str:
-        """The kernel parameter for a value's memory (None: the status word)."""
+    def param(self, value: Value) -> str:
+        """The kernel parameter for a value's memory."""
         return self.params.setdefault(value, f"b{len(self.params)}")
 
     def address(self, value: Value, index: Index) -> Any:
@@ -122,7 +123,8 @@ class _GroupBody(Evaluator):
         """Set the status word where a row id is out of range."""
         mask = outside if self.mask is None else self.body.op("and", outside, self.mask)
         one = self.body.const(1, "int64")
-        self.body.store(self.param(None), "int64", 0, one, mask)
+        assert self.status is not None, "the analysis found that row ids are checked"
+        self.body.store(self.param(self.status), "int64", 0, one, mask)
 
     # -- loops --------------------------------------------------------------------------------------------------------
 
@@ -352,7 +354,7 @@ def _collapse(axes: list[Axis], strides: _Strides, names: dict[sympy.Symbol, Any
         if done and strides.collapsible(done[-1], axis):
             names[done[-1].symbol] = 0
             extent: Any = done[-1].extent * axis.extent
-            done[-1] = Axis(axis.symbol, int(extent) if getattr(extent, "is_Integer", True) else extent)
+            done[-1] = Axis(axis.symbol, dim(extent))
         else:
             done.append(axis)
     return tuple(done)
@@ -393,18 +395,19 @@ def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, .
     return plain and not (full_later or reduce_later or early_outer)
 
 
-def emit(analysis: Analysis, group: Group, stored: set[Value]) -> Emitted:
-    """The kernel of a group. `stored` are the values that others read from memory."""
+def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> Emitted:
+    """The kernel of a group. `stored` are the values that others read from memory, `status` is the word that it sets where a
+    row id is out of range."""
     plain = _Order(
         tuple(a for i, a in enumerate(group.axes) if i not in group.reduced),
         tuple(a for i, a in enumerate(group.axes) if i in group.reduced),
         None,
         {},
     )
-    draft = _GroupBody(analysis, group, stored, plain)
+    draft = _GroupBody(analysis, group, stored, plain, status)
     draft.emit()
     order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes))
-    final = _GroupBody(analysis, group, stored, order)
+    final = _GroupBody(analysis, group, stored, order, status)
     final.emit()
     label = "_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40]
     kernel = final.body.kernel("", tuple(dict.fromkeys(_origin(u) for u in group.units)))
@@ -414,14 +417,15 @@ def emit(analysis: Analysis, group: Group, stored: set[Value]) -> Emitted:
     return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers))
 
 
-def emit_matmul(analysis: Analysis, group: Group, stored: set[Value]) -> KernelItem:
-    """The template's kernel for a matmul and the elementwise units behind it. The last buffer is its workspace."""
+def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> KernelItem:
+    """The template's kernel for a matmul and the elementwise units behind it. The last buffer is its workspace; the other
+    parameters are those of `emit`."""
     unit = group.matmul
     assert unit is not None and unit.matmul is not None
     made = unit.matmul
     axes = _matmul_axes(unit, group)
     order = _Order((), (), None, axes)
-    body = _GroupBody(analysis, group, stored, order)
+    body = _GroupBody(analysis, group, stored, order, status)
     body.body.scopes[0].axes.update((T.M, T.N, T.B0))
     body.emit_points()
     kernel = body.body.kernel("epilogue")
@@ -442,7 +446,7 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value]) -> KernelI
     buffers = (made.a, made.b, *(values[b.name] for b in kernel.buffers), scratch)
     access = ("read", "read", *(b.access for b in kernel.buffers), "write")
     nodes = tuple(dict.fromkeys(u.node for u in group.units))
-    return KernelItem(name, buffers, access, size_arguments(made, spec), nodes, source=source)  # type: ignore[arg-type]
+    return KernelItem(name, buffers, access, size_arguments(made, spec), nodes, source=source)
 
 
 def _matmul_axes(unit: Unit, group: Group) -> dict[sympy.Symbol, Any]:

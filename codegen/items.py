@@ -12,9 +12,9 @@ from .kernel_ir import Kernel
 
 @dataclass(frozen=True)
 class KernelItem:
-    """Launch of a generated kernel. `buffers` are the values bound to its parameters, in order; `reads` and `writes` among
-    them. `source` is C++ text where a template made it (None: printed from `kernel`). `sizes` are its size arguments.
-    `workspace` is a scratch value (bytes) that the kernel wants, `nodes` what it computes."""
+    """Launch of a generated kernel. `buffers` are the values bound to its parameters, in order, `access` ("read", "write",
+    "read_write") says what it does with each. `sizes` are its size arguments, `nodes` what it computes. `source` is C++
+    text where a template made it (None: printed from `kernel`)."""
 
     name: str
     buffers: tuple[Value, ...]
@@ -59,9 +59,8 @@ Item = KernelItem | CallItem | AliasItem
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A graph at the kernel level: items in order. `scratch` are values that no node of the graph defines; `write_back`
-    maps inputs to values that still have to be copied into them at the end; `stored` maps a value to the value in whose
-    memory it lives (in-place reuse)."""
+    """A graph at the kernel level: items in order. `scratch` are values that no node of the graph defines; `stored` maps a
+    value to the value in whose memory it lives: what is written back to an input."""
 
     graph: Graph
     items: tuple[Item, ...]

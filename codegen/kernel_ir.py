@@ -94,10 +94,6 @@ COMPUTE_OPS: dict[str, int] = {
     "cast": 1,
 }
 
-# reduction op -> identity as Python value (None: the dtype's lowest or highest). max and min propagate NaN.
-# argmax and argmin reduce (value, index) pairs: ties take the lowest index, NaN wins.
-REDUCE_OPS = ("sum", "prod", "max", "min", "any", "all", "argmax", "argmin")
-
 
 @dataclass(frozen=True)
 class Buffer:
@@ -150,7 +146,11 @@ class Compute:
 
 @dataclass(frozen=True)
 class Acc:
-    """Declare accumulator `name` with the identity of `op`. argmax/argmin keep a `value_dtype` beside the int64 result."""
+    """Declare accumulator `name` with the identity of `op`: sum, prod, max, min, any, all, argmax or argmin.
+
+    max and min propagate NaN. argmax and argmin keep a value of `value_dtype` beside the int64 result: ties take the lowest
+    index, NaN wins.
+    """
 
     name: str
     dtype: str

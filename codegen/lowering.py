@@ -60,11 +60,12 @@ class At:
         return self.bounds(row, size)
 
     def operand(self, arg: Any, dtype: str | None = None) -> str:
-        """Any operand (tensor, number, size expression, scalar value) as a scalar of `dtype` (default: the op's)."""
+        """Any operand (tensor, number, size expression) as a scalar of `dtype` (default: the op's). Raises TypeError for a
+        scalar value: those are bound as size symbols."""
         dtype = self.dtype if dtype is None else dtype
         if isinstance(arg, Value):
             if isinstance(arg.type, ScalarType):
-                raise TypeError("scalar values are bound as size symbols or fall back")
+                raise TypeError(f"{arg!r} is no operand of a kernel: scalar values are bound as size symbols")
             return self.body.cast(self.body.up(self.load(arg)), dtype)
         if isinstance(arg, sympy.Expr):
             return self.body.cast(self.body.index(arg), dtype)
@@ -87,10 +88,12 @@ CHEAP: set[str] = set()
 
 
 def lowers(*names: str, cheap: bool = False) -> Callable[[Lowering], Lowering]:
-    """Register a lowering for op names (overload included)."""
+    """Register a lowering for op names (overload included), `cheap` where it may be repeated in every consumer."""
 
     def register(fn: Lowering) -> Lowering:
         for name in names:
+            if name in POINTWISE:
+                raise ValueError(f"{name} has two lowerings")
             POINTWISE[name] = fn
             if cheap:
                 CHEAP.add(name)
@@ -116,9 +119,7 @@ def promoted(*args: Any) -> str:
         if isinstance(a, Value) and isinstance(a.type, TensorType):
             kinds.append(("t", (min(a.type.rank, 1), a.type.dtype)))
         else:
-            sample = (
-                1 if isinstance(a, int | sympy.Expr) and not isinstance(a, bool) else (a if isinstance(a, bool) else 1.0)
-            )
+            sample = a if isinstance(a, bool) else 1 if isinstance(a, int | sympy.Expr) else 1.0
             kinds.append(("s", (0, sample)))
     return compute_dtype(_promote(tuple(kinds)))
 

@@ -67,20 +67,19 @@ def _best_gap(busy: list[tuple[int, int]], size: int) -> int:
 
 
 def _place_symbolic(blocks: list[Block], offsets: dict[Any, Any], top: int) -> tuple[Any, tuple[tuple[str, Any], ...]]:
-    slots: list[tuple[str, Any, int, Any]] = []  # (size as text, offset, last step that uses it, size)
+    slots: list[tuple[Any, Any, int]] = []  # (size, offset, last step that uses it)
     end: Any = top
     sizes: list[tuple[str, Any]] = []
     for block in sorted(blocks, key=lambda b: b.first):
         size = aligned(block.nbytes)
-        text = repr(size)
-        for i, (known, offset, last, _) in enumerate(slots):
-            if known == text and last < block.first:
+        for i, (known, offset, last) in enumerate(slots):
+            if known == size and last < block.first:
                 offsets[block.key] = offset
-                slots[i] = (known, offset, block.last, size)
+                slots[i] = (size, offset, block.last)
                 break
         else:
             offsets[block.key] = end
-            slots.append((text, end, block.last, size))
+            slots.append((size, end, block.last))
             name = f"arena{len(sizes)}"
             sizes.append((name, ["add", end, size]))
             end = name

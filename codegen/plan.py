@@ -86,7 +86,7 @@ class _Planner:
         for step, item in enumerate(self.scheduled.items):
             if isinstance(item, CallItem):
                 for v in item.node.results:
-                    if isinstance(v.type, ScalarType) or not isinstance(v.type, OpaqueType):
+                    if not isinstance(v.type, OpaqueType):
                         self.define(v, "handle")
                 for v in item.node.inputs:
                     made.setdefault(self.root(v), step)
@@ -125,7 +125,7 @@ class _Planner:
         if isinstance(arg, sympy.Expr):
             return {"e": prefix(arg)}
         if isinstance(arg, tuple):
-            return {"l": [self.argument(a) for a in arg]}  # pyright: ignore
+            return {"l": [self.argument(a) for a in arg]}
         if isinstance(arg, torch.dtype):
             return {"d": dtype_name(arg)}
         if isinstance(arg, torch.device):

@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from .body import BOOL, INT64
-from .lowering import CHEAP, POINTWISE, At, Lowering, lowers, promoted
+from .lowering import At, Lowering, lowers, promoted
 
 # -- unary ------------------------------------------------------------------------------------------------------------
 
@@ -17,7 +17,6 @@ _UNARY = (
     *("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh"),
     *("tanh", "asinh", "acosh", "atanh", "erf", "erfc", "sigmoid", "sqrt", "rsqrt", "reciprocal"),
 )
-_UNARY_ANY = ["neg", "abs", "sign", "floor", "ceil", "trunc", "round", "square"]
 
 
 def _unary(kernel_op: str) -> Lowering:
@@ -25,10 +24,9 @@ def _unary(kernel_op: str) -> Lowering:
 
 
 for _name in _UNARY:
-    POINTWISE[f"aten.{_name}.default"] = _unary(_name)
-for _name in _UNARY_ANY:
-    POINTWISE[f"aten.{_name}.default"] = _unary(_name)
-    CHEAP.add(f"aten.{_name}.default")
+    lowers(f"aten.{_name}.default")(_unary(_name))
+for _name in ("neg", "abs", "sign"):
+    lowers(f"aten.{_name}.default", cheap=True)(_unary(_name))
 
 
 def _integral(at: At) -> bool:
@@ -110,7 +108,6 @@ def _binary(kernel_op: str) -> Lowering:
 
 
 for _name, _kernel_op, _overloads in (
-    ("mul", "mul", ("Tensor", "Scalar")),
     ("maximum", "maximum", ("default",)),
     ("minimum", "minimum", ("default",)),
     ("atan2", "atan2", ("default",)),
@@ -121,15 +118,14 @@ for _name, _kernel_op, _overloads in (
     ("bitwise_xor", "xor", ("Tensor", "Scalar")),
     ("pow", "pow", ("Tensor_Tensor", "Scalar")),
 ):
-    for _overload in _overloads:
-        POINTWISE[f"aten.{_name}.{_overload}"] = _binary(_kernel_op)
-        if _kernel_op not in ("atan2", "pow", "mod", "fmod"):
-            CHEAP.add(f"aten.{_name}.{_overload}")
-POINTWISE["aten.mul.Tensor"] = lambda at: (
-    at.op("and", at.operand(at["self"]), at.operand(at["other"]))
-    if at.out.dtype is torch.bool
-    else at.op("mul", at.operand(at["self"]), at.operand(at["other"]))
-)
+    _cheap = _kernel_op not in ("atan2", "pow", "mod", "fmod")
+    lowers(*(f"aten.{_name}.{_overload}" for _overload in _overloads), cheap=_cheap)(_binary(_kernel_op))
+
+
+@lowers("aten.mul.Tensor", "aten.mul.Scalar", cheap=True)
+def _mul(at: At) -> str:
+    x, y = at.operand(at["self"]), at.operand(at["other"])
+    return at.op("and" if at.out.dtype is torch.bool else "mul", x, y)
 
 
 def _scaled(at: At, arg: Any, alpha: Any) -> str:
@@ -207,8 +203,7 @@ for _name, _kernel_op in (("logical_and", "and"), ("logical_or", "or"), ("logica
 
 
 for _name, _kernel_op in (("bitwise_left_shift", "shl"), ("bitwise_right_shift", "shr")):
-    for _overload in ("Tensor", "Tensor_Scalar"):
-        POINTWISE[f"aten.{_name}.{_overload}"] = _binary(_kernel_op)
+    lowers(f"aten.{_name}.Tensor", f"aten.{_name}.Tensor_Scalar")(_binary(_kernel_op))
 
 
 @lowers("aten.fmax.default", "aten.fmin.default")

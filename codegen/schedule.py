@@ -19,6 +19,8 @@ from .templates.matmul_choice import ONEDNN
 from .tuning import linear_call, measured_choice
 from .unbacked import bind_sizes
 
+assert runtime_ops is not None  # importing registers `plait.clear_status` and `plait.check_rows`
+
 
 def schedule_calls(graph: Graph) -> Scheduled:
     """Every node as a call of its torch op: the form of region bodies."""
@@ -75,18 +77,16 @@ def _with_write_backs(graph: Graph) -> Graph:
     if not graph.writes:
         return graph
     nodes = list(graph.nodes)
-    roots = {v: i for i, v in enumerate(graph.inputs)}
     writes: list[tuple[int, Value]] = []
-    written = {i for i, _ in graph.writes}
+    written = {graph.inputs[i] for i, _ in graph.writes}
     for i, v in graph.writes:
         source = v
-        if _input_behind(graph, v) in {graph.inputs[j] for j in written}:
+        if _input_behind(graph, v) in written:
             source = Value(v.type, v.hint)
             nodes.append(Node(op("aten.clone.default"), (v, None), (source,)))
         copy = Value(graph.inputs[i].type, f"{graph.inputs[i].hint}_new")
         nodes.append(Node(op("aten.clone.default"), (source, None), (copy,)))
         writes.append((i, copy))
-    assert len(roots) == len(graph.inputs)
     return graph.replace(nodes=tuple(nodes), writes=tuple(writes))
 
 
@@ -128,18 +128,13 @@ def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
 
 
 def _kernel_item(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> KernelItem:
-    if group.matmul is not None:
-        item = emit_matmul(analysis, group, stored)
-        buffers = tuple(status if v is None else v for v in item.buffers)
-        nodes = tuple(dict.fromkeys(n for u in group.units for n in _covered(analysis, u.node)))
-        return replace(item, buffers=buffers, nodes=nodes)  # type: ignore[arg-type]
-    made = emit(analysis, group, stored)
-    buffers = tuple(status if v is None else v for v in made.buffers)
-    assert all(v is not None for v in buffers)
-    own = {u.value for u in group.units}  # what a kernel writes and then reads again it does not read from before
-    access = tuple("write" if v in own else b.access for v, b in zip(buffers, made.kernel.buffers, strict=True))
     nodes = tuple(dict.fromkeys(n for u in group.units for n in _covered(analysis, u.node)))
-    return KernelItem(made.kernel.name, buffers, access, made.kernel.sizes, nodes, made.kernel)  # type: ignore[arg-type]
+    if group.matmul is not None:
+        return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
+    made = emit(analysis, group, stored, status)
+    own = {u.value for u in group.units}  # what a kernel writes and then reads again it does not read from before
+    access = tuple("write" if v in own else b.access for v, b in zip(made.buffers, made.kernel.buffers, strict=True))
+    return KernelItem(made.kernel.name, made.buffers, access, made.kernel.sizes, nodes, made.kernel)
 
 
 def _covered(analysis: Analysis, node: Node) -> list[Node]:
@@ -156,9 +151,6 @@ def _covered(analysis: Analysis, node: Node) -> list[Node]:
 
 def _clear(status: Value) -> CallItem:
     return CallItem(Node(op("plait.clear_status.default"), (status,), ()), "internal", "clears the status word")
-
-
-assert runtime_ops is not None  # importing registers the ops named above
 
 
 def _check(status: Value) -> CallItem:

@@ -31,9 +31,7 @@ _OPS = {
 
 def prefix(expr: Any) -> Any:
     """An int, a symbol's name, or `[op, ...]`. Raises `SizeNotSupported` for what has no integer form."""
-    if isinstance(expr, int):
-        return int(expr)
-    if expr.is_Integer:
+    if isinstance(expr, int) or expr.is_Integer:
         return int(expr)
     if isinstance(expr, sympy.Symbol):
         return expr.name
@@ -61,8 +59,8 @@ def _product(expr: sympy.Mul) -> Any:
     below = 1
     for factor in expr.args:
         if factor.is_Rational and not factor.is_Integer:
-            above.append(int(factor.p))  # type: ignore[attr-defined]
-            below *= int(factor.q)  # type: ignore[attr-defined]
+            above.append(int(factor.p))
+            below *= int(factor.q)
         elif isinstance(factor, sympy.Pow) and factor.exp.is_Integer and factor.exp < 0:
             raise SizeNotSupported(expr=expr)
         else:

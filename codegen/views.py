@@ -9,8 +9,8 @@ import sympy
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from ..ir import TensorType, Value
-from .body import BOOL, INT64, Index, dtype_name
-from .lowering import POINTWISE, At, lowers
+from .body import INT64, Index
+from .lowering import At, lowers
 
 #: Ops that are an index map of one operand and nothing else: reading through them is free.
 INDEX_MAPS: set[str] = set()
@@ -21,7 +21,7 @@ def index_map(*names: str) -> Any:
 
     def register(fn: Any) -> Any:
         for name in names:
-            POINTWISE[name] = lambda at, fn=fn: at.load(at.node.args[0], fn(at))
+            lowers(name)(lambda at: at.load(at.node.args[0], fn(at)))
             MAPS[name] = fn
             INDEX_MAPS.add(name)
         return fn
@@ -437,4 +437,4 @@ def _index(at: At) -> str:
     return at.load(at["self"], tuple(out))
 
 
-__all__ = ["BOOL", "INDEX_MAPS", "MAPS", "SPLITS", "dtype_name", "part_of_split", "reshape_index"]
+__all__ = ["INDEX_MAPS", "MAPS", "SPLITS", "part_of_split", "reshape_index", "tidy", "unravel"]
