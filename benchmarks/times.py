@@ -122,7 +122,8 @@ def model(name: str, backend: str, probe: Probe, *, train: bool, rounds: int, se
         verdicts = agree(candidates, exact)
         timings = side_by_side(candidates, rounds=rounds, seconds=seconds, probe=probe)
         fresh()
-        calls = contenders.make(bind(tiny(name), 1, 2), small, timed=False)
+        batch = 2 if train else 1  # batch norm trains on no single value
+        calls = contenders.make(bind(tiny(name), batch, 2), small, timed=False)
         overhead = side_by_side(calls, rounds=rounds, seconds=seconds / 4, probe=probe)
     return _row(verdicts, timings.as_json("eager"), overhead.as_json("eager"), contenders, timings, backend)
 
