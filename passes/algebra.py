@@ -12,24 +12,17 @@ from typing import Any
 import torch
 
 from ..ir import Builder, Match, Reason, Rule, Such, Value, Var, pattern
-from .aliases import shares_memory
-from .operands import inner, is_zero, number_of
+from ..ir.rewrite import Check
+from .aliases import x_shares_memory
+from .operands import X, inner, is_zero, keep_x, number_of
 
-X, Y = Var("x"), Var("y")
+Y = Var("y")
 TENSOR = Such("x", lambda m, arg: isinstance(arg, Value))
 """An operand that is a tensor, called x."""
 
 
-def _x(m: Match, b: Builder) -> Value:
-    return m.vars["x"]
-
-
 def _call(op: str) -> Callable[[Match, Builder], Any]:
     return lambda m, b: b.call(op, m["x"])
-
-
-def _shares(m: Match) -> Reason | None:
-    return shares_memory(m, m.vars["x"])
 
 
 def number(value: Any) -> Such:
@@ -37,9 +30,9 @@ def number(value: Any) -> Such:
     return Such("n", lambda m, arg: (got := number_of(m, arg)) is not None and got == value)
 
 
-def _either(name: str, op: str, wanted: Such, check: Callable[[Match], Reason | None] = _shares) -> tuple[Rule, Rule]:
+def _either(name: str, op: str, wanted: Such, check: Check = x_shares_memory) -> tuple[Rule, Rule]:
     """Rules for a commutative op that keep the tensor beside a neutral element, on the right or on the left."""
-    return Rule(name, pattern(op, TENSOR, wanted), _x, check), Rule(name, pattern(op, wanted, TENSOR), _x, check)
+    return Rule(name, pattern(op, TENSOR, wanted), keep_x, check), Rule(name, pattern(op, wanted, TENSOR), keep_x, check)
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------
@@ -52,13 +45,13 @@ def _unscaled(m: Match) -> Reason | None:
 def _check_add_zero(m: Match) -> Reason | None:
     if m.node.out.tensor.dtype.is_floating_point and not is_zero(m["n"], negative=True):
         return Reason("-0.0 + 0.0 is +0.0: adding a positive zero changes negative zeros")
-    return _unscaled(m) or _shares(m)
+    return _unscaled(m) or x_shares_memory(m)
 
 
 def _check_sub_zero(m: Match) -> Reason | None:
     if m.node.out.tensor.dtype.is_floating_point and not is_zero(m["n"]):
         return Reason("-0.0 - -0.0 is +0.0: subtracting a negative zero changes negative zeros")
-    return _unscaled(m) or _shares(m)
+    return _unscaled(m) or x_shares_memory(m)
 
 
 # -- powers -----------------------------------------------------------------------------------------------------------
@@ -71,7 +64,7 @@ def _power(name: str, exponent: float, build: Callable[[Match, Builder], Any]) -
 
 def _check_power(m: Match) -> Reason | None:
     if m["n"] == 1:
-        return _shares(m)
+        return x_shares_memory(m)
     if m["n"] not in (2, 3) and m.node.out.tensor.dtype not in (torch.float32, torch.float64):
         return Reason("torch rounds this power of half types in its own way")
     return None
@@ -91,37 +84,37 @@ def _cube(m: Match, b: Builder) -> Value:
 def _undone_bool(m: Match) -> Reason | None:
     if m.vars["x"].tensor.dtype is not torch.bool:
         return Reason("the operand is not boolean: the first negation already turned numbers into true and false")
-    return _shares(m)
+    return x_shares_memory(m)
 
 
 def _all_ones(got: Any) -> bool:
     return got is True or (got is not None and got is not False and got == -1)
 
 
-def _twice(name: str, op: str, check: Callable[[Match], Reason | None] = _shares) -> Rule:
+def _twice(name: str, op: str, check: Check = x_shares_memory) -> Rule:
     """f(f(x)) is x."""
-    return Rule(name, pattern(op, pattern(op, X)), _x, check)
+    return Rule(name, pattern(op, pattern(op, X)), keep_x, check)
 
 
 def _again(name: str) -> Rule:
     """f(f(x)) is f(x)."""
     op = f"aten.{name}.default"
     once = Such("x", lambda m, arg: inner(m, op, arg) is not None)
-    return Rule(f"{name}-{name}", pattern(op, once), _x, _shares)
+    return Rule(f"{name}-{name}", pattern(op, once), keep_x, x_shares_memory)
 
 
 RULES: tuple[Rule, ...] = (
     *_either("mul-one", "aten.mul.Tensor", number(1)),
     Rule("mul-minus-one", pattern("aten.mul.Tensor", TENSOR, number(-1)), _call("aten.neg.default")),
-    Rule("div-one", pattern("aten.div.Tensor", TENSOR, number(1)), _x, _shares),
+    Rule("div-one", pattern("aten.div.Tensor", TENSOR, number(1)), keep_x, x_shares_memory),
     *_either("add-zero", "aten.add.Tensor", number(0), _check_add_zero),
-    Rule("sub-zero", pattern("aten.sub.Tensor", TENSOR, number(0)), _x, _check_sub_zero),
+    Rule("sub-zero", pattern("aten.sub.Tensor", TENSOR, number(0)), keep_x, _check_sub_zero),
     *_either("and-true", "aten.logical_and.default", number(True)),
     *_either("or-false", "aten.logical_or.default", number(False)),
     *_either("bitwise-and-ones", "aten.bitwise_and.Tensor", Such("n", lambda m, arg: _all_ones(number_of(m, arg)))),
     *_either("bitwise-or-zero", "aten.bitwise_or.Tensor", number(0)),
     *_either("bitwise-xor-zero", "aten.bitwise_xor.Tensor", number(0)),
-    _power("pow-one", 1, _x),
+    _power("pow-one", 1, keep_x),
     _power("pow-two", 2, _square),
     _power("pow-three", 3, _cube),
     _power("pow-sqrt", 0.5, _call("aten.sqrt.default")),
@@ -131,7 +124,7 @@ RULES: tuple[Rule, ...] = (
     _twice("logical-not-not", "aten.logical_not.default", _undone_bool),
     Rule("abs-neg", pattern("aten.abs.default", pattern("aten.neg.default", X)), _call("aten.abs.default")),
     *(_again(name) for name in ("relu", "abs", "floor", "ceil", "trunc", "round")),
-    Rule("where-same", pattern("aten.where.self", Var("c"), X, X), _x, _shares),
-    Rule("where-true", pattern("aten.where.self", number(True), X, Y), _x, _shares),
-    Rule("where-false", pattern("aten.where.self", number(False), Y, X), _x, _shares),
+    Rule("where-same", pattern("aten.where.self", Var("c"), X, X), keep_x, x_shares_memory),
+    Rule("where-true", pattern("aten.where.self", number(True), X, Y), keep_x, x_shares_memory),
+    Rule("where-false", pattern("aten.where.self", number(False), Y, X), keep_x, x_shares_memory),
 )

@@ -53,3 +53,13 @@ def same_object(m: Match, value: Value) -> Reason | None:
     if any(v is not m.node.out and m.builder.subst.get(v, v) is value for v in m.graph.results):
         return Reason("two outputs would be the same tensor", value)
     return None
+
+
+def x_shares_memory(m: Match) -> Reason | None:
+    """`shares_memory` of the operand called x."""
+    return shares_memory(m, m.vars["x"])
+
+
+def same_as_x(m: Match) -> Reason | None:
+    """`same_object` of the operand called x."""
+    return same_object(m, m.vars["x"])

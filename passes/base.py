@@ -81,7 +81,7 @@ class Pass:
     def __str__(self) -> str:
         """The pass as a command line writes it: `fold`, `fold:max_elements=16`."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        texts = [f"{k}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in given.items()]  # pyright: ignore
+        texts = [f"{k}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in given.items()]
         return f"{self.name}:{','.join(texts)}" if texts else self.name
 
 

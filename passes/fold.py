@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ir import Builder, Graph, Node, Reason, Value, flatten, map_arg
 from ..ir.infer import type_of

@@ -7,13 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..ir import Builder, Graph, Match, Reason, Rule, Such, Value, Var, pattern
-from .aliases import shares_memory
+from ..ir import Builder, Graph, Match, Reason, Rule, Such, Value, pattern
+from .aliases import x_shares_memory
 from .base import Context, Pass, register
-from .operands import inner, number_of
+from .operands import X, inner, keep_x, number_of
 from .view_rules import SAME, full_like_out
-
-X = Var("x")
 
 #: Elementwise ops of one tensor, which commute with a permutation.
 _UNARY = tuple(
@@ -21,14 +19,6 @@ _UNARY = tuple(
     for n in ("neg", "abs", "relu", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "silu", "gelu", "sin", "cos", "erf",
               "_to_copy", "logical_not", "reciprocal")
 )  # fmt: skip
-
-
-def _x(m: Match, b: Builder) -> Value:
-    return m.vars["x"]
-
-
-def _shares(m: Match) -> Reason | None:
-    return shares_memory(m, m.vars["x"])
 
 
 def _check_sole_copy(m: Match) -> Reason | None:
@@ -81,7 +71,7 @@ class Layout(Pass):
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("clone-same", pattern("aten.clone.default", SAME), _x, _shares),
+    Rule("clone-same", pattern("aten.clone.default", SAME), keep_x, x_shares_memory),
     Rule("clone-clone", pattern("aten.clone.default", pattern("aten.clone.default", X)), _copy_once, _check_sole_copy),
     Rule("clone-uniform", pattern("aten.clone.default", Such("x", _is_uniform)), full_like_out, _check_uniform),
     Rule(

@@ -10,9 +10,9 @@ import torch
 
 from ..ir import Arg, Builder, Graph, Match, Node, Reason, Rule, Such, TensorType, Value, Var, pattern
 from .base import Context, Pass, register
-from .operands import tensor_type, view_type
+from .operands import X, tensor_type, view_type
 
-X, Y = Var("x"), Var("y")
+Y = Var("y")
 
 
 def _rank(value: Arg) -> int:
@@ -247,6 +247,9 @@ def _all_dims(m: Match, b: Builder) -> Value:
     return b.call(_WHOLE[m.node.op.name], x, tuple(range(_rank(x))), dtype=m.node["dtype"])
 
 
+REDUCTIONS: tuple[Rule, ...] = (Rule("reduce-all", pattern(tuple(_WHOLE)), _all_dims),)
+
+
 # -- filled tensors ---------------------------------------------------------------------------------------------------
 
 _FILLED: dict[str, Callable[[Node], Any]] = {
@@ -307,7 +310,6 @@ def _arange(m: Match, b: Builder) -> Value:
 _ARANGES = ("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 
 FILLS: tuple[Rule, ...] = (
-    Rule("reduce-all", pattern(tuple(_WHOLE)), _all_dims),
     Rule("fill", pattern(tuple(_FILLED)), _filled, _check_filled),
     Rule("full-options", pattern("aten.full.default", X, Such("value", _is_loose_full)), _tight_full),
     Rule("arange-options", pattern(_ARANGES, Such("any", _loose_arange)), _arange),
@@ -342,7 +344,7 @@ COPIES: tuple[Rule, ...] = (
     Rule("contiguous-clone", pattern("aten.contiguous.default"), _contiguous),
 )
 
-RULES: tuple[Rule, ...] = (*NUMBERS, *VIEWS, *DIMENSIONS, *FILLS, *COPIES)
+RULES: tuple[Rule, ...] = (*NUMBERS, *VIEWS, *DIMENSIONS, *REDUCTIONS, *FILLS, *COPIES)
 
 
 @register

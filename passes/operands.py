@@ -7,15 +7,23 @@ from typing import Any
 
 import torch
 
-from ..ir import Arg, Match, Node, Value, op
+from ..ir import Arg, Builder, Match, Node, Value, Var, op
 from ..ir.infer import by_rule
 from ..ir.types import TensorType
+
+X = Var("x")
+"""Any operand, called x."""
 
 _SPREADING = frozenset(
     f"aten.{n}"
     for n in ("expand.default", "view.default", "unsqueeze.default", "squeeze.dims", "permute.default", "alias.default",
               "slice.Tensor", "select.int", "clone.default")
 )  # fmt: skip
+
+
+def keep_x(m: Match, b: Builder) -> Value:
+    """What many rules build: the operand called x stands for the result."""
+    return m.vars["x"]
 
 
 def number_of(m: Match, arg: Arg) -> int | float | bool | None:

@@ -46,7 +46,7 @@ def summary(cls: type[Pass]) -> str:
 
 def describe(cls: type[Pass]) -> tuple[OptionInfo, ...]:
     """Options of a pass, in the order of declaration."""
-    hints = _hints(cls)
+    hints = get_type_hints(cls)
     return tuple(
         OptionInfo(f.name, type_words(hints[f.name]), _default(f), f.metadata.get("doc", ""))
         for f in dataclasses.fields(cls)
@@ -59,7 +59,7 @@ def make(name: str, **options: Any) -> Pass:
     Raises `UnknownPass`, `UnknownPassOption`, `BadPassOption`, `MissingPassOption`.
     """
     cls = find(name)
-    hints = _hints(cls)
+    hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for given, value in options.items():
@@ -89,10 +89,6 @@ def parse(text: str) -> Pass:
 
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
-
-
-def _hints(cls: type[Pass]) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def type_words(kind: Any) -> str:

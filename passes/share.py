@@ -99,7 +99,7 @@ class _Sharing:
         if isinstance(arg, Value):
             return self.order[arg]
         if isinstance(arg, tuple):
-            return ("tuple", *(self.arg_key(a) for a in arg))  # pyright: ignore[reportUnknownVariableType]
+            return ("tuple", *(self.arg_key(a) for a in arg))
         if isinstance(arg, Graph):
             return "region", id(arg)
         if isinstance(arg, float):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ir import Builder, Graph, Match, Reason, Rule, Value, Var, pattern
+from ..ir import Graph, Match, Reason, Rule, pattern
 from . import algebra, view_rules
-from .aliases import same_object, shares_memory
+from .aliases import same_as_x, x_shares_memory
 from .base import Context, Pass, register
+from .operands import X, keep_x
 
 
 def _detach_rule(ctx: Context) -> Rule:
@@ -17,28 +18,24 @@ def _detach_rule(ctx: Context) -> Rule:
     def check(m: Match) -> Reason | None:
         if ctx.at not in ("joint", "split"):
             return Reason("before autograd, detach cuts the gradient")
-        return same_object(m, m.vars["x"])
+        return same_as_x(m)
 
     return Rule(
-        "detach", pattern(("aten.alias.default", "aten.detach.default", "aten.lift_fresh.default"), Var("x")), _x, check
+        "detach", pattern(("aten.alias.default", "aten.detach.default", "aten.lift_fresh.default"), X), keep_x, check
     )
 
 
 def _lift_rule() -> Rule:
-    return Rule("lift", pattern("aten.lift_fresh_copy.default", Var("x")), _x, lambda m: shares_memory(m, m.vars["x"]))
+    return Rule("lift", pattern("aten.lift_fresh_copy.default", X), keep_x, x_shares_memory)
 
 
 def _dropout_rule() -> Rule:
     def check(m: Match) -> Reason | None:
         if m.node["train"] and m.node["p"] != 0:
             return Reason("it drops elements")
-        return same_object(m, m.vars["x"])
+        return same_as_x(m)
 
-    return Rule("dropout-off", pattern("aten.dropout.default", Var("x")), _x, check)
-
-
-def _x(m: Match, b: Builder) -> Value:
-    return m.vars["x"]
+    return Rule("dropout-off", pattern("aten.dropout.default", X), keep_x, check)
 
 
 @register

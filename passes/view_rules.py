@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from ..ir import Builder, Match, Node, Reason, Rule, Such, Value, Var, pattern
-from .aliases import same_object, shares_memory
-from .operands import inner, number_of, tensor_type, view_type
+from .aliases import same_as_x, shares_memory, x_shares_memory
+from .operands import X, inner, keep_x, number_of, tensor_type, view_type
 
-X = Var("x")
 SAME = Such("x", lambda m, arg: tensor_type(arg) == m.node.out.type)
 """An operand of the result's type, called x."""
 
@@ -23,19 +22,7 @@ _PLAIN_VIEWS = tuple(
 )  # fmt: skip
 
 
-def _keep_x(m: Match, b: Builder) -> Value:
-    return m.vars["x"]
-
-
 # -- views ------------------------------------------------------------------------------------------------------------
-
-
-def _same_object(m: Match) -> Reason | None:
-    return same_object(m, m.vars["x"])
-
-
-def _shares(m: Match) -> Reason | None:
-    return shares_memory(m, m.vars["x"])
 
 
 def _permute_twice(m: Match, b: Builder) -> Value:
@@ -202,13 +189,13 @@ _CAST, _PERMUTE, _SLICE = "aten._to_copy.default", "aten.permute.default", "aten
 _OF_FULL = (*_VIEWS, "aten.unsqueeze.default", "aten.squeeze.dims", "aten.select.int", _SLICE)
 
 RULES: tuple[Rule, ...] = (
-    Rule("same-view", pattern(_PLAIN_VIEWS, SAME), _keep_x, _same_object),
+    Rule("same-view", pattern(_PLAIN_VIEWS, SAME), keep_x, same_as_x),
     Rule("permute-permute", pattern(_PERMUTE, pattern(_PERMUTE, X, name="inner")), _permute_twice),
     Rule("view-view", pattern(_VIEWS, pattern(_VIEWS, X)), _view_twice, _check_view_twice),
     Rule("expand-expand", pattern("aten.expand.default", pattern("aten.expand.default", X)), _expand_twice),
     Rule("slice-slice", pattern(_SLICE, pattern(_SLICE, X, name="inner")), _slice_twice, _check_slice_twice),
-    Rule("unsqueeze-squeeze", pattern("aten.squeeze.dims", pattern("aten.unsqueeze.default", SAME)), _keep_x, _same_object),
-    Rule("squeeze-unsqueeze", pattern("aten.unsqueeze.default", pattern("aten.squeeze.dims", SAME)), _keep_x, _same_object),
+    Rule("unsqueeze-squeeze", pattern("aten.squeeze.dims", pattern("aten.unsqueeze.default", SAME)), keep_x, same_as_x),
+    Rule("squeeze-unsqueeze", pattern("aten.unsqueeze.default", pattern("aten.squeeze.dims", SAME)), keep_x, same_as_x),
     Rule(
         "cat-one", pattern("aten.cat.default", Such("parts", lambda m, parts: len(parts) == 1)), _sole_part, _check_cat_one
     ),
@@ -216,9 +203,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "slice-cat", pattern(_SLICE, pattern("aten.cat.default", name="cat")), lambda m, b: _part_of_cat(m), _check_slice_cat
     ),
-    Rule("scatter-all", pattern("aten.slice_scatter.default", Var("base"), SAME), _keep_x, _shares),
-    Rule("copy-over", pattern("aten.copy.default", Var("base"), SAME), _keep_x, _shares),
+    Rule("scatter-all", pattern("aten.slice_scatter.default", Var("base"), SAME), keep_x, x_shares_memory),
+    Rule("copy-over", pattern("aten.copy.default", Var("base"), SAME), keep_x, x_shares_memory),
     Rule("view-full", pattern(_OF_FULL, pattern("aten.full.default")), full_like_out, _check_view_of_full),
-    Rule("cast-same", pattern(_CAST, SAME), _keep_x, _shares),
+    Rule("cast-same", pattern(_CAST, SAME), keep_x, x_shares_memory),
     Rule("cast-cast", pattern(_CAST, pattern(_CAST, X, name="inner")), _cast_twice, _check_cast_twice),
 )
