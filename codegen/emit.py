@@ -13,6 +13,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from ..ir import Dim, TensorType, Value, dim
+from ..ir.types import product
 from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
 from .body import Body, Index, dtype_name
@@ -239,9 +240,7 @@ class _GroupBody(Evaluator):
         return _CHUNK if self.order.reduced[-1].symbol == self.order.vector else _SERIAL_CHUNK
 
     def _is_long(self, axes: tuple[Axis, ...]) -> bool:
-        total: Any = 1
-        for axis in axes:
-            total = total * axis.extent
+        total = product(axis.extent for axis in axes)
         return not isinstance(total, int) or total > 2 * self.chunk
 
     def _chunked(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
@@ -381,9 +380,7 @@ def _choose(group: Group, strides: _Strides) -> _Order:
 
 def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...]) -> bool:
     """True where a reduction has too few rows to keep the cores busy, and a form that can be combined from chunks."""
-    rows: Any = 1
-    for axis in outer:
-        rows = rows * axis.extent
+    rows = product(axis.extent for axis in outer)
     if len(reduced) != 1 or not isinstance(rows, int) or rows >= _MANY_ROWS:
         return False
     if not isinstance(reduced[0].extent, int) or reduced[0].extent * rows <= _SERIAL_LIMIT:

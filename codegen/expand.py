@@ -13,7 +13,9 @@ import sympy
 import torch
 
 from ..ir import Builder, Graph, Match, Node, Reason, Rule, Value, op, pattern, prune, rewrite
+from ..ir.infer_rules import reduced_dims
 from ..ir.rewrite import RuleLog
+from ..ir.types import product
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -27,17 +29,13 @@ def _up(b: Builder, x: Value) -> Value:
 
 
 def _count(x: Value, dims: tuple[int, ...]) -> Any:
-    total: Any = 1
-    for d in dims:
-        total = total * x.tensor.shape[d]
-    return total
+    return product(x.tensor.shape[d] for d in dims)
 
 
 def _dims(x: Value, dim: Any) -> tuple[int, ...]:
-    rank = x.tensor.rank
-    if dim is None or dim == ():
-        return tuple(range(rank))
-    return tuple(sorted(d % rank if rank else 0 for d in (dim if isinstance(dim, tuple) else (dim,)))) if rank else ()
+    found = reduced_dims(dim, x.tensor.rank)
+    assert found is not None, f"inference refuses dimensions {dim} of rank {x.tensor.rank}"
+    return found
 
 
 def _divide_by_count(b: Builder, x: Value, count: Any) -> Value:

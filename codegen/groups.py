@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 
 from ..ir import Dim, Node, TokenType, Value
+from ..ir.types import product
 from .analysis import Analysis, Unit
 from .body import Index
 from .views import tidy, unravel
@@ -196,14 +197,9 @@ class Grouping:
     @staticmethod
     def _may_reduce(group: Group, reduced: frozenset[int]) -> bool:
         """False where reducing would leave too few independent rows for the work of storing full values."""
-        outer: Any = 1
-        total: Any = 1
-        for i, axis in enumerate(group.axes):
-            total = total * axis.extent
-            if i not in reduced:
-                outer = outer * axis.extent
-        known = isinstance(outer, int) and isinstance(total, int)
-        return not (known and outer < _MIN_OUTER and total > _SERIAL_LIMIT)
+        outer = product(axis.extent for i, axis in enumerate(group.axes) if i not in reduced)
+        total = product(axis.extent for axis in group.axes)
+        return not (isinstance(outer, int) and isinstance(total, int) and outer < _MIN_OUTER and total > _SERIAL_LIMIT)
 
     def _phase(self, unit: Unit, group: Group, index: Index, outer: bool) -> int | None:
         """The phase in which `unit` can be computed; None where it reads a member elsewhere than at this point."""

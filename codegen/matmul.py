@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from ..ir import Dim, Node, TensorType, Value
+from ..ir.types import product
 from .body import Index
 from .templates import matmul as T
 
@@ -92,9 +93,7 @@ def _linear(node: Node) -> Matmul | str:
     kind, w = x.tensor, weight.tensor
     if w.rank != 2 or kind.rank < 2 or not (kind.is_contiguous or kind.rank == 2):
         return "linear on an input that is not row-major"
-    m: Any = 1
-    for n in kind.shape[:-1]:
-        m = m * n
+    m = product(kind.shape[:-1])
     layout = _layout(kind.strides[-2], kind.strides[-1], "k", "m")
     b_layout = _layout(w.strides[0], w.strides[1], "k", "n")
     if layout is None or b_layout is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ir import Node
+from ..ir.infer_rules import reduced_dims
 from .body import BOOL, INT64, compute_dtype, dtype_name
 from .lowering import At
 
@@ -30,11 +31,9 @@ class ReduceSpec:
 
 def _dims(node: Node) -> tuple[int, ...]:
     rank = node.args[0].tensor.rank
-    dim = node.get("dim", None)
-    if dim is None or dim == ():
-        return tuple(range(rank))
-    wanted = dim if isinstance(dim, tuple) else (dim,)
-    return tuple(sorted({d % rank for d in wanted})) if rank else ()
+    found = reduced_dims(node.get("dim"), rank)
+    assert found is not None, f"inference refuses dimensions {node.get('dim')} of rank {rank}"
+    return found
 
 
 def _accumulated(dtype: str) -> Callable[[At], str]:

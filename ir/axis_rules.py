@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .axes import Axis, AxisMap, Call, axis_rule
-from .infer_rules import axes_of as reduced_dims
+from .infer_rules import reduced_dims
 from .rewrite import Reason
 from .types import Dim, TensorType, dim
 

@@ -300,7 +300,7 @@ def _arange(f: Facts, start: Any, end: Any, step: Any = 1, dtype: Any = None, la
 # -- reductions -------------------------------------------------------------------------------------------------------
 
 
-def axes_of(dims: Any, rank: int) -> tuple[int, ...] | None:
+def reduced_dims(dims: Any, rank: int) -> tuple[int, ...] | None:
     """Reduced dimensions, none given meaning all; None where one is out of range or given twice."""
     given = dims if isinstance(dims, TUPLE) else () if dims is None else (dims,)
     if not given:
@@ -312,7 +312,7 @@ def axes_of(dims: Any, rank: int) -> tuple[int, ...] | None:
 
 
 def _reduced(x: T, dims: Any, keepdim: bool, dtype: torch.dtype | None) -> T | None:
-    axes = axes_of(dims, x.rank)
+    axes = reduced_dims(dims, x.rank)
     if axes is None or dtype is None:
         return None
     if keepdim:
@@ -321,7 +321,7 @@ def _reduced(x: T, dims: Any, keepdim: bool, dtype: torch.dtype | None) -> T | N
 
 
 def _has_elements(f: Facts, x: T, dims: Any) -> bool:
-    axes = axes_of(dims, x.rank)
+    axes = reduced_dims(dims, x.rank)
     return axes is not None and all((f.low(x.shape[d]) or 0) > 0 for d in axes)
 
 
@@ -404,7 +404,7 @@ def _var_mean(f: Facts, x: Any, dims: Any = None, correction: Any = None, keepdi
 
 @rule("aten._softmax.default", "aten._log_softmax.default")
 def _softmax(f: Facts, x: Any, at: int, half_to_float: bool) -> Result:
-    if half_to_float or not is_row_major(x) or _float_only(x.dtype) is None or axes_of(at, x.rank) is None:
+    if half_to_float or not is_row_major(x) or _float_only(x.dtype) is None or reduced_dims(at, x.rank) is None:
         return None
     return x
 
