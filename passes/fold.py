@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..ir import Builder, Graph, Node, Reason, Value, flatten, map_arg
+from ..ir import Builder, Graph, Node, Reason, Value, contiguous_strides, flatten, map_arg
 from ..ir.infer import type_of
 from .base import Context, Pass, map_regions, option, register
 
@@ -188,8 +188,8 @@ class _Folding:
 
 
 def _is_uniform(tensor: torch.Tensor) -> bool:
-    """True where all elements have the same bits, so that `full` says it all."""
-    if tensor.numel() == 0 or not tensor.is_contiguous() or tensor.dtype.is_complex:
+    """True where all elements have the same bits and the layout is that of `full`, strides of sizes of 1 included."""
+    if tensor.numel() == 0 or tensor.stride() != contiguous_strides(tensor.shape) or tensor.dtype.is_complex:
         return False
     data = tensor.reshape(-1).view(torch.uint8).view(tensor.numel(), -1)
     return bool((data == data[0]).all())

@@ -123,6 +123,21 @@ def test_fold_leaves_parameters_that_train():
     assert not apply(Fold(), start).changed
 
 
+def test_fold_keeps_strides_of_sizes_of_one():
+    """Elements that are all alike become `full` only where it has their very strides: nodes that read them keep theirs."""
+    text = """
+def f():
+    a = aten.full.default((5,), 1, dtype=torch.int32)
+    b = aten.unfold.default(a, 0, 3, 4)  # i32[1,3]{4,1}
+    c = aten.clone.default(b)  # i32[1,3]{4,1}
+    return (c,)
+"""
+    step = apply(Fold(), graph(text))
+    check_graph(step.after)
+    assert step.fired == {"fold": 1}
+    assert step.after.outputs[0].type == step.before.outputs[0].type
+
+
 def test_fold_sees_through_made_tensors():
     """A causal mask that is all true for one row vanishes; a larger one is left to the kernel that reads it."""
     text = """
