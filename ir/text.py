@@ -311,7 +311,7 @@ class _Parser:
                 if target not in inputs:
                     raise self.fail("only inputs are written")
                 writes.append((inputs.index(target), self.value(stmt.value, scope)))
-            elif isinstance(stmt, ast.Assign | ast.Expr):
+            elif isinstance(stmt, ast.Assign) or (isinstance(stmt, ast.Expr) and _is_op_call(stmt.value)):
                 nodes.append(self.node(stmt, scope, used))
             else:
                 raise self.fail("only assignments, regions and one return are allowed")
@@ -366,6 +366,10 @@ def _at_level(graph: Graph, level: str) -> Graph:
         for n in graph.nodes
     )
     return graph.replace(level=level, nodes=nodes)
+
+
+def _is_op_call(e: ast.expr) -> bool:
+    return isinstance(e, ast.Call) and isinstance(e.func, ast.Attribute)
 
 
 def parse_graph(text: str, constants: Mapping[str, torch.Tensor] | None = None) -> Graph:

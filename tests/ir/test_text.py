@@ -242,6 +242,7 @@ BAD = [
     ('def f(x: "f32[s7]"):\n    return (x,)\n', "unknown name 's7'"),
     ('def f(x: "f32[2]"):\n    a = x\n    return (a,)\n', "must be a call of an op"),
     ('def f(x: "f32[2]"):\n    x.y = aten.neg.default(x)\n    return (x,)\n', "x.y cannot be assigned to"),
+    ('def f(x: "f32[2]"):\n    print(x)\n    return (x,)\n', "only assignments, regions and one return"),
     ('def f(x: "f32[2]"):\n    for y in x: pass\n    return (x,)\n', "only assignments, regions and one return"),
     ('def f(x: "f32[2]"):\n    a = aten.neg.default(x)\n', "f has no return"),
     ('def f(x: "f32[2]"):\n    a = aten.neg.default(x.y)\n    return (a,)\n', "cannot read 'x.y'"),
