@@ -16,7 +16,7 @@ _FACE = {
     "LoadedModel": "runtime.artifact",
     "PlaitError": "errors",
 }
-_MODULES = {"config": "config", "debug": "compiler.debug", "errors": "errors", "ir": "ir"}
+_MODULES = {"config": "config", "debugging": "compiler.debugging", "errors": "errors", "ir": "ir"}
 
 __all__ = sorted([*_FACE, *_MODULES])
 

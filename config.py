@@ -78,7 +78,7 @@ class Config:
     )  # fmt: skip
     bisect_limit: int | None = setting(
         None, env="PLAIT_BISECT_LIMIT", parse=_whole, expected="a whole number",
-        doc="how many rule firings are allowed in a compilation; none: all",
+        doc="how many choices are allowed in a compilation (firings, generated nodes, fusions, reuses of memory); none: all",
     )  # fmt: skip
     cache_dir: str | None = setting(
         None, env="PLAIT_CACHE_DIR", parse=str, expected="a folder",

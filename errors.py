@@ -675,3 +675,11 @@ class SharedMemory(PlaitError):
     code = "P0526"
     message = "input {name!r} shares memory with {other!r}, which the model writes"
     fix = "pass a copy (.clone()); a compiled model reads all its inputs before it writes any"
+
+
+class NothingToFind(PlaitError):
+    """A bisection, a search for a bad node or a reduction was asked for on a program that is right."""
+
+    code = "P0611"
+    message = "{name} gives the right results on these inputs: there is nothing to find"
+    fix = "give the inputs on which it goes wrong, or a check of your own"

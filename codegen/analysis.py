@@ -17,6 +17,7 @@ import sympy
 from ..ir import Dim, Graph, Node, ScalarType, TensorType, Value, dim
 from ..ir.types import type_symbols
 from . import activations, library, pointwise  # noqa: F401 (the first and the last register their lowerings)
+from .allow import Allow, always
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
@@ -25,6 +26,7 @@ from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
 from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
 
+HELD_BACK = "held back by bisection"
 _HEAVY = 8
 _INLINE_BUDGET = 6
 
@@ -67,8 +69,17 @@ def is_view(node: Node) -> bool:
 class Analysis:
     """Decisions about every node of a graph (composites already opened)."""
 
-    def __init__(self, graph: Graph, *, generate: bool = True, target: Target = CPU, choose: Chooser | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        generate: bool = True,
+        target: Target = CPU,
+        choose: Chooser | None = None,
+        allow: Allow = always,
+    ) -> None:
         self.choose = choose
+        self.allow = allow
         self.chosen: dict[Node, str] = {}  # matmuls that a library was measured to run faster
         self.graph = graph
         self.generate = generate
@@ -139,7 +150,7 @@ class Analysis:
                 return f"device {v.type.device}"
         if node.token is not None:
             return "it has an effect"
-        return library.refusal(node)
+        return library.refusal(node) or (None if self.allow("generate", node.op.name, node) else HELD_BACK)
 
     # -- where values live --------------------------------------------------------------------------------------------
 
@@ -209,7 +220,7 @@ class Analysis:
         inline = v not in wanted and (len(users) == 1 or again)
         if inline and weight >= _HEAVY and any(self._amplifies(v, u) for u in users):
             inline = False
-        if inline:
+        if inline and self.allow("inline", node.op.name, node):
             self.inlined[v] = node
             self.weight[v] = weight
             self.streams[v] = streams

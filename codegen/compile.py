@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..ir import Graph
+from ..ir import Graph, Value
+from ..ir.rewrite import RuleLog
 from ..runtime import plan as P
 from ..runtime import weights
 from ..runtime.executor import Executable
+from .allow import Allow, always
 from .backends import BACKENDS, print_graph_kernels
 from .coverage import Coverage, Reported
 from .items import AliasItem, CallItem, KernelItem, Scheduled
-from .plan import build_plan
+from .plan import build_plan_with_ids
 from .schedule import schedule
 from .target import Target
 
@@ -71,18 +73,35 @@ def coverage_of(scheduled: Scheduled) -> Coverage:
     return Coverage(generated, library, len(calls) - library, aliases, len(kernels), reported)
 
 
-def compile_graph(graph: Graph, options: CodegenOptions | None = None) -> CompiledGraph:
-    """Compile a verified tensor-level graph.
+def compile_graph(graph: Graph, options: CodegenOptions | None = None, allow: Allow = always) -> CompiledGraph:
+    """Compile a verified tensor-level graph. `allow` is asked before each choice (bisection counts and stops there).
 
     Raises `CannotLower`, `UnknownTarget`. What no kernel is generated for runs through torch and is in `coverage`.
     """
+    return trace(graph, options, allow).compiled
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A compilation with its inside: the scheduled graph (composites opened, write-backs explicit), what was opened into
+    what, and the plan's number of each value. The plan's steps are the scheduled items that are no aliases, in order."""
+
+    compiled: CompiledGraph
+    scheduled: Scheduled
+    opened: RuleLog
+    ids: Mapping[Value, int]
+
+
+def trace(graph: Graph, options: CodegenOptions | None = None, allow: Allow = always) -> Trace:
+    """`compile_graph`, with everything that a debugger wants to know of it."""
     options = options or CodegenOptions()
     target = Target(options.target)
-    printed = print_graph_kernels(
-        schedule(graph, generate=options.generate, target=target, measured=options.measured), target
-    )
-    plan = build_plan(printed.scheduled, printed.specs)
-    return CompiledGraph(graph, plan, printed.sources, coverage_of(printed.scheduled), options)
+    opened = RuleLog()
+    scheduled = schedule(graph, generate=options.generate, target=target, measured=options.measured, allow=allow, log=opened)
+    printed = print_graph_kernels(scheduled, target)
+    plan, ids = build_plan_with_ids(printed.scheduled, printed.specs, allow)
+    compiled = CompiledGraph(graph, plan, printed.sources, coverage_of(printed.scheduled), options)
+    return Trace(compiled, printed.scheduled, opened, ids)
 
 
-__all__ = ["CodegenOptions", "CompiledGraph", "Coverage", "compile_graph", "coverage_of"]
+__all__ = ["CodegenOptions", "CompiledGraph", "Coverage", "Trace", "compile_graph", "coverage_of", "trace"]

@@ -16,6 +16,7 @@ from ..ir import Builder, Graph, Match, Node, Reason, Rule, Value, op, pattern, 
 from ..ir.infer_rules import reduced_dims
 from ..ir.rewrite import RuleLog
 from ..ir.types import product
+from .allow import Allow, always
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -412,6 +413,8 @@ def _with_type(b: Builder, new: Any, old: Value) -> Any:
 _GUARDED = tuple(map(_supported, RULES))
 
 
-def expand(graph: Graph) -> Graph:
-    """Open composite ops; the result computes the same with elementwise ops and reductions only."""
-    return prune(rewrite(graph, _GUARDED, RuleLog()))
+def expand(graph: Graph, allow: Allow = always, log: RuleLog | None = None) -> Graph:
+    """Open composite ops; the result computes the same with elementwise ops and reductions only. `log` collects what was
+    opened into what."""
+    log = RuleLog() if log is None else log
+    return prune(rewrite(graph, _GUARDED, log, allow=lambda rule, node: allow("expand", rule, node)))

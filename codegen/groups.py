@@ -136,7 +136,7 @@ class Grouping:
             if fit is None:
                 continue
             mask = self._needs((v for v, _ in unit.reads if v not in group.form), besides=item)
-            if mask >> item & 1:
+            if mask >> item & 1 or not self.analysis.allow("fuse", unit.node.op.name, unit.node):
                 continue
             self._join(unit, group, fit)
             self._extend(item, mask)

@@ -6,7 +6,7 @@ behind them and share space only with blocks of the very same size expression, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,9 @@ class Arena:
     sizes: tuple[tuple[str, Any], ...]
 
 
-def plan_arena(blocks: Sequence[Block]) -> Arena:
-    """Place blocks so that those which overlap in time never overlap in space."""
+def plan_arena(blocks: Sequence[Block], reuse: Callable[[Any], bool] = lambda _: True) -> Arena:
+    """Place blocks so that those which overlap in time never overlap in space. `reuse(key)` is asked before a block takes
+    memory that another one has at another time; where it says no, the block gets memory of its own."""
     offsets: dict[Any, Any] = {}
     static = sorted((b for b in blocks if isinstance(b.nbytes, int)), key=lambda b: (-aligned(b.nbytes), b.first))
     placed: list[tuple[Block, int]] = []
@@ -49,10 +50,12 @@ def plan_arena(blocks: Sequence[Block]) -> Arena:
         size = aligned(block.nbytes)
         busy = sorted((o, o + aligned(p.nbytes)) for p, o in placed if p.first <= block.last and block.first <= p.last)
         offset = _best_gap(busy, size)
+        if offset < top and not reuse(block.key):
+            offset = top
         placed.append((block, offset))
         offsets[block.key] = offset
         top = max(top, offset + size)
-    size, sizes = _place_symbolic([b for b in blocks if not isinstance(b.nbytes, int)], offsets, top)
+    size, sizes = _place_symbolic([b for b in blocks if not isinstance(b.nbytes, int)], offsets, top, reuse)
     return Arena(offsets, size, sizes)
 
 
@@ -66,14 +69,16 @@ def _best_gap(busy: list[tuple[int, int]], size: int) -> int:
     return best[1] if best is not None else at
 
 
-def _place_symbolic(blocks: list[Block], offsets: dict[Any, Any], top: int) -> tuple[Any, tuple[tuple[str, Any], ...]]:
+def _place_symbolic(
+    blocks: list[Block], offsets: dict[Any, Any], top: int, reuse: Callable[[Any], bool]
+) -> tuple[Any, tuple[tuple[str, Any], ...]]:
     slots: list[tuple[Any, Any, int]] = []  # (size, offset, last step that uses it)
     end: Any = top
     sizes: list[tuple[str, Any]] = []
     for block in sorted(blocks, key=lambda b: b.first):
         size = aligned(block.nbytes)
         for i, (known, offset, last) in enumerate(slots):
-            if known == size and last < block.first:
+            if known == size and last < block.first and reuse(block.key):
                 offsets[block.key] = offset
                 slots[i] = (size, offset, block.last)
                 break

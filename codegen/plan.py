@@ -11,6 +11,7 @@ import torch
 from ..errors import CannotLower
 from ..ir import Graph, Node, OpaqueType, ScalarType, TensorType, Value, flatten
 from ..runtime import plan as P
+from .allow import Allow, always
 from .body import dtype_name
 from .items import AliasItem, CallItem, KernelItem, Scheduled
 from .memory import Arena, Block, plan_arena
@@ -20,7 +21,8 @@ _SCALARS = {"int": "int64", "float": "float64", "bool": "bool"}
 
 
 class _Planner:
-    def __init__(self, scheduled: Scheduled, kernels: Mapping[str, P.KernelSpec]) -> None:
+    def __init__(self, scheduled: Scheduled, kernels: Mapping[str, P.KernelSpec], allow: Allow) -> None:
+        self.allow = allow
         self.scheduled = scheduled
         self.graph = scheduled.graph
         self.kernels = kernels
@@ -103,7 +105,7 @@ class _Planner:
                 self.define(v, "fresh")
             else:
                 blocks.append(Block(v, self.nbytes(v), step, last[v]))
-        arena = plan_arena(blocks)
+        arena = plan_arena(blocks, lambda v: self.allow("reuse", "reuse", self.graph.producers.get(v)))
         for block in blocks:
             self.define(block.key, "arena", None, arena.offsets[block.key])
         for item in self.scheduled.items:
@@ -244,6 +246,14 @@ def _views_by_calls(scheduled: Scheduled) -> Iterator[tuple[Value, Value]]:
                 yield from ((v, source) for v in item.node.results)
 
 
-def build_plan(scheduled: Scheduled, kernels: Mapping[str, P.KernelSpec]) -> P.Plan:
+def build_plan(scheduled: Scheduled, kernels: Mapping[str, P.KernelSpec], allow: Allow = always) -> P.Plan:
     """The plan that runs a scheduled graph. `kernels` are the printed functions that its items launch, by name."""
-    return _Planner(scheduled, kernels).run()
+    return build_plan_with_ids(scheduled, kernels, allow)[0]
+
+
+def build_plan_with_ids(
+    scheduled: Scheduled, kernels: Mapping[str, P.KernelSpec], allow: Allow = always
+) -> tuple[P.Plan, Mapping[Value, int]]:
+    """The plan, and its number of each value of the graph."""
+    planner = _Planner(scheduled, kernels, allow)
+    return planner.run(), planner.ids

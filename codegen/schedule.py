@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 
 from ..ir import Graph, Node, TensorType, Value, flatten, op
+from ..ir.rewrite import RuleLog
 from ..runtime import ops as runtime_ops
+from .allow import Allow, always
 from .analysis import Analysis
 from .emit import emit, emit_matmul
 from .expand import expand
@@ -29,12 +31,20 @@ def schedule_calls(graph: Graph) -> Scheduled:
     return Scheduled(graph, tuple(CallItem(n, "fallback", "region bodies run op by op") for n in nodes))
 
 
-def schedule(graph: Graph, *, generate: bool = True, target: Target = CPU, measured: bool = False) -> Scheduled:
+def schedule(
+    graph: Graph,
+    *,
+    generate: bool = True,
+    target: Target = CPU,
+    measured: bool = False,
+    allow: Allow = always,
+    log: RuleLog | None = None,
+) -> Scheduled:
     """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end. With `measured` each
     matmul goes to the fastest of the template and the libraries."""
-    graph = bind_sizes(_with_write_backs(expand(graph) if generate else graph))
+    graph = bind_sizes(_with_write_backs(expand(graph, allow, log) if generate else graph))
     choose = measured_choice(graph.symbols, graph.producers) if measured and target.kind == "cpu" else None
-    analysis = Analysis(graph, generate=generate, target=target, choose=choose)
+    analysis = Analysis(graph, generate=generate, target=target, choose=choose, allow=allow)
     grouping = Grouping(analysis)
     stored = _stored(analysis, grouping)
     items: list[Item] = []

@@ -34,7 +34,9 @@ from ..runtime.structure import Structure
 from . import capture
 from .backend import check_fallbacks, codegen_options, plait
 from .cache import compile_cached
-from .debug import Judged, judge, random_inputs
+from .debugging.interpret import random_inputs
+from .debugging.ledger import Entry, ledger
+from .decisions import deciding_table
 from .export import Exported, export, from_exported
 from .observe import Record, active, observe
 from .options import Options
@@ -92,7 +94,7 @@ def _compile(exported: Exported, session: Session) -> CompiledModel:
     inputs = None if exported.examples is None else [*exported.held, *exported.examples]
     graph, before = session.run(exported.graph, "forward", inputs)
     start = time.perf_counter()
-    lowered = capture.lower(graph, table(session.options.keep_ops), "inference")
+    lowered = capture.lower(graph, deciding_table(table(session.options.keep_ops), session.decisions), "inference")
     seconds = time.perf_counter() - start
     lower = Step("lower", {}, reassociates(), graph, lowered, {}, (), seconds)
     graph, after = session.run(lowered, "split", inputs)
@@ -130,7 +132,7 @@ class CompiledModel:
         self.state = MappingProxyType(dict(exported.state))
         self._exported = exported
         self._session = session
-        compiled = compile_cached(graph, codegen_options(session.options, graph))
+        compiled = compile_cached(graph, codegen_options(session.options, graph), session.decisions)
         self.compiled: CompiledGraph = _allow_ones(compiled, exported.ones)
         check_fallbacks(self.compiled, session.options)
         session.dump_compiled(self.compiled)
@@ -192,13 +194,13 @@ class CompiledModel:
         history = self.history[: self.history.index(step) + 1]
         return CompiledModel(self._exported.copied(), step.after, history, self._session)
 
-    def numerics(self, *args: Any, **kwargs: Any) -> list[Judged]:
+    def numerics(self, *args: Any, **kwargs: Any) -> list[Entry]:
         """Run the graph as captured and after each step on these inputs (by default the example inputs) and compare every
-        result with float64 and with the step before; `debug.numerics_table` prints it. Raises NotANumber for NaN inputs.
+        result with float64 and with the step before; `debugging.ledger_table` prints it. Raises NotANumber for NaN inputs.
         """
         flat = self._structure.flatten(args, kwargs) if args or kwargs else self._exported.examples
         inputs = random_inputs(self.captured) if flat is None else [*self._held, *flat]
-        return judge(self.captured, self.history, inputs)
+        return ledger(self.captured, self.history, inputs)
 
     def save(self, path: str | Path, **how: Any) -> None:
         """Write an artifact that `plait.load` runs without the compiler; see `compiler.aot.save` for `how`.

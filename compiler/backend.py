@@ -23,6 +23,7 @@ from ..ir import Graph, TensorType, from_fx
 from ..passes.decompositions import table
 from . import capture, pipelines, rng
 from .cache import compile_cached
+from .decisions import deciding_table
 from .freeze import Frozen, freeze, static_inputs
 from .observe import Observation, Record, active
 from .options import Options
@@ -69,7 +70,7 @@ class _Compilation:
             bw_compiler=self.compiler("backward"),
             inference_compiler=self.compiler("inference"),
             partition_fn=self.partition,
-            decompositions=table(self.session.options.keep_ops),
+            decompositions=deciding_table(table(self.session.options.keep_ops), self.session.decisions),
             keep_inference_input_mutations=True,
         )
         try:
@@ -167,7 +168,9 @@ class _Compilation:
             record.captured = graph
             record.graph, steps = self.session.run(graph, "split")
             record.history = tuple(steps)
-            record.compiled = compile_cached(record.graph, codegen_options(self.session.options, record.graph))
+            record.compiled = compile_cached(
+                record.graph, codegen_options(self.session.options, record.graph), self.session.decisions
+            )
             check_fallbacks(record.compiled, self.session.options)
             self.session.dump_compiled(record.compiled)
             return self.counted(record.compiled.executable.run, record)

@@ -28,6 +28,7 @@ from ..errors import ArtifactVersion, DamagedArtifact
 from ..ir import Graph, print_graph
 from ..runtime.plan import Plan, from_json, to_json
 from . import env
+from .decisions import Decisions
 
 log = logging.getLogger(__name__)
 
@@ -126,13 +127,17 @@ def store(cache: Cache, key: Key, compiled: Stored) -> None:
     )
 
 
-def compile_cached(graph: Graph, options: CodegenOptions) -> CompiledGraph:
-    """`compile_graph`, unless the disk cache holds the result; what is compiled anew is kept."""
+def compile_cached(graph: Graph, options: CodegenOptions, decisions: Decisions | None = None) -> CompiledGraph:
+    """`compile_graph`, unless the disk cache holds the result; what is compiled anew is kept. While choices may be held back
+    the cache is left alone."""
+    decisions = decisions or Decisions()
+    if decisions.watched:
+        return compile_graph(graph, options, decisions)
     cache = current_cache()
     key = graph_key(graph, options)
     found = find(cache, key)
     if found is not None:
         return CompiledGraph(graph, found.plan, found.sources, found.coverage, options)
-    compiled = compile_graph(graph, options)
+    compiled = compile_graph(graph, options, decisions)
     store(cache, key, Stored(compiled.plan, compiled.sources, compiled.coverage))
     return compiled

@@ -42,7 +42,12 @@ class Options:
     training: bool = option(False, doc="plait.compile: take training mode as it is; batch norm updates, dropout draws")
     print_after: tuple[str, ...] = option((), doc="passes after which the graph is printed to stderr, or `all`")
     dump_dir: str | None = option(None, doc="folder for the graph after each pass, kernel sources and coverage")
-    bisect_limit: int | None = option(None, doc="how many rule firings are allowed; none: all")
+    max_rel_err: float | None = option(
+        None, doc="relative error that approximate passes may cause together; one that would overdraw is undone and named"
+    )
+    bisect_limit: int | None = option(
+        None, doc="how many choices (firings, generated nodes, fusions, reuses of memory) are allowed; none: all"
+    )
 
     @staticmethod
     def of(

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,11 @@ from ..passes.normalise import Normalise
 from ..passes.prune import Prune
 from ..passes.share import Share
 from ..passes.simplify import Simplify
-from . import debug
+from . import decisions
+from .debugging.budget import Budget
+from .debugging.interpret import random_inputs
+from .debugging.ledger import check_ledger
+from .decisions import Decisions
 
 if TYPE_CHECKING:
     from .options import Options
@@ -59,34 +62,17 @@ def passes(point: CapturePoint, options: Options) -> list[Pass]:
 
 
 @dataclass
-class Firings:
-    """Counts rule firings of one compilation and stops them at a limit, for bisection. Thread-safe."""
-
-    limit: int | None = None
-    count: int = 0
-    last: tuple[str, str] | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __call__(self, name: str, rule: str) -> bool:
-        """True where one more firing is allowed, which is then counted."""
-        with self.lock:
-            if self.limit is not None and self.count >= self.limit:
-                return False
-            self.count += 1
-            self.last = (name, rule)
-            return True
-
-
-@dataclass
 class Session:
     """One compilation: its options and what watches it. `name` labels logs and dumps."""
 
     name: str
     options: Options
-    firings: Firings = field(init=False)
+    decisions: Decisions = field(init=False)
+    budget: Budget | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.firings = Firings(self.options.bisect_limit)
+        self.decisions = decisions.current(self.options.bisect_limit)
+        self.budget = None if self.options.max_rel_err is None else Budget(self.options.max_rel_err)
 
     def run(
         self,
@@ -102,12 +88,14 @@ class Session:
         """
         chosen = passes(point, self.options)
         watch = self._watch(graph)
-        ctx = Context(at=point, devices=tuple(devices), allow=self.firings)
+        ctx = Context(at=point, devices=tuple(devices), allow=self.decisions)
         verify: Any = self.options.verify
-        after, steps = run_pipeline(graph, chosen, ctx, verify=verify, on_step=watch)
+        given = random_inputs(graph) if inputs is None and (verify == "each-pass" or self.budget is not None) else inputs
+        refuse = self.budget.on(graph, given or ()) if self.budget is not None else None
+        after, steps = run_pipeline(graph, chosen, ctx, verify=verify, on_step=watch, refuse=refuse)
         _check_interface(graph, after, point, chosen)
         if verify == "each-pass":
-            debug.check_numerics(graph, steps, debug.random_inputs(graph) if inputs is None else inputs)
+            check_ledger(graph, steps, given or ())
         return after, steps
 
     def dump_compiled(self, compiled: CompiledGraph) -> None:

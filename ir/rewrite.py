@@ -191,13 +191,16 @@ class Rule:
 
 @dataclass(slots=True)
 class RuleLog:
-    """What rules did in one pass: firings by rule, and refusals as (rule, node, reason).
+    """What rules did in one pass: firings by rule, refusals as (rule, node, reason), what took the place of which value
+    (maybe replaced in its turn), and the rules that were tried.
 
     `trying` is the rule at work, its node and the graph it is in: what an error message names when the rule raises.
     """
 
     fired: dict[str, int] = field(default_factory=dict[str, int])
     refused: list[tuple[str, Node, Reason]] = field(default_factory=list[tuple[str, Node, Reason]])
+    replaced: dict[Value, Arg] = field(default_factory=dict[Value, Arg])
+    rules: dict[str, Rule] = field(default_factory=dict[str, Rule])
     trying: tuple[str, Node, Graph] | None = None
 
     def fire(self, rule: str, count: int = 1) -> None:
@@ -252,14 +255,15 @@ def match(rule: Rule, node: Node, builder: Builder, graph: Graph) -> Match | Rea
 
 
 def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 32,
-            allow: Callable[[str], bool] | None = None) -> Graph:  # fmt: skip
+            allow: Callable[[str, Node], bool] | None = None) -> Graph:  # fmt: skip
     """Apply rules until none fires. Dead nodes are left for `prune`.
 
-    `allow(rule)` is asked before each firing (bisection counts and stops there). Raises `NoFixpoint` where rules keep
+    `allow(rule, node)` is asked before each firing (bisection counts and stops there). Raises `NoFixpoint` where rules keep
     firing after `rounds` sweeps.
     """
     by_op: dict[str, list[Rule]] = {}
     for rule in rules:
+        log.rules[rule.name] = rule
         for name in rule.pattern.ops:
             by_op.setdefault(name, []).append(rule)
     last = ""
@@ -273,7 +277,7 @@ def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 
 
 
 def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
-           allow: Callable[[str], bool] | None) -> tuple[Graph, str]:  # fmt: skip
+           allow: Callable[[str, Node], bool] | None) -> tuple[Graph, str]:  # fmt: skip
     if not any(n.op.name in by_op for n in graph.nodes):
         return graph, ""
     builder = Builder(graph)
@@ -295,7 +299,7 @@ def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
 
 
 def _apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
-           allow: Callable[[str], bool] | None) -> bool:  # fmt: skip
+           allow: Callable[[str, Node], bool] | None) -> bool:  # fmt: skip
     """Build the replacement and put it in place of the node's results. False where it has another type."""
     mark = builder.mark()
     builder.loc = found.node.loc.by(rule.name)
@@ -310,10 +314,11 @@ def _apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
     reason = next((r for r in (_type_change(v, new) for v, new in pairs) if r is not None), None)
     if reason is not None:
         log.refuse(rule.name, old, reason)
-    if reason is not None or (allow is not None and not allow(rule.name)):
+    if reason is not None or (allow is not None and not allow(rule.name, old)):
         builder.rewind(mark)
         return False
     builder.subst.update(pairs)
+    log.replaced.update(pairs)
     log.fire(rule.name)
     return True
 

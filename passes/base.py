@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from ..errors import InvalidGraph, MissingFact, PassFailed, PlaitError, WrongCapturePoint
-from ..ir import Graph, Node, Reason, Rule, RuleLog
+from ..ir import Arg, Graph, Node, Reason, Rule, RuleLog, Value
 from ..ir import rewrite as rewrite_graph
 from ..ir import verify as verify_graph
 from ..ir.verify import around
@@ -85,7 +85,11 @@ class Pass:
         return f"{self.name}:{','.join(texts)}" if texts else self.name
 
 
-def _always(_pass: str, _rule: str) -> bool:
+Allow = Callable[[str, str, Node | None], bool]
+"""Whether a pass may fire a rule at a node."""
+
+
+def _always(_pass: str, _rule: str, _node: Node | None) -> bool:
     return True
 
 
@@ -93,20 +97,21 @@ def _always(_pass: str, _rule: str) -> bool:
 class Context:
     """What a pass may look at besides the graph. Size symbols live on the graph.
 
-    `at` is the capture point of the graph, `devices` are the targets, `allow(pass, rule)` is asked before each firing
-    (bisection counts there), `current` is the pass that runs, `log` collects its firings and refusals.
+    `at` is the capture point of the graph, `devices` are the targets, `allow(pass, rule, node)` is asked before each
+    firing (bisection counts there), `current` is the pass that runs, `log` collects its firings and refusals.
     """
 
     at: CapturePoint = "any"
     devices: tuple[str, ...] = ("cpu",)
     options: Mapping[str, Any] = field(default_factory=dict)
-    allow: Callable[[str, str], bool] = _always
+    allow: Allow = _always
     current: str = ""
     log: RuleLog = field(default_factory=RuleLog)
 
-    def allowed(self, rule: str) -> bool:
-        """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`."""
-        return self.allow(self.current, rule)
+    def allowed(self, rule: str, node: Node | None = None) -> bool:
+        """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`; a pass that never asks
+        is one choice as a whole."""
+        return self.allow(self.current, rule, node)
 
     def rewrite(self, graph: Graph, rules: Iterable[Rule]) -> Graph:
         """Apply rules to the graph and to every region inside it until none fires."""
@@ -155,7 +160,11 @@ def register(cls: P) -> P:
 
 @dataclass(frozen=True)
 class Step:
-    """One pass as it ran: its options, the graph before and after, firings by rule, refusals, wall time."""
+    """One pass as it ran: its options, the graph before and after, firings by rule, refusals, wall time.
+
+    `replaced` says what took the place of which value, `rules` are those that were tried. `rolled_back` says why the pass
+    was undone ("" where it was not); `after` is then the graph before it.
+    """
 
     pass_name: str
     options: Mapping[str, Any]
@@ -165,6 +174,9 @@ class Step:
     fired: Mapping[str, int]
     refused: tuple[tuple[str, Node, Reason], ...]
     seconds: float
+    replaced: Mapping[Value, Arg] = field(default_factory=dict[Value, Arg])
+    rules: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
+    rolled_back: str = ""
 
     @property
     def changed(self) -> bool:
@@ -185,8 +197,11 @@ def run_pipeline(
     verify: Verify = "off",
     on_step: Callable[[Step], None] | None = None,
     facts: Iterable[str] = (),
+    refuse: Callable[[Step], str] | None = None,
 ) -> tuple[Graph, list[Step]]:
     """Run passes in order; returns the last graph and one `Step` for each pass.
+
+    A pass that changed the graph is undone where `refuse` gives a reason.
 
     `verify="each-pass"` verifies the graph that comes in and the graph after each pass; `"structure"` verifies the last
     graph only and looks for the culprit among the steps where it is broken. `facts` hold for the graph that comes in.
@@ -201,11 +216,13 @@ def run_pipeline(
     for one in passes:
         _check_place(one, ctx, held)
         step = _run_pass(one, graph, ctx)
+        if refuse is not None and step.changed and (why := refuse(step)):
+            step = dataclasses.replace(step, after=graph, rolled_back=why)
         if verify == "each-pass" and step.changed:
             _verify_step(step)
         steps.append(step)
         graph = step.after
-        held = ((held & one.preserves) if step.changed else held) | one.establishes
+        held = ((held & one.preserves) if step.changed else held) | (frozenset() if step.rolled_back else one.establishes)
         if on_step is not None:
             on_step(step)
     if verify == "structure":
@@ -223,13 +240,23 @@ def _check_place(one: Pass, ctx: Context, held: frozenset[str]) -> None:
 
 def _run_pass(one: Pass, graph: Graph, ctx: Context) -> Step:
     log = RuleLog()
+    asked = False
+
+    def allow(name: str, rule: str, node: Node | None) -> bool:
+        nonlocal asked
+        asked = True
+        return ctx.allow(name, rule, node)
+
     start = time.perf_counter()
     try:
-        after = one.run(graph, dataclasses.replace(ctx, current=one.name, log=log))
+        after = one.run(graph, dataclasses.replace(ctx, current=one.name, log=log, allow=allow))
     except Exception as error:  # re-raised with the pass, the rule and the place
         raise _failure(one, graph, log, error) from error
     seconds = time.perf_counter() - start
-    return Step(one.name, one.options(), one.numerics(), graph, after, log.fired, tuple(log.refused), seconds)
+    if after is not graph and not asked and not ctx.allow(one.name, one.name, None):
+        after, log = graph, RuleLog()
+    refused = tuple(log.refused)
+    return Step(one.name, one.options(), one.numerics(), graph, after, log.fired, refused, seconds, log.replaced, log.rules)
 
 
 def _failure(one: Pass, graph: Graph, log: RuleLog, error: Exception) -> PassFailed:

@@ -120,12 +120,12 @@ class _Folding:
             self.ctx.log.refuse("fold", old, Reason("it is made from numbers alone: kernels compute it where they read it"))
             self.remember(node, results)
             return False
-        if not self.ctx.allowed("fold"):
+        if not self.ctx.allowed("fold", old):
             return False
         self.builder.loc = node.loc.by("fold")
         for v, tensor in zip(node.results, results, strict=True):
             new = self.emit(v, tensor)
-            self.builder.subst[v] = new
+            self.builder.subst[v] = self.ctx.log.replaced[v] = new
             self.known[new] = tensor
             self.loaded.add(new)
         self.ctx.log.fire("fold")

@@ -71,10 +71,10 @@ class _Sharing:
             if self.escapes(a) and self.escapes(b):
                 self.ctx.log.refuse("equal", old, Reason("two outputs would share memory", b))
                 return False
-        if not self.ctx.allowed("equal"):
+        if not self.ctx.allowed("equal", old):
             return False
         for a, b in zip(first.results, node.results, strict=True):
-            self.builder.subst[b] = a
+            self.builder.subst[b] = self.ctx.log.replaced[b] = a
             if b in self.graph.results:
                 self.leaving.add(a)
         self.ctx.log.fire("equal")

@@ -505,7 +505,7 @@ class Nudge(Pass):
         (Numerics("exact"), False),
         (Numerics("approximate", 1e-5), False),
         (Numerics("approximate", 0.01), True),
-        (Numerics("reassociates"), True),
+        (Numerics("reassociates"), False),
     ],
 )
 def test_each_pass_is_judged(promise: Numerics, kept: bool) -> None:

@@ -88,7 +88,7 @@ def test_passes_by_object_name_text_and_mapping() -> None:
 
 
 def test_the_public_face() -> None:
-    assert {"compile", "explain", "observe", "load", "config", "debug", "errors", "ir"} <= set(plait.__all__)
+    assert {"compile", "explain", "observe", "load", "config", "debugging", "errors", "ir"} <= set(plait.__all__)
     for name in plait.__all__:
         assert getattr(plait, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'kompile'"):

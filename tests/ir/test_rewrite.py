@@ -102,7 +102,7 @@ def test_rules_that_undo_each_other_are_named():
 
 def test_allow_is_asked_before_each_firing():
     asked: list[str] = []
-    after, log = run_rules(CHAIN, NEG_NEG, allow=lambda rule: asked.append(rule) or len(asked) == 1)
+    after, log = run_rules(CHAIN, NEG_NEG, allow=lambda rule, node: asked.append(rule) or len(asked) == 1)
     assert log.fired == {"neg-neg": 1} and len(asked) >= 2
     check_graph(after)
 

@@ -1,7 +1,7 @@
 """Passes as objects: declared options, pipelines with history, verification, named failures."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from plait.errors import (
@@ -176,7 +176,7 @@ def test_history_of_a_pipeline():
 def test_bisection_stops_firings():
     asked: list[tuple[str, str]] = []
 
-    def never(name: str, rule: str) -> bool:
+    def never(name: str, rule: str, node: Any) -> bool:
         asked.append((name, rule))
         return False
 

@@ -1,0 +1,291 @@
+"""The first bad node: binary search over the cuts of the plan as it is shipped, then inside the kernel that was found.
+
+Nothing is marked as an output that is not one, so fusion and memory stay as they are in the program that went wrong. A cut
+after step k runs the plan's first k steps and copies what later steps still read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...codegen.compile import CodegenOptions, CompiledGraph, Trace, compile_graph, trace
+from ...codegen.items import AliasItem, CallItem, KernelItem
+from ...errors import NothingToFind
+from ...ir import Arg, Graph, Node, TensorType, Value
+from ...ir.verify import around
+from ...passes.base import Step
+from ...runtime.plan import Call, OutputSpec, Plan
+from ..decisions import Decisions
+from .compare import Wrong, wrong
+from .interpret import replay
+from .subject import Build, Subject, run_compiled
+
+CONTEXT = 10
+
+
+@dataclass(frozen=True)
+class BadNode:
+    """The first node that gives something wrong although what it reads is right.
+
+    `stage` is the pass that left it so, "expand" where opening a composite op did, "kernel" for a generated kernel, "call"
+    for a call of a torch op, "memory" where a step overwrote a value that is still read (`node` made that value, `kernel` is
+    the step that overwrote it). `rules` are those that rewrote the node. `graph` is the graph it lies in, `runs` how many
+    partial runs the search took.
+    """
+
+    node: Node
+    stage: str
+    wrong: Wrong | str
+    graph: Graph
+    kernel: str = ""
+    runs: int = 0
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The rules that made the node from others."""
+        return self.node.loc.rules
+
+    def context(self, lines: int = CONTEXT) -> str:
+        """The node among the lines around it."""
+        return around(self.graph, self.graph.nodes.index(self.node), lines)
+
+    def __str__(self) -> str:
+        by = f", made by {', '.join(self.rules)}" if self.rules else ""
+        inside = f" in kernel {self.kernel}" if self.kernel else ""
+        said = [f"{self.node.op.name} after {self.stage}{by}{inside}: {self.wrong} ({self.runs} runs)"]
+        if self.node.loc.frame is not None:
+            file, line, code = self.node.loc.frame
+            said.append(f"  {file}:{line}: {code}")
+        return "\n".join([*said, self.context()])
+
+
+@dataclass(frozen=True)
+class _References:
+    """What values should be: by eager's kernels, and in float64."""
+
+    eager: dict[Value, Any]
+    exact: dict[Value, Any]
+
+    @staticmethod
+    def of(graph: Graph, inputs: Sequence[Any]) -> _References:
+        return _References(dict(replay(graph, inputs).values), dict(replay(graph, inputs, wide=True).values))
+
+    def follow(self, replaced: Mapping[Value, Arg]) -> None:
+        """Let what took a value's place be what that value was."""
+        for old, new in replaced.items():
+            for _ in replaced:  # what took its place may have been replaced in its turn
+                if not isinstance(new, Value) or new not in replaced:
+                    break
+                new = replaced[new]
+            if isinstance(new, Value) and old in self.eager and new.type == old.type:
+                self.eager.setdefault(new, self.eager[old])
+                self.exact.setdefault(new, self.exact[old])
+
+    def wrong(self, value: Value, got: Any) -> Wrong | str | None:
+        """What is wrong with a value; None where nothing is, or where it is not known what it should be."""
+        if value not in self.eager or not isinstance(value.type, TensorType):
+            return None
+        return wrong(got, self.eager[value], self.exact[value])
+
+
+def first_bad_node(subject: Subject, build: Build | None = None) -> BadNode:
+    """The first bad node of a subject. Raises NothingToFind for one that is right, and what its compilation raises."""
+    graph, history = (build.graph, build.history) if build is not None else subject.transform(Decisions())
+    found = _after_passes(subject, graph, history)
+    if found is None:
+        traced = trace(graph, CodegenOptions(measured=subject.options.tune))
+        found = _after_opening(traced, subject.inputs) or _in_plan(traced, subject.inputs)
+    if found is None:
+        raise NothingToFind(name=subject.name)
+    return found
+
+
+# -- graphs -------------------------------------------------------------------------------------------------------------
+
+
+def _after_passes(subject: Subject, graph: Graph, history: Sequence[Step]) -> BadNode | None:
+    """The first bad node of the graph after the passes, run by its ops' references."""
+    known = _References.of(subject.graph, subject.inputs)
+    for step in history:
+        if step.pass_name == "lower":  # traced anew: no value lives on
+            bad = _bad_results(subject, step.after, "lower")
+            if bad is not None:
+                return bad
+            known = _References.of(step.after, subject.inputs)
+        elif step.changed:
+            bad = _bad_in(step.after, known, step.replaced, subject.inputs, step.pass_name)
+            if bad is not None:
+                return bad
+    return _bad_results(subject, graph, history[-1].pass_name if history else "captured")
+
+
+def _bad_in(
+    graph: Graph, known: _References, replaced: Mapping[Value, Arg], inputs: Sequence[Any], stage: str
+) -> BadNode | None:
+    known.follow(replaced)
+    values = replay(graph, inputs).values
+    for node in graph.nodes:
+        for v in node.results:
+            what = known.wrong(v, values.get(v))
+            if what is not None:
+                return BadNode(node, stage, what, graph)
+    return None
+
+
+def _bad_results(subject: Subject, graph: Graph, stage: str) -> BadNode | None:
+    """The node behind the first wrong result of a graph."""
+    results = replay(graph, subject.inputs).results
+    sources: list[Arg] = [*graph.outputs, *(v for _, v in graph.writes)]
+    for source, got, eager, exact in zip(sources, results, subject.eager, subject.exact, strict=True):
+        what = wrong(got, eager, exact)
+        if what is not None and isinstance(source, Value) and source in graph.producers:
+            return BadNode(graph.producers[source], stage, what, graph)
+    return None
+
+
+def _after_opening(traced: Trace, inputs: Sequence[Any]) -> BadNode | None:
+    """The first bad node of the graph with composite ops opened."""
+    known = _References.of(traced.compiled.graph, inputs)
+    return _bad_in(traced.scheduled.graph, known, traced.opened.replaced, inputs, "expand")
+
+
+# -- the plan -----------------------------------------------------------------------------------------------------------
+
+
+def _in_plan(traced: Trace, inputs: Sequence[Any]) -> BadNode | None:
+    graph = traced.scheduled.graph
+    known = _References.of(graph, inputs)
+    items = [i for i in traced.scheduled.items if not isinstance(i, AliasItem)]
+    runs = 0
+
+    def bad(count: int) -> dict[Value, Wrong | str]:
+        nonlocal runs
+        runs += 1
+        values = _values_after(traced, inputs, count)
+        found = {v: known.wrong(v, t) for v, t in values.items()}
+        return {v: w for v, w in found.items() if w is not None}
+
+    low, high = 0, len(items)
+    found = bad(high)
+    if not found:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        here = bad(middle)
+        if here:
+            high, found = middle, here
+        else:
+            low = middle
+    item = items[high - 1]
+    made = _made_by(item)
+    own = {
+        v: w
+        for v, w in found.items()
+        if traced.ids.get(_root(traced, v)) in {traced.ids.get(_root(traced, m)) for m in made}
+    }
+    if not own:
+        victim = next(iter(found))
+        name = item.name if isinstance(item, KernelItem) else item.node.op.name
+        node = graph.producers.get(victim) or next(n for n in graph.nodes if victim in n.inputs)
+        return BadNode(node, "memory", found[victim], graph, name, runs)
+    if isinstance(item, CallItem):
+        return BadNode(item.node, "call", next(iter(own.values())), graph, "", runs)
+    return _in_kernel(item, graph, known, own, runs)
+
+
+def _made_by(item: KernelItem | CallItem) -> Sequence[Value]:
+    if isinstance(item, CallItem):
+        return item.node.results
+    return item.writes
+
+
+def _root(traced: Trace, v: Value) -> Value:
+    aliases = {i.value: i.of for i in traced.scheduled.items if isinstance(i, AliasItem)}
+    while v in aliases:
+        v = aliases[v]
+    return v
+
+
+def _values_after(traced: Trace, inputs: Sequence[Any], count: int) -> dict[Value, Any]:
+    """What later steps and the caller read once the first `count` steps have run."""
+    plan, ids = traced.compiled.plan, traced.ids
+    items = [i for i in traced.scheduled.items if not isinstance(i, AliasItem)]
+    made = {v for item in items[:count] for v in _made_by(item)}
+    wanted = {_root(traced, v) for item in items[count:] for v in _read_by(item)}
+    wanted |= {_root(traced, v) for v in traced.scheduled.graph.results}
+    specs = {s.id: s for s in plan.values}
+    chosen = [
+        v for v in made if (v in wanted or _root(traced, v) in wanted) and v in ids and specs[ids[v]].storage != "scalar"
+    ]
+    chosen = [v for v in chosen if isinstance(v.type, TensorType)]
+    first = max(specs, default=0) + 1
+    copies = tuple(
+        Call("aten.clone.default", ({"v": ids[v]},), (), (first + i,), "internal", "copied at a cut", "")
+        for i, v in enumerate(chosen)
+    )
+    places = tuple(replace(specs[ids[v]], id=first + i, storage="handle", ref=None, offset=0) for i, v in enumerate(chosen))
+    cut: Plan = replace(
+        plan,
+        steps=(*plan.steps[:count], *copies),
+        values=(*plan.values, *places),
+        outputs=tuple(OutputSpec("value", ref=first + i) for i in range(len(chosen))),
+    )
+    compiled: CompiledGraph = replace(traced.compiled, plan=cut)
+    results = run_compiled(compiled, inputs)[: len(chosen)]
+    return dict(zip(chosen, results, strict=True))
+
+
+def _read_by(item: KernelItem | CallItem) -> Sequence[Value]:
+    if isinstance(item, CallItem):
+        return item.node.inputs
+    return item.reads
+
+
+# -- inside a kernel ----------------------------------------------------------------------------------------------------
+
+
+def _in_kernel(item: KernelItem, graph: Graph, known: _References, own: Mapping[Value, Wrong | str], runs: int) -> BadNode:
+    """The first bad node among those that one kernel computes: compiled alone, all of their values as results; where that
+    hides the fault, each with what it needs only."""
+    members = set(item.nodes)
+    nodes = [n for n in graph.nodes if n in members]
+    inside = {v for n in nodes for v in n.results}
+    read = list(dict.fromkeys(v for n in nodes for v in n.inputs if v not in inside))
+    given = [known.eager[v] for v in read]
+    results = [v for n in nodes for v in n.results]
+
+    def judge(wanted: Sequence[Value], among: Sequence[Node]) -> tuple[Value, Wrong | str] | None:
+        part = Graph("kernel", tuple(read), tuple(among), tuple(wanted), (), symbols=graph.symbols, constants={})
+        exact = replay(part, given, wide=True)
+        eager = replay(part, given)
+        got = run_compiled(compile_graph(part), given)
+        for v, x in zip(wanted, got, strict=True):
+            what = _References(dict(eager.values), dict(exact.values)).wrong(v, x)
+            if what is not None:
+                return v, what
+        return None
+
+    found = judge(results, nodes)
+    for end in () if found is not None else range(1, len(nodes) + 1):
+        found = judge(list(nodes[end - 1].results), _needed(nodes[:end]))
+        runs += 1
+        if found is not None:
+            break
+    if found is None:  # only the kernel as a whole goes wrong: name what it stores wrong
+        value, what = next(iter(own.items()))
+    else:
+        value, what = found
+    node = graph.producers.get(value) or nodes[-1]
+    return BadNode(node, "kernel", what, graph, item.name, runs + 1)
+
+
+def _needed(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes that the last one reads, directly or not, and itself."""
+    keep, wanted = [nodes[-1]], set(nodes[-1].inputs)
+    for node in reversed(nodes[:-1]):
+        if any(v in wanted for v in node.results):
+            keep.append(node)
+            wanted.update(node.inputs)
+    return keep[::-1]

@@ -1,0 +1,143 @@
+"""What is debugged: a captured graph, inputs on which it goes wrong, and how it is compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from ...codegen.compile import CodegenOptions, CompiledGraph, compile_graph
+from ...ir import Graph
+from ...passes.base import Step, reassociates
+from ...passes.decompositions import table
+from .. import capture
+from ..decisions import Decisions, deciding, deciding_table
+from ..export import export, from_exported
+from ..options import Options
+from ..pipelines import Session
+from .compare import Wrong, wrong
+from .failure import Failure, of_error
+from .interpret import interpret, interpret_wide, random_inputs
+
+Level = Literal["forward", "joint", "split"]
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation of a subject: the graph after the passes, the passes, and the compiled graph."""
+
+    graph: Graph
+    history: tuple[Step, ...]
+    compiled: CompiledGraph
+    decisions: Decisions
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A program under investigation.
+
+    `graph` is the graph as captured at `level`: a "forward" graph is lowered below autograd on its way, a "joint" graph
+    holds forward and backward, a "split" graph is what is compiled. `inputs` are flat, the values of written buffers first.
+    A compilation runs the passes of its level and of all levels after it.
+    """
+
+    graph: Graph
+    inputs: tuple[Any, ...]
+    options: Options = field(default_factory=Options)
+    level: Level = "split"
+    name: str = "model"
+
+    @staticmethod
+    def of(
+        model: Any,
+        example_inputs: Any = None,
+        *,
+        dynamic_shapes: Any = None,
+        options: Mapping[str, Any] | Options | None = None,
+        level: Level = "split",
+    ) -> Subject:
+        """The subject of a graph with flat inputs, or of anything that `plait.compile` takes.
+
+        Raises what `plait.compile` raises before it runs passes.
+        """
+        chosen = options if isinstance(options, Options) else Options.of(options)
+        if isinstance(model, Graph):
+            given = random_inputs(model) if example_inputs is None else list(example_inputs)
+            return Subject(model, tuple(given), chosen, level, model.name)
+        exported = from_exported(export(model, example_inputs, dynamic_shapes), training=chosen.training)
+        examples = random_inputs(exported.graph)[len(exported.held) :] if exported.examples is None else exported.examples
+        name = type(model).__name__ if isinstance(model, torch.nn.Module) else "model"
+        return Subject(exported.graph, (*exported.held, *examples), chosen, "forward", name)
+
+    def build(self, decisions: Decisions | None = None) -> Build:
+        """Compile it, holding back what `decisions` holds back. Raises what passes and code generation raise."""
+        with deciding(Decisions() if decisions is None else decisions) as choices:
+            graph, steps = self.transform(choices)
+            target = CodegenOptions(measured=self.options.tune)
+            return Build(graph, tuple(steps), compile_graph(graph, target, choices), choices)
+
+    def transform(self, choices: Decisions) -> tuple[Graph, list[Step]]:
+        """Run all passes; the graph after them and the steps."""
+        with deciding(choices):
+            session = Session(self.name, replace(self.options, verify="off"))
+            graph, steps = self.graph, list[Step]()
+            if self.level == "forward":
+                graph, steps = session.run(graph, "forward", self.inputs)
+                steps.append(self._lower(graph, choices))
+                graph = steps[-1].after
+            elif self.level == "joint":
+                graph, steps = session.run(graph, "joint", self.inputs)
+            graph, after = session.run(graph, "split", self.inputs)
+            return graph, [*steps, *after]
+
+    def _lower(self, graph: Graph, choices: Decisions) -> Step:
+        start = time.perf_counter()
+        lowered = capture.lower(graph, deciding_table(table(self.options.keep_ops), choices), graph.name)
+        return Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start)
+
+    # -- judging ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def eager(self) -> tuple[Any, ...]:
+        """The results of the graph as captured, by the ops' references."""
+        return interpret(self.graph, self.inputs)
+
+    @cached_property
+    def exact(self) -> tuple[Any, ...]:
+        """The same in float64."""
+        return interpret_wide(self.graph, self.inputs)
+
+    def judge(self, results: Sequence[Any]) -> Failure | None:
+        """What is wrong with results (outputs, then new values of written inputs); the worst one, None for nothing."""
+        found: Failure | None = None
+        for i, (got, eager, exact) in enumerate(zip(results, self.eager, self.exact, strict=True)):
+            what = wrong(got, eager, exact)
+            if what is not None:
+                band = what.band if isinstance(what, Wrong) else 99
+                if found is None or band > found.band:
+                    found = Failure("wrong", f"result {i}", band=band, detail=str(what))
+        return found
+
+    def run(self, build: Build) -> list[Any]:
+        """Run a build on copies of the inputs; outputs, then the new values of written inputs."""
+        return run_compiled(build.compiled, self.inputs)
+
+    def failure(self, decisions: Decisions | None = None) -> Failure | None:
+        """Compile, run and judge; errors on the way are failures too."""
+        try:
+            return self.judge(self.run(self.build(decisions)))
+        except Exception as error:  # whatever a compilation raises is what is looked for
+            return of_error(error)
+
+
+def run_compiled(compiled: CompiledGraph, inputs: Sequence[Any]) -> list[Any]:
+    """Run a compiled graph on copies of flat inputs, random draws from a fixed seed; outputs, then written inputs."""
+    given = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        results = compiled.executable.run(list(given))
+    return [*results, *(given[i] for i, _ in compiled.graph.writes)]
