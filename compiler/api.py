@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage
 from ..errors import UnknownStep, WrongCapturePoint
-from ..ir import Graph
+from ..ir import Arg, Graph, Value
 from ..passes.base import Step, reassociates
 from ..passes.decompositions import table
 from ..runtime.executor import Executable
@@ -94,9 +94,10 @@ def _compile(exported: Exported, session: Session) -> CompiledModel:
     inputs = None if exported.examples is None else [*exported.held, *exported.examples]
     graph, before = session.run(exported.graph, "forward", inputs)
     start = time.perf_counter()
-    lowered = capture.lower(graph, deciding_table(table(session.options.keep_ops), session.decisions), "inference")
-    seconds = time.perf_counter() - start
-    lower = Step("lower", {}, reassociates(), graph, lowered, {}, (), seconds)
+    replaced: dict[Value, Arg] = {}
+    decompositions = deciding_table(table(session.options.keep_ops), session.decisions)
+    lowered = capture.lower(graph, decompositions, "inference", replaced)
+    lower = Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start, replaced)
     graph, after = session.run(lowered, "split", inputs)
     return CompiledModel(exported, graph, (*before, lower, *after), session)
 

@@ -18,13 +18,13 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from ..errors import CannotCapture, NeedsSizeFact, PlaitError
-from ..ir import Graph, Node, TensorType, Value, from_fx
+from ..ir import Arg, Graph, Node, TensorType, Value, from_fx
 from ..ir.fake import FakeWorld
 from ..ir.fx import FxLinks, to_fx
 from .effects import make_tokens, refuse_in_regions, rethread
@@ -319,18 +319,29 @@ class _Lowering(Interpreter):
     def __init__(self, gm: GraphModule, world: FakeWorld) -> None:
         super().__init__(gm)
         self.world = world
+        self.traced: dict[FxNode, FxNode] = {}  # where the trace holds what each node gives
 
     def run_node(self, n: FxNode) -> Any:
+        result = self.run_unguarded(n)
+        mode = get_proxy_mode()
+        if mode is not None and isinstance(result, torch.Tensor):
+            slot: Any = get_proxy_slot(result, mode.tracer, None)
+            if slot is not None:
+                self.traced[n] = slot.proxy.node
+        return result
+
+    def run_unguarded(self, n: FxNode) -> Any:
         if str(n.target).partition(".")[2].partition(".")[0] in _CONVOLUTIONS:
             with self.world.env.suppress_guards():
                 return super().run_node(n)
         return super().run_node(n)
 
 
-def lower(graph: Graph, decompositions: Decompositions, name: str = "") -> Graph:
+def lower(graph: Graph, decompositions: Decompositions, name: str = "", replaced: dict[Value, Arg] | None = None) -> Graph:
     """The graph traced again below autograd: composite ops and those of the table are replaced by their parts.
 
-    Raises NeedsSizeFact where a decomposition would hold for some sizes only.
+    `replaced` is filled with the new value of each old one. Raises NeedsSizeFact where a decomposition would hold for some
+    sizes only.
     """
     constants = [n for n in graph.nodes if n.op.name == "plait.constant"]
     lifted = graph.replace(
@@ -349,9 +360,11 @@ def lower(graph: Graph, decompositions: Decompositions, name: str = "") -> Graph
     world = FakeWorld({s: info for s, info in graph.symbols.items() if s in used})
     fakes = [world.lift(v.type) for v in lifted.inputs]
 
+    lowering = _Lowering(gm, world)
+
     def run(*args: Any) -> Any:
         with preserve_node_meta():
-            return _Lowering(gm, world).run(*args)
+            return lowering.run(*args)
 
     with world.mode, torch.no_grad():
         traced = make_fx(run, decomposition_table=dict(decompositions), _allow_non_fake_inputs=True)(*fakes)
@@ -363,7 +376,11 @@ def lower(graph: Graph, decompositions: Decompositions, name: str = "") -> Graph
     results: Any = traced.graph.output_node().args[0]
     written = [(places[i], v) for (i, _), v in zip(graph.writes, results[len(graph.outputs) :], strict=True)]
     outputs_to_writes(traced, written, results[: len(graph.outputs)])
-    done = from_fx(traced, name or graph.name)
+    here = FxLinks()
+    done = from_fx(traced, name or graph.name, here)
+    if replaced is not None:
+        pairs = ((old, here.values.get(lowering.traced.get(n, n))) for n, old in links.values.items())
+        replaced.update({old: new for old, new in pairs if new is not None and new.type == old.type})
     count = len(graph.inputs)
     loads = tuple(Node(n.op, n.args, (v,), loc=n.loc) for v, n in zip(done.inputs[count:], constants, strict=True))
     return done.replace(

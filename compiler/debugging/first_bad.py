@@ -109,12 +109,7 @@ def _after_passes(subject: Subject, graph: Graph, history: Sequence[Step]) -> Ba
     """The first bad node of the graph after the passes, run by its ops' references."""
     known = _References.of(subject.graph, subject.inputs)
     for step in history:
-        if step.pass_name == "lower":  # traced anew: no value lives on
-            bad = _bad_results(subject, step.after, "lower")
-            if bad is not None:
-                return bad
-            known = _References.of(step.after, subject.inputs)
-        elif step.changed:
+        if step.changed:
             bad = _bad_in(step.after, known, step.replaced, subject.inputs, step.pass_name)
             if bad is not None:
                 return bad

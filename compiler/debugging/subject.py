@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ...codegen.compile import CodegenOptions, CompiledGraph, compile_graph
-from ...ir import Graph
+from ...ir import Arg, Graph, Value
 from ...passes.base import Step, reassociates
 from ...passes.decompositions import table
 from .. import capture
@@ -96,8 +96,9 @@ class Subject:
 
     def _lower(self, graph: Graph, choices: Decisions) -> Step:
         start = time.perf_counter()
-        lowered = capture.lower(graph, deciding_table(table(self.options.keep_ops), choices), graph.name)
-        return Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start)
+        replaced: dict[Value, Arg] = {}
+        lowered = capture.lower(graph, deciding_table(table(self.options.keep_ops), choices), graph.name, replaced)
+        return Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start, replaced)
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
