@@ -28,6 +28,9 @@ class Reason:
         return self.why
 
 
+HELD_BACK = Reason("it fits, but the choice is held back: no more are allowed")
+
+
 class Builder:
     """Appends nodes to a graph under construction; types are inferred, tokens are threaded."""
 
@@ -192,7 +195,7 @@ class Rule:
 @dataclass(slots=True)
 class RuleLog:
     """What rules did in one pass: firings by rule, refusals as (rule, node, reason), what took the place of which value
-    (maybe replaced in its turn), and the rules that were tried.
+    (maybe replaced in its turn), and the rules that were tried (several may share a name).
 
     `trying` is the rule at work, its node and the graph it is in: what an error message names when the rule raises.
     """
@@ -200,7 +203,7 @@ class RuleLog:
     fired: dict[str, int] = field(default_factory=dict[str, int])
     refused: list[tuple[str, Node, Reason]] = field(default_factory=list[tuple[str, Node, Reason]])
     replaced: dict[Value, Arg] = field(default_factory=dict[Value, Arg])
-    rules: dict[str, Rule] = field(default_factory=dict[str, Rule])
+    rules: dict[str, tuple[Rule, ...]] = field(default_factory=dict[str, tuple[Rule, ...]])
     trying: tuple[str, Node, Graph] | None = None
 
     def fire(self, rule: str, count: int = 1) -> None:
@@ -263,7 +266,9 @@ def rewrite(graph: Graph, rules: Iterable[Rule], log: RuleLog, *, rounds: int = 
     """
     by_op: dict[str, list[Rule]] = {}
     for rule in rules:
-        log.rules[rule.name] = rule
+        alike = log.rules.get(rule.name, ())
+        if not any(r is rule for r in alike):
+            log.rules[rule.name] = (*alike, rule)
         for name in rule.pattern.ops:
             by_op.setdefault(name, []).append(rule)
     last = ""
@@ -289,7 +294,7 @@ def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
             found = match(rule, node, builder, graph)
             if isinstance(found, Reason):
                 log.refuse(rule.name, old, found)
-            elif found is not None and _apply(rule, found, builder, log, old, allow):
+            elif found is not None and apply(rule, found, builder, log, old, allow):
                 fired = rule.name
                 break
         else:
@@ -298,9 +303,10 @@ def _sweep(graph: Graph, by_op: Mapping[str, list[Rule]], log: RuleLog,
     return (builder.finish(), fired) if fired else (graph, "")
 
 
-def _apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
-           allow: Callable[[str, Node], bool] | None) -> bool:  # fmt: skip
-    """Build the replacement and put it in place of the node's results. False where it has another type."""
+def apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
+          allow: Callable[[str, Node], bool] | None) -> bool:  # fmt: skip
+    """Build the replacement and put it in place of the node's results. False, and a refusal in the log, where it has another
+    type, would need a fact about sizes, or is held back."""
     mark = builder.mark()
     builder.loc = found.node.loc.by(rule.name)
     try:
@@ -312,9 +318,10 @@ def _apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
     replacements = replacement if isinstance(replacement, TUPLE) else (replacement,)
     pairs = list(zip(found.node.results, replacements, strict=True))
     reason = next((r for r in (_type_change(v, new) for v, new in pairs) if r is not None), None)
+    if reason is None and allow is not None and not allow(rule.name, old):
+        reason = HELD_BACK
     if reason is not None:
         log.refuse(rule.name, old, reason)
-    if reason is not None or (allow is not None and not allow(rule.name, old)):
         builder.rewind(mark)
         return False
     builder.subst.update(pairs)
@@ -369,4 +376,5 @@ def _binders(graph: Graph) -> dict[Node, set[sympy.Symbol]]:
     return found
 
 
-__all__ = ["Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Such", "Var", "match", "pattern", "prune", "rewrite"]
+__all__ = ["HELD_BACK", "Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Such", "Var", "apply", "match",
+           "pattern", "prune", "rewrite"]  # fmt: skip

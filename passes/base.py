@@ -162,8 +162,8 @@ def register(cls: P) -> P:
 class Step:
     """One pass as it ran: its options, the graph before and after, firings by rule, refusals, wall time.
 
-    `replaced` says what took the place of which value, `rules` are those that were tried. `rolled_back` says why the pass
-    was undone ("" where it was not); `after` is then the graph before it.
+    `replaced` says what took the place of which value, `rules` are those that were tried, by name. `rolled_back` says why
+    the pass was undone ("" where it was not); `after` is then the graph before it.
     """
 
     pass_name: str
@@ -175,7 +175,7 @@ class Step:
     refused: tuple[tuple[str, Node, Reason], ...]
     seconds: float
     replaced: Mapping[Value, Arg] = field(default_factory=dict[Value, Arg])
-    rules: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
+    rules: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict[str, tuple[Rule, ...]])
     rolled_back: str = ""
 
     @property
@@ -209,25 +209,60 @@ def run_pipeline(
     Raises `WrongCapturePoint`, `MissingFact`, and `PassFailed` for a pass that raises or breaks the graph (its fields
     carry `before`, the text of the graph that the pass was given, for a reproducer).
     """
-    held = frozenset(facts)
-    steps: list[Step] = []
-    if verify == "each-pass":
-        verify_graph(graph)
-    for one in passes:
-        _check_place(one, ctx, held)
-        step = _run_pass(one, graph, ctx)
-        if refuse is not None and step.changed and (why := refuse(step)):
+    running = Pipeline(graph, passes, ctx, verify=verify, on_step=on_step, facts=facts, refuse=refuse)
+    while running.rest:
+        running.step()
+    return running.finish(), running.steps
+
+
+class Pipeline:
+    """A list of passes on its way over a graph: `step` runs the next one of `rest`. See `run_pipeline` for the arguments.
+
+    Between steps `graph` may be set to another one with the same interface; facts are taken to hold on.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        passes: Iterable[Pass],
+        ctx: Context,
+        *,
+        verify: Verify = "off",
+        on_step: Callable[[Step], None] | None = None,
+        facts: Iterable[str] = (),
+        refuse: Callable[[Step], str] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.rest = list(passes)
+        self.steps: list[Step] = []
+        self.facts = frozenset(facts)
+        self._ctx, self._verify, self._on_step, self._refuse = ctx, verify, on_step, refuse
+        if verify == "each-pass":
+            verify_graph(graph)
+
+    def step(self) -> Step:
+        """Run the next pass. Raises `WrongCapturePoint`, `MissingFact`, `PassFailed`; the pass is then still the next."""
+        one, graph = self.rest[0], self.graph
+        _check_place(one, self._ctx, self.facts)
+        step = _run_pass(one, graph, self._ctx)
+        if self._refuse is not None and step.changed and (why := self._refuse(step)):
             step = dataclasses.replace(step, after=graph, rolled_back=why)
-        if verify == "each-pass" and step.changed:
+        if self._verify == "each-pass" and step.changed:
             _verify_step(step)
-        steps.append(step)
-        graph = step.after
-        held = ((held & one.preserves) if step.changed else held) | (frozenset() if step.rolled_back else one.establishes)
-        if on_step is not None:
-            on_step(step)
-    if verify == "structure":
-        _verify_end(steps, graph)
-    return graph, steps
+        del self.rest[0]
+        self.steps.append(step)
+        self.graph = step.after
+        kept = self.facts & one.preserves if step.changed else self.facts
+        self.facts = kept | (frozenset() if step.rolled_back else one.establishes)
+        if self._on_step is not None:
+            self._on_step(step)
+        return step
+
+    def finish(self) -> Graph:
+        """The graph after the last pass, verified where `verify` says "structure". Raises `PassFailed`, `InvalidGraph`."""
+        if self._verify == "structure":
+            _verify_end(self.steps, self.graph)
+        return self.graph
 
 
 def _check_place(one: Pass, ctx: Context, held: frozenset[str]) -> None:
