@@ -76,6 +76,10 @@ class Config:
         None, env="PLAIT_DUMP_DIR", parse=str, expected="a folder",
         doc="where the graph's text after each pass, the kernels' sources and the coverage are written",
     )  # fmt: skip
+    debug_dir: str | None = setting(
+        None, env="PLAIT_DEBUG_DIR", parse=str, expected="a folder",
+        doc="where failures are written down as bundles, if dump_dir is not set; none: in the user's cache folder",
+    )  # fmt: skip
     bisect_limit: int | None = setting(
         None, env="PLAIT_BISECT_LIMIT", parse=_whole, expected="a whole number",
         doc="how many choices are allowed in a compilation (firings, generated nodes, fusions, reuses of memory); none: all",

@@ -25,6 +25,10 @@ class PlaitError(Exception):
             text += f"\n  way out: {self.fix.format(**fields)}"
         super().__init__(text)
 
+    def add(self, *lines: str) -> None:
+        """Append lines to the message."""
+        self.args = ("\n".join([str(self), *(f"  {line}" for line in lines)]),)
+
 
 def catalogue() -> tuple[type[PlaitError], ...]:
     """Every error class, ordered by code."""
@@ -649,7 +653,7 @@ class NumericsBroken(PlaitError):
     """With `verify="each-pass"`, a pass changed results more than it promises."""
 
     code = "P0413"
-    message = "pass {name} changed {result}: {why}\n{table}"
+    message = "pass {name} changed {result}: {why}{where}\n{table}"
     fix = "this is a mistake of the pass: disable it with disable_passes and report it with a dump (dump_dir)"
 
 
@@ -683,3 +687,43 @@ class NothingToFind(PlaitError):
     code = "P0611"
     message = "{name} gives the right results on these inputs: there is nothing to find"
     fix = "give the inputs on which it goes wrong, or a check of your own"
+
+
+class WrongResults(PlaitError):
+    """With `verify="each-pass"`, the kernels of a graph compute something else than its ops on the inputs of the first call."""
+
+    code = "P0621"
+    message = "the kernels of {name} compute a wrong {what}: {why}{where}"
+    fix = "this is a mistake of plait: report the bundle; bisect_limit, or an op that is kept whole, works around it"
+
+
+class UnknownRule(PlaitError):
+    """The debugger was asked about a rule that no pass has tried so far."""
+
+    code = "P0622"
+    message = "no pass so far has tried a rule {name!r}; the nearest is {near!r}"
+    fix = "step on to its pass ({ahead}); tried so far: {known}"
+
+
+class UnknownNode(PlaitError):
+    """The debugger was asked about a node or value that is in none of its graphs."""
+
+    code = "P0623"
+    message = "there is no node {name!r} in this compilation"
+    fix = "print dbg.graph: nodes go by the names on the left; near is {near}"
+
+
+class NothingAhead(PlaitError):
+    """The debugger was asked to run a pass that does not come any more."""
+
+    code = "P0624"
+    message = "no pass {name} is ahead"
+    fix = "ahead are: {ahead}; what has run is in dbg.history"
+
+
+class EditRefused(PlaitError):
+    """A graph was edited in the debugger such that callers would have to call it differently."""
+
+    code = "P0625"
+    message = "the edit changes {what} of graph {graph} from {before} to {after}"
+    fix = "keep shapes, dtypes and strides of inputs and outputs as they are"

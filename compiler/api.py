@@ -11,7 +11,6 @@ model.save("model.plait")
 from __future__ import annotations
 
 import difflib
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,22 +24,20 @@ from torch.utils import _pytree as pytree
 from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage
 from ..errors import UnknownStep, WrongCapturePoint
-from ..ir import Arg, Graph, Value
-from ..passes.base import Step, reassociates
-from ..passes.decompositions import table
+from ..ir import Graph
+from ..passes.base import Step
 from ..runtime.executor import Executable
 from ..runtime.plan import Launch
 from ..runtime.structure import Structure
-from . import capture
 from .backend import check_fallbacks, codegen_options, plait
 from .cache import compile_cached
 from .debugging.interpret import random_inputs
 from .debugging.ledger import Entry, ledger
-from .decisions import deciding_table
-from .export import Exported, export, from_exported
+from .debugging.walk import Walk
+from .export import Exported, capture_model, name_of
 from .observe import Record, active, observe
 from .options import Options
-from .pipelines import Session
+from .pipelines import Run, Session
 from .terminal import coverage_text
 
 
@@ -81,25 +78,16 @@ def prepare(
     for one in chosen.passes:
         if one.at == "joint":
             raise WrongCapturePoint(name=one.name, at="joint", here="inference")
-    deliberate = isinstance(model, torch.nn.Module) and not any(m.training for m in model.modules())
-    exported = from_exported(export(model, example_inputs, dynamic_shapes), training=chosen.training or deliberate)
-    name = type(model).__name__ if isinstance(model, torch.nn.Module) else "model"
-    done = _compile(exported, Session(name, chosen))
+    exported = capture_model(model, example_inputs, dynamic_shapes, training=chosen.training)
+    done = _compile(exported, Session(name_of(model), chosen))
     for observation in active():
         observation.graphs.append(done.record)
     return done
 
 
 def _compile(exported: Exported, session: Session) -> CompiledModel:
-    inputs = None if exported.examples is None else [*exported.held, *exported.examples]
-    graph, before = session.run(exported.graph, "forward", inputs)
-    start = time.perf_counter()
-    replaced: dict[Value, Arg] = {}
-    decompositions = deciding_table(table(session.options.keep_ops), session.decisions)
-    lowered = capture.lower(graph, decompositions, "inference", replaced)
-    lower = Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start, replaced)
-    graph, after = session.run(lowered, "split", inputs)
-    return CompiledModel(exported, graph, (*before, lower, *after), session)
+    walk = Walk(exported.graph, "forward", exported.inputs, session)
+    return CompiledModel(exported, walk.finish(), tuple(walk.history), session)
 
 
 def _allow_ones(compiled: CompiledGraph, symbols: frozenset[str]) -> CompiledGraph:
@@ -151,7 +139,11 @@ class CompiledModel:
         share memory with what it writes."""
         self.record.runs += 1
         flat = self._structure.flatten(args, kwargs)
-        return self._structure.unflatten(self.executable.run([*self._held, *flat]))
+        return self._structure.unflatten(self._run([*self._held, *flat]))
+
+    @cached_property
+    def _run(self) -> Run:
+        return self._session.checked(self.compiled, self.executable.run)
 
     @property
     def coverage(self) -> Coverage:

@@ -23,13 +23,15 @@ from ..ir import Graph, TensorType, from_fx
 from ..passes.decompositions import table
 from . import capture, pipelines, rng
 from .cache import compile_cached
-from .decisions import deciding_table
+from .decisions import deciding_table, register_with_torch
 from .freeze import Frozen, freeze, static_inputs
 from .observe import Observation, Record, active
 from .options import Options
 from .pipelines import Session
 
 log = logging.getLogger(__name__)
+
+register_with_torch()
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
@@ -173,7 +175,8 @@ class _Compilation:
             )
             check_fallbacks(record.compiled, self.session.options)
             self.session.dump_compiled(record.compiled)
-            return self.counted(record.compiled.executable.run, record)
+            run = self.session.checked(record.compiled, record.compiled.executable.run)
+            return self.counted(run, record)
 
 
 def codegen_options(options: Options, graph: Graph) -> CodegenOptions:

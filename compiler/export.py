@@ -51,6 +51,11 @@ class Exported:
         """The distinct buffers that the program writes."""
         return list({id(t): t for t in self.state.values()}.values())
 
+    @property
+    def inputs(self) -> list[Any] | None:
+        """The flat inputs of the graph on the examples; None where there are no examples."""
+        return None if self.examples is None else [*self.held, *self.examples]
+
     def copied(self) -> Exported:
         """The same with copies of the buffers that the program writes, tied as they were."""
         copies = {id(t): own(t) for t in self.held}
@@ -78,6 +83,20 @@ def export(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) -
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # torch raises many classes here, from the model's code and from its own
         raise CannotExport(what=what, why=str(error) or type(error).__name__) from error
+
+
+def capture_model(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None, *, training: bool = False) -> Exported:
+    """The graph of whatever `export` takes. A module in eval mode means what it says, training ops inside it included.
+
+    Raises what `export` and `from_exported` raise.
+    """
+    deliberate = isinstance(model, torch.nn.Module) and not any(m.training for m in model.modules())
+    return from_exported(export(model, example_inputs, dynamic_shapes), training=training or deliberate)
+
+
+def name_of(model: Any) -> str:
+    """What a model is called in logs and dumps."""
+    return type(model).__name__ if isinstance(model, torch.nn.Module) else "model"
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

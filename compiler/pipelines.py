@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,25 +19,31 @@ from typing import TYPE_CHECKING, Any
 from torch._logging import trace_structured
 
 from ..codegen.compile import CompiledGraph
-from ..errors import InterfaceChanged
-from ..ir import Graph, TensorType, Value
-from ..passes.base import CapturePoint, Context, Pass, Step, run_pipeline
+from ..errors import InterfaceChanged, NumericsBroken, PassFailed
+from ..ir import Arg, Graph, TensorType, Value
+from ..passes.base import CapturePoint, Context, Pass, Pipeline, Step, reassociates
+from ..passes.decompositions import table
 from ..passes.fold import Fold
 from ..passes.layout import Layout
 from ..passes.normalise import Normalise
 from ..passes.prune import Prune
 from ..passes.share import Share
 from ..passes.simplify import Simplify
-from . import decisions
+from . import capture, decisions
 from .debugging.budget import Budget
+from .debugging.first_call import FirstCall
 from .debugging.interpret import random_inputs
 from .debugging.ledger import check_ledger
-from .decisions import Decisions
+from .debugging.report_failure import reported
+from .decisions import Decisions, deciding_table
 
 if TYPE_CHECKING:
     from .options import Options
 
 log = logging.getLogger(__name__)
+
+Run = Callable[[list[Any]], Sequence[Any]]
+"""How a compiled graph is called: on a list of flat inputs, which it may empty."""
 
 
 def ground() -> list[Pass]:
@@ -63,10 +70,12 @@ def passes(point: CapturePoint, options: Options) -> list[Pass]:
 
 @dataclass
 class Session:
-    """One compilation: its options and what watches it. `name` labels logs and dumps."""
+    """One compilation: its options and what watches it. `name` labels logs and dumps; with `reports` a failure is written
+    down as a bundle, and its message says so."""
 
     name: str
     options: Options
+    reports: bool = True
     decisions: Decisions = field(init=False)
     budget: Budget | None = field(init=False)
 
@@ -86,17 +95,32 @@ class Session:
         With `verify="each-pass"` numerics are judged on `inputs`, by default random ones. Raises what `run_pipeline`
         raises, InterfaceChanged, and then NumericsBroken.
         """
-        chosen = passes(point, self.options)
-        watch = self._watch(graph)
-        ctx = Context(at=point, devices=tuple(devices), allow=self.decisions)
-        verify: Any = self.options.verify
-        given = random_inputs(graph) if inputs is None and (verify == "each-pass" or self.budget is not None) else inputs
-        refuse = self.budget.on(graph, given or ()) if self.budget is not None else None
-        after, steps = run_pipeline(graph, chosen, ctx, verify=verify, on_step=watch, refuse=refuse)
-        _check_interface(graph, after, point, chosen)
-        if verify == "each-pass":
-            check_ledger(graph, steps, given or ())
-        return after, steps
+        stage = self.start(graph, point, inputs, devices)
+        while stage.rest:
+            stage.step()
+        return stage.finish(), stage.steps
+
+    def start(
+        self,
+        graph: Graph,
+        point: CapturePoint,
+        inputs: Sequence[Any] | None = None,
+        devices: Sequence[str] = ("cpu",),
+    ) -> Stage:
+        """`run`, to be gone through pass by pass."""
+        return Stage(self, graph, point, inputs, devices)
+
+    def lower(self, graph: Graph) -> Step:
+        """The step between the forward pipeline and what is compiled: the graph traced again below autograd."""
+        start = time.perf_counter()
+        replaced: dict[Value, Arg] = {}
+        decompositions = deciding_table(table(self.options.keep_ops), self.decisions)
+        lowered = capture.lower(graph, decompositions, "inference", replaced)
+        return Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start, replaced)
+
+    def checked(self, compiled: CompiledGraph, run: Run) -> Run:
+        """How a compiled graph runs: with `verify="each-pass"` the first call judges what its kernels compute."""
+        return FirstCall(self, compiled, run) if self.options.verify == "each-pass" else run
 
     def dump_compiled(self, compiled: CompiledGraph) -> None:
         """Write kernel sources and coverage to the dump folder and the structured log, where these are on."""
@@ -115,7 +139,8 @@ class Session:
             for name, text in compiled.sources.items():
                 (folder / f"{name}.cpp").write_text(text)
 
-    def _watch(self, first: Graph) -> Callable[[Step], None]:
+    def watch(self, first: Graph) -> Callable[[Step], None]:
+        """Show a graph in logs, dumps and on stderr, as the options say; what is returned shows each step."""
         label = f"{self.name}_{first.name}"
         folder = Path(self.options.dump_dir) / label if self.options.dump_dir else None
         count = 0
@@ -147,8 +172,66 @@ class Session:
         return on_step
 
 
-def _check_interface(before: Graph, after: Graph, point: str, chosen: Sequence[Pass]) -> None:
-    """Callers were promised shapes, dtypes and strides at capture: a pass must not change them."""
+class Stage:
+    """The pipeline of one capture point on its way over a graph; `rest` are the passes to come, `steps` those that ran."""
+
+    def __init__(
+        self, session: Session, graph: Graph, point: CapturePoint, inputs: Sequence[Any] | None, devices: Sequence[str]
+    ) -> None:
+        self.session, self.first = session, graph
+        self.point: CapturePoint = point
+        self.chosen = passes(point, session.options)
+        self.verify: Any = session.options.verify
+        if inputs is None and (self.verify == "each-pass" or session.budget is not None):
+            inputs = random_inputs(graph)
+        self.inputs = inputs
+        self._pipeline = Pipeline(
+            graph, self.chosen, Context(at=point, devices=tuple(devices), allow=session.decisions), verify=self.verify,
+            on_step=session.watch(graph),
+            refuse=session.budget.on(graph, inputs or ()) if session.budget is not None else None,
+        )  # fmt: skip
+
+    @property
+    def graph(self) -> Graph:
+        """The graph as it is now. It may be set to another one between steps, see `check_interface`."""
+        return self._pipeline.graph
+
+    @graph.setter
+    def graph(self, graph: Graph) -> None:
+        self._pipeline.graph = graph
+
+    @property
+    def rest(self) -> list[Pass]:
+        """Passes that have not run yet."""
+        return self._pipeline.rest
+
+    @property
+    def steps(self) -> list[Step]:
+        """Passes that have run."""
+        return self._pipeline.steps
+
+    def step(self) -> Step:
+        """Run the next pass. Raises what `Pipeline.step` raises, with the bundle that was written."""
+        before = self.graph
+        try:
+            return self._pipeline.step()
+        except PassFailed as error:
+            raise reported(error, self.session, before, self.point, self.inputs) from error.__cause__
+
+    def finish(self) -> Graph:
+        """The graph after the last pass, checked as the options say."""
+        try:
+            after = self._pipeline.finish()
+            check_interface(self.first, after, self.point, self.chosen)
+            if self.verify == "each-pass":
+                check_ledger(self.first, self.steps, self.inputs or ())
+        except (PassFailed, NumericsBroken) as error:
+            raise reported(error, self.session, self.first, self.point, self.inputs) from error.__cause__
+        return after
+
+
+def interface_change(before: Graph, after: Graph) -> tuple[str, str, str] | None:
+    """What differs between the interfaces of two graphs, and both forms of it; None where nothing does."""
     for what, old, new in (
         ("the inputs", before.inputs, after.inputs),
         ("the outputs", before.outputs, after.outputs),
@@ -156,11 +239,17 @@ def _check_interface(before: Graph, after: Graph, point: str, chosen: Sequence[P
     ):
         was, now = ([v.type if _is_tensor(v) else None for v in vs] for vs in (old, new))
         if was != now:
-            raise InterfaceChanged(
-                pipeline=point, what=what, graph=before.name,
-                before=", ".join(map(str, was)), after=", ".join(map(str, now)),
-                passes=", ".join(p.name for p in chosen),
-            )  # fmt: skip
+            return what, ", ".join(map(str, was)), ", ".join(map(str, now))
+    return None
+
+
+def check_interface(before: Graph, after: Graph, point: str, chosen: Sequence[Pass]) -> None:
+    """Callers were promised shapes, dtypes and strides at capture: a pass must not change them. Raises InterfaceChanged."""
+    change = interface_change(before, after)
+    if change is not None:
+        what, was, now = change
+        names = ", ".join(p.name for p in chosen)
+        raise InterfaceChanged(pipeline=point, what=what, graph=before.name, before=was, after=now, passes=names)
 
 
 def _is_tensor(x: Any) -> bool:

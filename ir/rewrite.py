@@ -195,7 +195,7 @@ class Rule:
 @dataclass(slots=True)
 class RuleLog:
     """What rules did in one pass: firings by rule, refusals as (rule, node, reason), what took the place of which value
-    (maybe replaced in its turn), and the rules that were tried (several may share a name).
+    (maybe replaced in its turn) and by which rule, and the rules that were tried (several may share a name).
 
     `trying` is the rule at work, its node and the graph it is in: what an error message names when the rule raises.
     """
@@ -203,12 +203,18 @@ class RuleLog:
     fired: dict[str, int] = field(default_factory=dict[str, int])
     refused: list[tuple[str, Node, Reason]] = field(default_factory=list[tuple[str, Node, Reason]])
     replaced: dict[Value, Arg] = field(default_factory=dict[Value, Arg])
+    by: dict[Value, str] = field(default_factory=dict[Value, str])
     rules: dict[str, tuple[Rule, ...]] = field(default_factory=dict[str, tuple[Rule, ...]])
     trying: tuple[str, Node, Graph] | None = None
 
     def fire(self, rule: str, count: int = 1) -> None:
         """Count firings of a rule."""
         self.fired[rule] = self.fired.get(rule, 0) + count
+
+    def put(self, rule: str, old: Value, new: Arg) -> None:
+        """Remember that a rule put something in the place of a value."""
+        self.replaced[old] = new
+        self.by[old] = rule
 
     def refuse(self, rule: str, node: Node, reason: Reason) -> None:
         """Remember why a rule did not fire at a node."""
@@ -325,9 +331,20 @@ def apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
         builder.rewind(mark)
         return False
     builder.subst.update(pairs)
-    log.replaced.update(pairs)
+    for v, new in pairs:
+        log.put(rule.name, v, new)
     log.fire(rule.name)
     return True
+
+
+def became(value: Value, replaced: Mapping[Value, Arg]) -> Arg:
+    """What took the place of a value in the end, itself where nothing did: what took it may have been replaced too."""
+    now: Arg = value
+    for _ in range(len(replaced) + 1):
+        if not isinstance(now, Value) or now not in replaced:
+            break
+        now = replaced[now]
+    return now
 
 
 def _type_change(old: Value, new: Arg) -> Reason | None:
@@ -376,5 +393,5 @@ def _binders(graph: Graph) -> dict[Node, set[sympy.Symbol]]:
     return found
 
 
-__all__ = ["HELD_BACK", "Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Such", "Var", "apply", "match",
-           "pattern", "prune", "rewrite"]  # fmt: skip
+__all__ = ["HELD_BACK", "Builder", "Match", "Pattern", "Reason", "Rule", "RuleLog", "Such", "Var", "apply", "became",
+           "match", "pattern", "prune", "rewrite"]  # fmt: skip

@@ -152,7 +152,12 @@ def print_graph(graph: Graph, *, locations: bool = True, header: bool = True) ->
     return "\n".join(lines) + "\n"
 
 
-def _print_function(graph: Graph, name: str, lines: list[str], indent: str, taken: set[str], locations: bool) -> None:
+def value_names(graph: Graph) -> Mapping[Value, str]:
+    """The names that the graph's text gives to its values, those inside regions excepted."""
+    return _print_function(graph, graph.name, [], "", {s.name for s in graph.symbols}, False).of
+
+
+def _print_function(graph: Graph, name: str, lines: list[str], indent: str, taken: set[str], locations: bool) -> Names:
     names = Names(taken)
     params = ", ".join(f'{names.define(v)}: "{type_text(v.type)}"' for v in graph.inputs)
     lines.append(f"{indent}def {name}({params}):")
@@ -166,6 +171,7 @@ def _print_function(graph: Graph, name: str, lines: list[str], indent: str, take
         lines.append(inner + node_text(node, names, regions, locations=locations))
     lines.extend(f"{inner}{names.of[graph.inputs[i]]}[...] = {names.of[v]}" for i, v in graph.writes)
     lines.append(f"{inner}return {_arg_text(graph.outputs, names, {})}")
+    return names
 
 
 # -- parsing ----------------------------------------------------------------------------------------------------------

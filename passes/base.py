@@ -18,6 +18,7 @@ from ..errors import InvalidGraph, MissingFact, PassFailed, PlaitError, WrongCap
 from ..ir import Arg, Graph, Node, Reason, Rule, RuleLog, Value
 from ..ir import rewrite as rewrite_graph
 from ..ir import verify as verify_graph
+from ..ir.rewrite import became
 from ..ir.verify import around
 
 CapturePoint = Literal["forward", "joint", "split", "any"]
@@ -162,8 +163,8 @@ def register(cls: P) -> P:
 class Step:
     """One pass as it ran: its options, the graph before and after, firings by rule, refusals, wall time.
 
-    `replaced` says what took the place of which value, `rules` are those that were tried, by name. `rolled_back` says why
-    the pass was undone ("" where it was not); `after` is then the graph before it.
+    `replaced` says what took the place of which value, `by` which rule put it there, `rules` are those that were tried, by
+    name. `rolled_back` says why the pass was undone ("" where it was not); `after` is then the graph before it.
     """
 
     pass_name: str
@@ -175,6 +176,7 @@ class Step:
     refused: tuple[tuple[str, Node, Reason], ...]
     seconds: float
     replaced: Mapping[Value, Arg] = field(default_factory=dict[Value, Arg])
+    by: Mapping[Value, str] = field(default_factory=dict[Value, str])
     rules: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict[str, tuple[Rule, ...]])
     rolled_back: str = ""
 
@@ -182,6 +184,10 @@ class Step:
     def changed(self) -> bool:
         """True where the pass returned another graph."""
         return self.after is not self.before
+
+    def became(self, value: Value) -> Arg:
+        """What stands for a value after the pass: itself where nothing took its place."""
+        return became(value, self.replaced)
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -291,7 +297,9 @@ def _run_pass(one: Pass, graph: Graph, ctx: Context) -> Step:
     if after is not graph and not asked and not ctx.allow(one.name, one.name, None):
         after, log = graph, RuleLog()
     refused = tuple(log.refused)
-    return Step(one.name, one.options(), one.numerics(), graph, after, log.fired, refused, seconds, log.replaced, log.rules)
+    return Step(
+        one.name, one.options(), one.numerics(), graph, after, log.fired, refused, seconds, log.replaced, log.by, log.rules
+    )
 
 
 def _failure(one: Pass, graph: Graph, log: RuleLog, error: Exception) -> PassFailed:

@@ -125,7 +125,8 @@ class _Folding:
         self.builder.loc = node.loc.by("fold")
         for v, tensor in zip(node.results, results, strict=True):
             new = self.emit(v, tensor)
-            self.builder.subst[v] = self.ctx.log.replaced[v] = new
+            self.builder.subst[v] = new
+            self.ctx.log.put("fold", v, new)
             self.known[new] = tensor
             self.loaded.add(new)
         self.ctx.log.fire("fold")

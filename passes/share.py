@@ -74,7 +74,8 @@ class _Sharing:
         if not self.ctx.allowed("equal", old):
             return False
         for a, b in zip(first.results, node.results, strict=True):
-            self.builder.subst[b] = self.ctx.log.replaced[b] = a
+            self.builder.subst[b] = a
+            self.ctx.log.put("equal", b, a)
             if b in self.graph.results:
                 self.leaving.add(a)
         self.ctx.log.fire("equal")

@@ -13,6 +13,7 @@ from ...errors import NotANumber, NumericsBroken
 from ...ir import Graph
 from ...passes.base import Numerics, Step
 from ..terminal import table
+from .changed import blamed
 from .compare import Distance, bits_equal, distance
 from .interpret import interpret, interpret_wide
 
@@ -51,19 +52,25 @@ def ledger(first: Graph, steps: Iterable[Step], inputs: Sequence[Any]) -> list[E
 
     Raises NotANumber for inputs that hold NaN: nothing can be compared then.
     """
+    return [row for _, rows in _by_step(first, steps, inputs) for row in rows]
+
+
+def _by_step(first: Graph, steps: Iterable[Step], inputs: Sequence[Any]) -> list[tuple[Step | None, list[Entry]]]:
+    """The ledger, with the step that each part belongs to; None for the graph as captured."""
     for v, x in zip(first.inputs, inputs, strict=True):
         if isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.isnan().any()):
             raise NotANumber(name=v.hint)
     names = result_names(first)
     wide = interpret_wide(first, inputs)
     eager = before = interpret(first, inputs)
-    rows = entries("captured", names, eager, wide, eager, None, Numerics("exact"))
+    found: list[tuple[Step | None, list[Entry]]] = []
+    found.append((None, entries("captured", names, eager, wide, eager, None, Numerics("exact"))))
     for step in steps:
         if step.changed:
             after = interpret(step.after, inputs)
-            rows += entries(step.pass_name, names, after, wide, eager, before, step.numerics)
+            found.append((step, entries(step.pass_name, names, after, wide, eager, before, step.numerics)))
             before = after
-    return rows
+    return found
 
 
 def entries(
@@ -133,9 +140,20 @@ def check_ledger(first: Graph, steps: Sequence[Step], inputs: Sequence[Any]) -> 
     except (RuntimeError, IndexError, ValueError) as error:
         log.warning("numerics of %s are not checked: it does not run on these inputs: %s", first.name, error)
         return []
-    rows = ledger(first, steps, inputs)
-    log.info("numerics of %s\n%s", first.name, ledger_table(rows))
-    for row in rows:
-        if row.broken:
-            raise NumericsBroken(name=row.pass_name, result=row.result, why=row.broken, table=ledger_table(rows))
+    parts = _by_step(first, steps, inputs)
+    rows = [row for _, part in parts for row in part]
+    whole = ledger_table(rows)
+    log.info("numerics of %s\n%s", first.name, whole)
+    for step, part in parts:
+        for row in part:
+            if row.broken and step is not None:
+                where, source = blamed(step, inputs)
+                raise NumericsBroken(
+                    name=row.pass_name,
+                    result=row.result,
+                    why=row.broken,
+                    where=where,
+                    table=ledger_table(rows),
+                    source=source,
+                )
     return rows

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ...codegen.compile import CodegenOptions, CompiledGraph, compile_graph
-from ...ir import Arg, Graph, Value
-from ...passes.base import Step, reassociates
-from ...passes.decompositions import table
-from .. import capture
-from ..decisions import Decisions, deciding, deciding_table
-from ..export import export, from_exported
+from ...ir import Graph
+from ...passes.base import Step
+from ..decisions import Decisions, deciding
+from ..export import Exported, capture_model, name_of
 from ..options import Options
 from ..pipelines import Session
 from .compare import Wrong, wrong
 from .failure import Failure, of_error
-from .interpret import interpret, interpret_wide, random_inputs
-
-Level = Literal["forward", "joint", "split"]
+from .interpret import copied, interpret, interpret_wide, random_inputs
+from .walk import Level, Walk
 
 
 @dataclass(frozen=True)
@@ -68,10 +64,16 @@ class Subject:
         if isinstance(model, Graph):
             given = random_inputs(model) if example_inputs is None else list(example_inputs)
             return Subject(model, tuple(given), chosen, level, model.name)
-        exported = from_exported(export(model, example_inputs, dynamic_shapes), training=chosen.training)
-        examples = random_inputs(exported.graph)[len(exported.held) :] if exported.examples is None else exported.examples
-        name = type(model).__name__ if isinstance(model, torch.nn.Module) else "model"
-        return Subject(exported.graph, (*exported.held, *examples), chosen, "forward", name)
+        exported = capture_model(model, example_inputs, dynamic_shapes, training=chosen.training)
+        return Subject.of_exported(exported, chosen, name_of(model))
+
+    @staticmethod
+    def of_exported(exported: Exported, options: Options, name: str) -> Subject:
+        """The subject of an exported program, on its example inputs, by default random ones."""
+        inputs = exported.inputs
+        if inputs is None:
+            inputs = [*exported.held, *random_inputs(exported.graph)[len(exported.held) :]]
+        return Subject(exported.graph, tuple(inputs), options, "forward", name)
 
     def build(self, decisions: Decisions | None = None) -> Build:
         """Compile it, holding back what `decisions` holds back. Raises what passes and code generation raise."""
@@ -83,22 +85,9 @@ class Subject:
     def transform(self, choices: Decisions) -> tuple[Graph, list[Step]]:
         """Run all passes; the graph after them and the steps."""
         with deciding(choices):
-            session = Session(self.name, replace(self.options, verify="off"))
-            graph, steps = self.graph, list[Step]()
-            if self.level == "forward":
-                graph, steps = session.run(graph, "forward", self.inputs)
-                steps.append(self._lower(graph, choices))
-                graph = steps[-1].after
-            elif self.level == "joint":
-                graph, steps = session.run(graph, "joint", self.inputs)
-            graph, after = session.run(graph, "split", self.inputs)
-            return graph, [*steps, *after]
-
-    def _lower(self, graph: Graph, choices: Decisions) -> Step:
-        start = time.perf_counter()
-        replaced: dict[Value, Arg] = {}
-        lowered = capture.lower(graph, deciding_table(table(self.options.keep_ops), choices), graph.name, replaced)
-        return Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start, replaced)
+            session = Session(self.name, replace(self.options, verify="off"), reports=False)
+            walk = Walk(self.graph, self.level, self.inputs, session)
+            return walk.finish(), walk.history
 
     # -- judging ------------------------------------------------------------------------------------------------------
 
@@ -137,7 +126,7 @@ class Subject:
 
 def run_compiled(compiled: CompiledGraph, inputs: Sequence[Any]) -> list[Any]:
     """Run a compiled graph on copies of flat inputs, random draws from a fixed seed; outputs, then written inputs."""
-    given = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    given = [copied(x) for x in inputs]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         results = compiled.executable.run(list(given))
