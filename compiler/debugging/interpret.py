@@ -86,6 +86,25 @@ def widen(x: Any) -> Any:
     return x.to(WIDE[x.dtype]) if isinstance(x, torch.Tensor) and x.dtype in WIDE else x
 
 
+def copied(x: Any) -> Any:
+    """A copy of a tensor, gaps and repeats in its memory included: compiled code may rely on strides. Others as they are."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    new = x.clone()
+    return new if new.stride() == x.stride() else laid_out(x, x.stride())
+
+
+def laid_out(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """A copy of a tensor with these strides; elements that share a place in memory must be equal."""
+    if not x.numel():
+        return torch.empty_strided(x.shape, tuple(strides), dtype=x.dtype, device=x.device)
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    memory = torch.zeros(span, dtype=x.dtype, device=x.device)
+    places = torch.arange(span, device=x.device).as_strided(x.shape, tuple(strides))
+    memory[places.reshape(-1)] = x.detach().reshape(-1)
+    return memory.as_strided(x.shape, tuple(strides))
+
+
 def _run(graph: Graph, inputs: Sequence[Any], *, wide: bool, watch: Watch | None) -> tuple[Any, ...]:
     links = FxLinks()
     gm = to_fx(graph, links)
@@ -93,7 +112,7 @@ def _run(graph: Graph, inputs: Sequence[Any], *, wide: bool, watch: Watch | None
         for child in gm.children():
             if isinstance(child, GraphModule):
                 _widen_module(child)
-    given = [tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, x) for x in inputs]
+    given = [tree_map(copied, x) for x in inputs]
     given = [widen(x) for x in given] if wide else given
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(SEED)
