@@ -304,12 +304,12 @@ def _run_pass(one: Pass, graph: Graph, ctx: Context) -> Step:
 
 def _failure(one: Pass, graph: Graph, log: RuleLog, error: Exception) -> PassFailed:
     why = str(error) if isinstance(error, PlaitError) else f"{type(error).__name__}: {error}"
-    rule, context, source = "", "", None
+    rule, op, context, source = "", "", "", None
     if log.trying is not None:
         name, node, within = log.trying
-        rule, source = f", rule {name}", node.loc.short or None
+        rule, op, source = f", rule {name}", node.op.name, node.loc.short or None
         context = "\n" + around(within, within.nodes.index(node))
-    return PassFailed(name=str(one), rule=rule, why=why, context=context, source=source, before=str(graph))
+    return PassFailed(name=str(one), rule=rule, why=why, context=context, source=source, before=str(graph), op=op)
 
 
 def _verify_step(step: Step) -> None:

@@ -60,7 +60,8 @@ class Recorded:
         graph = self.subject.graph
         used = symbols_in(tuple(v.type for v in (*inputs, *(v for n in nodes for v in n.results))))
         used |= symbols_in(tuple(n.args for n in nodes))
-        shown = _shown(inputs) | {s for n in nodes for s in _shown(n.results)}
+        given_from_outside = symbols_in(tuple(v.type for v in graph.inputs))
+        shown = _shown(inputs) | ({s for n in nodes for s in _shown(n.results)} - given_from_outside)
         given = [self._value(v) for v in inputs]
         for symbol in sorted(used - shown, key=str):
             if symbol not in self.sizes:

@@ -45,6 +45,8 @@ class Failure:
 
 
 def of_error(error: BaseException) -> Failure:
-    """The failure that an exception is: plait's errors by their code, others by their class."""
-    what = error.code if isinstance(error, PlaitError) else type(error).__name__
-    return Failure("raises", what, detail=str(error).split("\n")[0])
+    """The failure that an exception is: plait's errors by their code and the op that they name, others by their class."""
+    detail = str(error).split("\n")[0]
+    if isinstance(error, PlaitError):
+        return Failure("raises", error.code, str(error.fields.get("op", "")), detail=detail)
+    return Failure("raises", type(error).__name__, detail=detail)

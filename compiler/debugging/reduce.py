@@ -193,7 +193,7 @@ def _op(subject: Subject) -> str:
 def _later(subject: Subject, bad: BadNode | None) -> Iterator[Subject]:
     """The subject at later moments of its compilation, the last one first: after all passes, before the pass at fault, and
     where what is compiled begins."""
-    session = Session(subject.name, replace(subject.options, verify="off"), reports=False)
+    session = Session(subject.name, replace(subject.options, verify="structure"), reports=False)
     walk = Walk(subject.graph, subject.level, subject.inputs, session)
     split = len(passes("split", subject.options))
     moments: list[Subject] = []

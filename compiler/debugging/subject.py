@@ -85,7 +85,7 @@ class Subject:
     def transform(self, choices: Decisions) -> tuple[Graph, list[Step]]:
         """Run all passes; the graph after them and the steps."""
         with deciding(choices):
-            session = Session(self.name, replace(self.options, verify="off"), reports=False)
+            session = Session(self.name, replace(self.options, verify="structure"), reports=False)
             walk = Walk(self.graph, self.level, self.inputs, session)
             return walk.finish(), walk.history
 
