@@ -690,7 +690,7 @@ class NothingToFind(PlaitError):
 
 
 class WrongResults(PlaitError):
-    """With `verify="each-pass"`, the kernels of a graph compute something else than its ops on the inputs of the first call."""
+    """With `verify="each-pass"`, kernels compute something else than their graph's ops on the inputs of the first call."""
 
     code = "P0621"
     message = "the kernels of {name} compute a wrong {what}: {why}{where}"
@@ -709,8 +709,8 @@ class UnknownNode(PlaitError):
     """The debugger was asked about a node or value that is in none of its graphs."""
 
     code = "P0623"
-    message = "there is no node {name!r} in this compilation"
-    fix = "print dbg.graph: nodes go by the names on the left; near is {near}"
+    message = "there is no node {name!r}: {why}"
+    fix = "print dbg.graph: nodes go by the names on the left, such as {near}"
 
 
 class NothingAhead(PlaitError):

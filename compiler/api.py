@@ -10,7 +10,6 @@ model.save("model.plait")
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage
-from ..errors import UnknownStep, WrongCapturePoint
+from ..errors import WrongCapturePoint
 from ..ir import Graph
 from ..passes.base import Step
 from ..runtime.executor import Executable
@@ -31,6 +30,7 @@ from ..runtime.plan import Launch
 from ..runtime.structure import Structure
 from .backend import check_fallbacks, codegen_options, plait
 from .cache import compile_cached
+from .debugging.history import find_step, step_diff
 from .debugging.interpret import random_inputs
 from .debugging.ledger import Entry, ledger
 from .debugging.walk import Walk
@@ -75,14 +75,19 @@ def prepare(
 ) -> CompiledModel:
     """`compile` without building kernels for this machine: for looking at them, and for artifacts, which build their own."""
     chosen = Options.of(options, passes=passes)
-    for one in chosen.passes:
-        if one.at == "joint":
-            raise WrongCapturePoint(name=one.name, at="joint", here="inference")
+    for_inference(chosen)
     exported = capture_model(model, example_inputs, dynamic_shapes, training=chosen.training)
     done = _compile(exported, Session(name_of(model), chosen))
     for observation in active():
         observation.graphs.append(done.record)
     return done
+
+
+def for_inference(options: Options) -> None:
+    """Raise WrongCapturePoint for a pass that wants to see forward and backward in one."""
+    for one in options.passes:
+        if one.at == "joint":
+            raise WrongCapturePoint(name=one.name, at="joint", here="inference")
 
 
 def _compile(exported: Exported, session: Session) -> CompiledModel:
@@ -165,20 +170,11 @@ class CompiledModel:
 
     def step(self, which: int | str) -> Step:
         """A step of the history by position or pass name (the first of that name). Raises UnknownStep."""
-        if isinstance(which, int) and -len(self.history) <= which < len(self.history):
-            return self.history[which]
-        for one in self.history:
-            if one.pass_name == which:
-                return one
-        raise UnknownStep(name=which, known=", ".join(f"{i} {s.pass_name}" for i, s in enumerate(self.history)))
+        return find_step(self.history, which)
 
     def diff(self, which: int | str) -> str:
         """What a step changed, as a unified diff of the graph's text; "" for nothing. Raises UnknownStep."""
-        step = self.step(which)
-        if not step.changed:
-            return ""
-        old, new = (str(g).splitlines(keepends=True) for g in (step.before, step.after))
-        return "".join(difflib.unified_diff(old, new, "before", f"after {step.pass_name}"))
+        return step_diff(self.step(which))
 
     def run_until(self, which: int | str) -> CompiledModel:
         """The model as it was after a step: the same call, its own `graph` and `history`, and copies of the buffers that it

@@ -210,6 +210,13 @@ class Stage:
         """Passes that have run."""
         return self._pipeline.steps
 
+    def catch_up(self, other: Stage | None) -> None:
+        """Be as far as another one that began alike; None is one that has ended."""
+        count = len(other.rest) if other is not None else 0
+        del self.rest[: len(self.rest) - count]
+        if other is not None:
+            self._pipeline.facts = other._pipeline.facts
+
     def step(self) -> Step:
         """Run the next pass. Raises what `Pipeline.step` raises, with the bundle that was written."""
         before = self.graph
