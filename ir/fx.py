@@ -329,9 +329,11 @@ class _Exporter:
         self.sizes: dict[sympy.Basic, Any] = {}
 
     def run(self) -> GraphModule:
+        taken: set[str] = set()
         for i, v in enumerate(self.graph.inputs):
-            node = self.fx.placeholder(f"{v.hint or 'x'}_{i}" if not v.hint.isidentifier() else v.hint)
-            self.env[v] = node
+            name = v.hint if v.hint.isidentifier() and v.hint not in taken else f"{v.hint or 'x'}_{i}"
+            taken.add(name)
+            self.env[v] = self.fx.placeholder(name)
         for v in self.graph.inputs:
             self.bind_sizes(v)
         for node in self.graph.nodes:

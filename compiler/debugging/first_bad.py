@@ -23,6 +23,7 @@ from .interpret import replay
 from .subject import Build, Subject, run_compiled
 
 CONTEXT = 10
+_UNINITIALISED = ("aten.empty", "aten.new_empty")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class _References:
 
     @staticmethod
     def of(graph: Graph, inputs: Sequence[Any]) -> _References:
-        return _References(dict(replay(graph, inputs).values), dict(replay(graph, inputs, wide=True).values))
+        unset = _unset(graph)
+        runs = (replay(graph, inputs, wide=wide).values for wide in (False, True))
+        return _References(*({v: t for v, t in values.items() if v not in unset} for values in runs))
 
     def follow(self, replaced: Mapping[Value, Arg]) -> None:
         """Let what took a value's place be what that value was."""
@@ -82,6 +85,13 @@ class _References:
             if isinstance(new, Value) and old in self.eager and new.type == old.type:
                 self.eager.setdefault(new, self.eager[old])
                 self.exact.setdefault(new, self.exact[old])
+
+    def extend(self, graph: Graph, inputs: Sequence[Any]) -> None:
+        """Let values of which nothing is known be what they are in a graph that was found to be right."""
+        if any(v not in self.eager for node in graph.nodes for v in node.results):
+            here = _References.of(graph, inputs)
+            self.eager.update((v, t) for v, t in here.eager.items() if v not in self.eager)
+            self.exact.update((v, t) for v, t in here.exact.items() if v not in self.exact)
 
     def wrong(self, value: Value, got: Any) -> Wrong | str | None:
         """What is wrong with a value; None where nothing is, or where it is not known what it should be."""
@@ -116,6 +126,15 @@ def _after_passes(subject: Subject, graph: Graph, history: Sequence[Step]) -> Ba
     return _bad_results(subject, graph, history[-1].pass_name if history else "captured")
 
 
+def _unset(graph: Graph) -> set[Value]:
+    """Uninitialised memory and views of it: it may hold anything."""
+    found: set[Value] = set()
+    for node in graph.nodes:
+        if node.op.name.startswith(_UNINITIALISED) or (node.op.has("view") and node.args[0] in found):
+            found.update(node.results)
+    return found
+
+
 def _bad_in(
     graph: Graph, known: _References, replaced: Mapping[Value, Arg], inputs: Sequence[Any], stage: str
 ) -> BadNode | None:
@@ -126,6 +145,7 @@ def _bad_in(
             what = known.wrong(v, values.get(v))
             if what is not None:
                 return BadNode(node, stage, what, graph)
+    known.extend(graph, inputs)
     return None
 
 
@@ -255,7 +275,10 @@ def _in_kernel(item: KernelItem, graph: Graph, known: _References, own: Mapping[
         part = Graph("kernel", tuple(read), tuple(among), tuple(wanted), (), symbols=graph.symbols, constants={})
         exact = replay(part, given, wide=True)
         eager = replay(part, given)
-        got = run_compiled(compile_graph(part), given)
+        try:
+            got = run_compiled(compile_graph(part), given)
+        except Exception as error:  # the fault may break a part of the kernel where it only bends the whole
+            return None if len(wanted) > 1 else (wanted[0], f"alone it raises {type(error).__name__}: {error}")
         for v, x in zip(wanted, got, strict=True):
             what = _References(dict(eager.values), dict(exact.values)).wrong(v, x)
             if what is not None:

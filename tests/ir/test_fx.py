@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plait.errors import CannotImport
-from plait.ir import from_fx, op, to_fx
+from plait.ir import Graph, Node, TensorType, Value, from_fx, op, to_fx
 from plait.ir.types import SymbolInfo, size_symbol
 from torch import nn
 from torch._functorch.aot_autograd import aot_export_module
@@ -171,3 +171,12 @@ def test_python_numbers():
     )
     assert made.run(2.0, 3) == (2.0, 4.0)
     assert op("py.add").has("scalar")
+
+
+def test_inputs_of_one_name_are_told_apart():
+    kind = TensorType((2,), torch.float32, "cpu", (1,))
+    x, y = Value(kind, "x"), Value(kind, "x")
+    r = Value(kind, "r")
+    g = Graph("f", (x, y), (Node(op("aten.sub.Tensor"), (x, y, 1), (r,)),), (r,))
+    (got,) = g.run(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0]))
+    assert got.tolist() == [2.0, 3.0]
