@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import GmWrapper
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
@@ -76,7 +77,10 @@ class _Compilation:
             keep_inference_input_mutations=True,
         )
         try:
-            return compiler(gm, inputs)
+            run = compiler(gm, inputs)
+            if not isinstance(gm, GmWrapper):  # torch copies the mark of what it wraps to what takes its inputs one by one
+                run._boxed_call = False
+            return run
         finally:
             self.inputs = ()  # the backward's compiler lives on; the example batch must not
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ pytest_plugins = ["tests.graphs"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write generated text to the golden files, then pass")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def failures_stay_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests make fail is written to a folder of theirs, also by the processes they start."""
+    before = os.environ.get("PLAIT_DEBUG_DIR")
+    os.environ["PLAIT_DEBUG_DIR"] = str(tmp_path_factory.mktemp("failures"))
+    yield
+    if before is None:
+        del os.environ["PLAIT_DEBUG_DIR"]
+    else:
+        os.environ["PLAIT_DEBUG_DIR"] = before
 
 
 @pytest.fixture

@@ -59,5 +59,8 @@ def _culprit(subject: Subject) -> dict[str, Any]:
     try:
         bad = first_bad_node(subject)
     except NothingToFind:
-        return {"where": "; computed once more it is right, so it depends on chance", "source": None}
+        return {
+            "where": "; compiled once more it is right: chance is at work, or a damaged entry of the cache",
+            "source": None,
+        }
     return {"where": f"\nfirst bad node: {bad}", "source": bad.node.loc.short or None}

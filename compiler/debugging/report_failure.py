@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,17 +45,15 @@ def reported(
 
     level: Level = "split" if point == "any" else point
     given = random_inputs(graph) if inputs is None else inputs
-    subject = Subject(graph, tuple(given), replace(session.options, verify="off"), level, session.name)
+    subject = Subject(graph, tuple(given), session.options, level, session.name)
     return with_bundle(error, subject, of_error(error), session.options, step)
 
 
 def with_bundle(error: E, subject: Subject, failure: Failure, options: Options, step: Step | None = None) -> E:
     """The error, its message extended by the bundle of a failing subject and the commands to go on. A bundle that cannot be
     written is logged: the failure itself matters more."""
-    try:
-        from .bundle import write_bundle  # pyright: ignore
-    except ImportError:
-        return error
+    from .bundle import write_bundle
+
     path = bundle_path(subject, failure, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

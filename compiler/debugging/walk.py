@@ -84,7 +84,7 @@ class Walk:
     def fork(self, session: Session) -> Walk:
         """What is left, from the present graph on, as a walk of another session."""
         pending = self._legs[0] if self._legs else "split"
-        here = self._stage.point if self._stage is not None else "forward" if pending == LOWER else pending
+        here: Any = self._stage.point if self._stage is not None else "forward" if pending == LOWER else pending
         fresh = self._stage is None and self._legs and pending != LOWER  # that leg has not begun
         twin = Walk(self.graph, here, self._inputs, session)
         if not fresh and twin._stage is not None and twin._stage.point == here:
