@@ -727,3 +727,43 @@ class EditRefused(PlaitError):
     code = "P0625"
     message = "the edit changes {what} of graph {graph} from {before} to {after}"
     fix = "keep shapes, dtypes and strides of inputs and outputs as they are"
+
+
+class NotABundle(PlaitError):
+    """The file given as a bundle of a failure was not written by plait."""
+
+    code = "P0631"
+    message = "{path} is not a bundle: {why}"
+    fix = "pass a file written by `plait bundle`, `plait reduce -o`, or named in the message of a failure"
+
+
+class BundleVersion(PlaitError):
+    """A bundle was written in a format that this version of plait does not read."""
+
+    code = "P0632"
+    message = "the bundle has format version {got}, this plait reads version {expected}"
+    fix = "install the plait that its bundle.json names, or write it again"
+
+
+class DamagedBundle(PlaitError):
+    """A part of a bundle is missing, altered or ill-formed."""
+
+    code = "P0633"
+    message = "the bundle is damaged in {part}: {why}"
+    fix = "copy it again from where it was written, or write it again"
+
+
+class PassNotFound(PlaitError):
+    """A pass that a bundle names is not part of plait and cannot be imported here."""
+
+    code = "P0634"
+    message = "the bundle needs the pass {path}, which cannot be imported: {why}"
+    fix = "run where its module can be imported (the current folder is searched), or install the package that holds it"
+
+
+class CannotBundle(PlaitError):
+    """A failing program has something about it that a bundle cannot hold."""
+
+    code = "P0635"
+    message = "{what} cannot be written into a bundle: {why}"
+    fix = "reproduce the failure without it, or report the failure with your own program"

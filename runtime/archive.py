@@ -1,7 +1,8 @@
-"""The container of an artifact: a zip of stored (never compressed) members, each at a multiple of 64 bytes.
+"""The container of artifacts and of bundles: a zip of stored (never compressed) members, each at a multiple of 64 bytes.
 
-`manifest.json` comes first and holds the size and SHA-256 of every other member. Members are read through one private
-memory map of the file, so that weights are paged in when they are used and writes to them stay in the process.
+The manifest (`manifest.json` in an artifact) comes first and holds the size and SHA-256 of every other member. Members are
+read through one private memory map of the file, so that weights are paged in when they are used and writes to them stay in
+the process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,19 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MARK = "plait_artifact"
 ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Form:
+    """What tells one kind of container from another: the name of the manifest, the key in it that holds the version of the
+    format, and the version that is read and written."""
+
+    manifest: str
+    mark: str
+    version: int
+
+
+ARTIFACT = Form(MANIFEST, MARK, FORMAT)
 
 Content = bytes | Sequence[Any]
 """The bytes of a member, or buffers whose concatenation they are."""
@@ -41,14 +56,14 @@ def _escapes(name: str) -> bool:
 
 
 class Archive:
-    """An artifact opened for reading, verified. `manifest` is its manifest, `names` the other members.
+    """A container opened for reading, verified. `manifest` is its manifest, `names` the other members.
 
     Raises NotAnArtifact for other files, ArtifactVersion for other formats, DamagedArtifact where a member is missing,
     altered, compressed, or named so that it would leave a folder it is extracted to.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], form: Form = ARTIFACT) -> None:
+        self.path, self.form = Path(path), form
         try:
             with self.path.open("rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -58,10 +73,10 @@ class Archive:
             raise NotAnArtifact(path=self.path, why="it is not a zip file")
         self._view = memoryview(self.map)
         self._spans = self._find_members()
-        if MANIFEST not in self._spans:
-            raise NotAnArtifact(path=self.path, why=f"it has no {MANIFEST}")
+        if form.manifest not in self._spans:
+            raise NotAnArtifact(path=self.path, why=f"it has no {self.form.manifest}")
         self.manifest = self._read_manifest()
-        self.names = tuple(sorted(self._spans.keys() - {MANIFEST}))
+        self.names = tuple(sorted(self._spans.keys() - {form.manifest}))
         self._verify()
 
     def offset(self, name: str) -> int:
@@ -101,7 +116,7 @@ class Archive:
             with zipfile.ZipFile(self.path) as file:
                 infos, end = file.infolist(), file.start_dir
         except _ZIP_ERRORS as error:
-            if self.map[_LOCAL.size : _LOCAL.size + len(MANIFEST)] == MANIFEST.encode():
+            if self.map[_LOCAL.size : _LOCAL.size + len(self.form.manifest)] == self.form.manifest.encode():
                 raise self._damaged("the zip directory", f"{error}: the file is cut off or altered") from None
             raise NotAnArtifact(path=self.path, why=str(error)) from None
         spans: dict[str, tuple[int, int]] = {}
@@ -131,20 +146,20 @@ class Archive:
 
     def _read_manifest(self) -> dict[str, Any]:
         with zipfile.ZipFile(self.path) as file:
-            expected = file.getinfo(MANIFEST).CRC
-        if zlib.crc32(self.view(MANIFEST)) != expected:
-            raise self._damaged(MANIFEST, "its checksum is wrong")
-        manifest = self.json(MANIFEST)
-        if not isinstance(manifest, dict) or type(manifest.get(MARK)) is not int:
-            raise NotAnArtifact(path=self.path, why=f"its {MANIFEST} is not one of plait's")
-        if manifest[MARK] != FORMAT:
-            raise ArtifactVersion(got=manifest[MARK], expected=FORMAT)
+            expected = file.getinfo(self.form.manifest).CRC
+        if zlib.crc32(self.view(self.form.manifest)) != expected:
+            raise self._damaged(self.form.manifest, "its checksum is wrong")
+        manifest = self.json(self.form.manifest)
+        if not isinstance(manifest, dict) or type(manifest.get(self.form.mark)) is not int:
+            raise NotAnArtifact(path=self.path, why=f"its {self.form.manifest} is not one of plait's")
+        if manifest[self.form.mark] != self.form.version:
+            raise ArtifactVersion(got=manifest[self.form.mark], expected=self.form.version)
         return manifest
 
     def _verify(self) -> None:
         members = self.manifest.get("members")
         if not isinstance(members, dict):
-            raise self._damaged(MANIFEST, "it lists no members")
+            raise self._damaged(self.form.manifest, "it lists no members")
         for name in sorted(members.keys() ^ set(self.names)):
             raise self._damaged(name, "the member is missing" if name in members else "the manifest does not list it")
         for name in self.names:
@@ -165,21 +180,24 @@ def _measure(content: Content) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def write_archive(path: str | os.PathLike[str], manifest: Mapping[str, Any], members: Mapping[str, Content]) -> None:
-    """Write an artifact: `manifest` (plain data, completed by format and checksums) and `members`.
+def write_archive(
+    path: str | os.PathLike[str], manifest: Mapping[str, Any], members: Mapping[str, Content], form: Form = ARTIFACT
+) -> None:
+    """Write a container: `manifest` (plain data, completed by format and checksums) and `members`.
 
     Equal arguments give equal bytes. The file appears at `path` complete or not at all.
     """
     for name in members:
         if _escapes(name):
-            raise ValueError(f"{name!r} cannot be a member of an artifact")
+            raise ValueError(f"{name!r} cannot be a member")
     listed = {name: _measure(content) for name, content in sorted(members.items())}
-    head = json.dumps({**manifest, MARK: FORMAT, "members": listed}, indent=1, sort_keys=True, allow_nan=False).encode()
+    whole = {**manifest, form.mark: form.version, "members": listed}
+    head = json.dumps(whole, indent=1, sort_keys=True, allow_nan=False).encode()
     target = Path(path)
     descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            _add(archive, MANIFEST, head, len(head))
+            _add(archive, form.manifest, head, len(head))
             for name, measured in listed.items():
                 _add(archive, name, members[name], measured["bytes"])
         umask = os.umask(0)

@@ -60,7 +60,7 @@ class Subject:
 
         Raises what `plait.compile` raises before it runs passes.
         """
-        chosen = options if isinstance(options, Options) else Options.of(options)
+        chosen = replace(options if isinstance(options, Options) else Options.of(options), verify="off")
         if isinstance(model, Graph):
             given = random_inputs(model) if example_inputs is None else list(example_inputs)
             return Subject(model, tuple(given), chosen, level, model.name)
@@ -83,9 +83,11 @@ class Subject:
             return Build(graph, tuple(steps), compile_graph(graph, target, choices), choices)
 
     def transform(self, choices: Decisions) -> tuple[Graph, list[Step]]:
-        """Run all passes; the graph after them and the steps."""
+        """Run all passes; the graph after them and the steps. Raises what passes raise, and with `verify="each-pass"` among
+        the options NumericsBroken for the pass that breaks its promise."""
         with deciding(choices):
-            session = Session(self.name, replace(self.options, verify="structure"), reports=False)
+            verify = "each-pass" if self.options.verify == "each-pass" else "structure"
+            session = Session(self.name, replace(self.options, verify=verify), reports=False)
             walk = Walk(self.graph, self.level, self.inputs, session)
             return walk.finish(), walk.history
 
