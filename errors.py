@@ -650,7 +650,10 @@ class ForeignProfile(PlaitError):
 
 
 class NumericsBroken(PlaitError):
-    """With `verify="each-pass"`, a pass changed results more than it promises."""
+    """With `verify="each-pass"`, a pass changed results more than it promises.
+
+    The error's `fields["step"]` is the pass with the graphs before and after it.
+    """
 
     code = "P0413"
     message = "pass {name} changed {result}: {why}{where}\n{table}"

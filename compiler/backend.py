@@ -79,7 +79,7 @@ class _Compilation:
         try:
             run = compiler(gm, inputs)
             if not isinstance(gm, GmWrapper):  # torch copies the mark of what it wraps to what takes its inputs one by one
-                run._boxed_call = False
+                run._boxed_call = False  # type: ignore[attr-defined]
             return run
         finally:
             self.inputs = ()  # the backward's compiler lives on; the example batch must not

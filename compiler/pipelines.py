@@ -233,7 +233,9 @@ class Stage:
             if self.verify == "each-pass":
                 check_ledger(self.first, self.steps, self.inputs or ())
         except (PassFailed, NumericsBroken) as error:
-            raise reported(error, self.session, self.first, self.point, self.inputs) from error.__cause__
+            step: Any = error.fields.get("step")
+            before = self.first if step is None else step.before
+            raise reported(error, self.session, before, self.point, self.inputs, step=step) from error.__cause__
         return after
 
 

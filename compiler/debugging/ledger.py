@@ -149,11 +149,6 @@ def check_ledger(first: Graph, steps: Sequence[Step], inputs: Sequence[Any]) -> 
             if row.broken and step is not None:
                 where, source = blamed(step, inputs)
                 raise NumericsBroken(
-                    name=row.pass_name,
-                    result=row.result,
-                    why=row.broken,
-                    where=where,
-                    table=ledger_table(rows),
-                    source=source,
+                    name=row.pass_name, result=row.result, why=row.broken, where=where, table=whole, source=source, step=step
                 )
     return rows

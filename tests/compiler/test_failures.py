@@ -13,6 +13,7 @@ import pytest
 import torch
 from plait import errors
 from plait.codegen.lowering import POINTWISE
+from plait.compiler.debugging.bundle import read_bundle
 from plait.compiler.debugging.subject import Subject
 from plait.ir import Builder, Graph, Rule, Var, pattern
 from plait.ir.rewrite import Match
@@ -73,10 +74,12 @@ Way = Callable[[dict[str, Any]], None]
 
 
 def go_on(text: str, folder: Path) -> Path:
-    """The bundle that a message names, after checking the commands."""
+    """The bundle that a message names, after checking the commands; the failure shows again."""
     path = re.search(r"plait replay (\S+\.zip)", text)
     assert path is not None and text.rstrip().endswith(f"plait reduce {path[1]}")
-    assert Path(path[1]).parent == folder and Path(path[1]).exists()
+    assert Path(path[1]).parent == folder
+    replayed = read_bundle(path[1]).replay()
+    assert replayed.same, replayed
     return Path(path[1])
 
 
