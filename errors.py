@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 
@@ -25,9 +26,19 @@ class PlaitError(Exception):
             text += f"\n  way out: {self.fix.format(**fields)}"
         super().__init__(text)
 
+    def __reduce__(self) -> tuple[Callable[..., PlaitError], tuple[object, ...]]:
+        return _revived, (type(self), self.args, self.__dict__)
+
     def add(self, *lines: str) -> None:
         """Append lines to the message."""
         self.args = ("\n".join([str(self), *(f"  {line}" for line in lines)]),)
+
+
+def _revived(cls: type[PlaitError], args: tuple[object, ...], state: dict[str, object]) -> PlaitError:
+    """An error that was pickled, as between processes."""
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def catalogue() -> tuple[type[PlaitError], ...]:
@@ -770,3 +781,27 @@ class CannotBundle(PlaitError):
     code = "P0635"
     message = "{what} cannot be written into a bundle: {why}"
     fix = "reproduce the failure without it, or report the failure with your own program"
+
+
+class BadCheck(PlaitError):
+    """The command that is to judge candidates cannot be run."""
+
+    code = "P0641"
+    message = "the check {command!r} cannot be run: {why}"
+    fix = 'write a command that exits with 0 for a good artifact, such as --check "python judge.py {{}}"'
+
+
+class AnotherFailure(PlaitError):
+    """A program that is to be reduced fails, but not as it is said to."""
+
+    code = "P0642"
+    message = "{name} fails otherwise than it did: {found}; it was: {expected}"
+    fix = "reduce it for the failure that it has now, or go back to the version of plait that the bundle names"
+
+
+class ProcessDied(PlaitError):
+    """A process that judged a candidate of a bisection died."""
+
+    code = "P0643"
+    message = "a process that was to judge a candidate died: {how}"
+    fix = "reduce the program first, which looks at each candidate in a process of its own, and bisect what is left"

@@ -95,7 +95,7 @@ def _compile(exported: Exported, session: Session) -> CompiledModel:
     return CompiledModel(exported, walk.finish(), tuple(walk.history), session)
 
 
-def _allow_ones(compiled: CompiledGraph, symbols: frozenset[str]) -> CompiledGraph:
+def allow_ones(compiled: CompiledGraph, symbols: frozenset[str]) -> CompiledGraph:
     """The plan with inputs of size 1 let in where the program was exported for them, see `Exported`."""
     specs = tuple(replace(s, low=1) if s.name in symbols and s.low == 2 else s for s in compiled.plan.symbols)
     return replace(compiled, plan=replace(compiled.plan, symbols=specs))
@@ -127,7 +127,7 @@ class CompiledModel:
         self._exported = exported
         self._session = session
         compiled = compile_cached(graph, codegen_options(session.options, graph), session.decisions)
-        self.compiled: CompiledGraph = _allow_ones(compiled, exported.ones)
+        self.compiled: CompiledGraph = allow_ones(compiled, exported.ones)
         check_fallbacks(self.compiled, session.options)
         session.dump_compiled(self.compiled)
         self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)

@@ -6,6 +6,7 @@ import click
 
 from .. import __version__
 from .commands.cache import cache
+from .commands.debugging import bisect, bundle, reduce, replay
 from .commands.look import diff, env, passes
 from .commands.models import bench, compile_command, demo, explain, inspect, run
 from .commands.shared import Main
@@ -22,7 +23,9 @@ def main() -> None:
     """
 
 
-for _command in (bench, cache, compile_command, demo, diff, env, explain, inspect, passes, run):
+for _command in (
+    bench, bisect, bundle, cache, compile_command, demo, diff, env, explain, inspect, passes, reduce, replay, run,
+):  # fmt: skip
     main.add_command(_command)
 
 if __name__ == "__main__":

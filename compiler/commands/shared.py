@@ -15,24 +15,29 @@ from ...errors import PlaitError
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
-    1: "the command worked and the answer is no: results or files differ, cache entries were damaged",
+    1: "the command worked and the answer is no: results or files differ, cache entries were damaged, a failure shows again "
+    "or there is none to look into",
     2: "wrong use: an option, SRC, a pass or its option",
     3: "the model could not be compiled",
-    4: "an artifact could not be loaded, or does not take these inputs",
+    4: "an artifact or a bundle could not be loaded, or does not take these inputs",
     5: "the model's own code, or plait itself, raised an error that is not in the catalogue",
+    6: "the program fails otherwise than its bundle says",
     130: "interrupted",
 }
 _USAGE = ("P020", "P040", "P06", "P07")
-_ARTIFACT = ("P050", "P051", "P052", "P054")
+_ARTIFACT = ("P050", "P051", "P052", "P054", "P0631", "P0632", "P0633")
+_NOTHING, _OTHER = "P0611", "P0642"
 # Codes of the group P040 that are about the model, not about how the command was called.
 _MODEL = ("P0404", "P0405", "P0406", "P0407", "P0408")
-_USER = ("P0205", "P0206", "P0207")
+_USER = ("P0205", "P0206", "P0207", "P0643")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def exit_code(error: PlaitError) -> int:
     """The exit code that stands for an error of the catalogue."""
+    if error.code in (_NOTHING, _OTHER):
+        return 1 if error.code == _NOTHING else 6
     if error.code.startswith(_ARTIFACT) and error.code != "P0524":
         return 4
     return 2 if error.code.startswith(_USAGE) and error.code not in (*_MODEL, *_USER) else 3

@@ -26,7 +26,7 @@ from ..env import environment
 from ..options import Options
 from .failure import Failure
 from .stored import all_constants, described, pass_data, pass_from, restored, running, stored
-from .subject import Subject
+from .subject import Subject, failure_apart
 from .walk import Level
 
 BUNDLE = Form("bundle.json", "plait_bundle", 1)
@@ -140,8 +140,10 @@ class Bundle:
         return Subject(graph, self.inputs, options, self.level, self.name)
 
     def replay(self) -> Replayed:
-        """Compile and run it again. Raises what `subject` raises."""
-        return Replayed(self.failure, self.subject().failure())
+        """Compile and run it again, in a process of its own where one has died of it. Raises what `subject` raises."""
+        subject = self.subject()
+        found = failure_apart(subject) if self.failure.kind == "crashes" else subject.failure()
+        return Replayed(self.failure, found)
 
 
 def read_bundle(path: str | Path) -> Bundle:

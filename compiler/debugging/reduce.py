@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from ...errors import InvalidGraph, NothingToFind, PlaitError
+from ...errors import AnotherFailure, InvalidGraph, NothingToFind, PlaitError
 from ...ir import Graph, Node, Value, verify
 from ..decisions import Decisions
 from ..pipelines import Session, passes
@@ -21,7 +21,7 @@ from .failure import Failure, of_error
 from .first_bad import BadNode, first_bad_node
 from .interpret import interpret
 from .shrink import shrunk
-from .subject import Build, Subject
+from .subject import Build, Subject, failure_apart
 from .walk import Walk
 
 AROUND = 2
@@ -56,7 +56,7 @@ def reduce(subject: Subject, failure: Failure | None = None, *, seconds: float =
 
     `failure` is what it fails with, by default found out. The result may be a graph of a later level than the subject's,
     where the failure is there too. After `seconds` the smallest program so far is returned. Raises NothingToFind for a
-    subject that does not fail so.
+    subject that does not fail, AnotherFailure for one that fails otherwise.
     """
     judge = _Judge(subject, seconds)
     found, build = judge.first(failure)
@@ -85,7 +85,8 @@ def reduce(subject: Subject, failure: Failure | None = None, *, seconds: float =
 @dataclass
 class _Judge:
     """Whether candidates fail as the subject does. `at` says how far one must go to see it: to run the passes and to
-    interpret what they make ("passes"), only to run them ("raises"), or to compile and run it ("kernels")."""
+    interpret what they make ("passes"), only to run them ("raises"), to compile and run it ("kernels"), or to do so in a
+    process of its own ("crashes")."""
 
     subject: Subject
     seconds: float
@@ -109,6 +110,9 @@ class _Judge:
         """The failure of the subject itself, and its build where there is one."""
         build: Build | None = None
         found: Failure | None = None
+        if failure is not None and failure.kind == "crashes":
+            self.at = "crashes"
+            return self._checked(failure_apart(self.subject), failure), None
         try:
             graph, _ = self.subject.transform(Decisions())
         except Exception as error:  # the failure that is looked for
@@ -125,10 +129,15 @@ class _Judge:
                 found = of_error(error)
         elif self.at == "passes":
             build = self.subject.build()
+        return self._checked(found, failure), build
+
+    def _checked(self, found: Failure | None, failure: Failure | None) -> Failure:
         self.tried += 1
-        if found is None or not (failure is None or failure.same(found)):
+        if found is None:
             raise NothingToFind(name=self.subject.name)
-        return replace(found, op=failure.op if failure is not None else found.op), build
+        if failure is not None and not failure.same(found):
+            raise AnotherFailure(name=self.subject.name, found=found, expected=failure)
+        return replace(found, op=failure.op if failure is not None else found.op)
 
     def expect(self, found: Failure, bad: BadNode | None) -> None:
         """Look for this failure. A wrong value may be as wrong as in the results, or as where it begins, or in between."""
@@ -156,8 +165,8 @@ class _Judge:
             _ = candidate.eager, candidate.exact
         except (InvalidGraph, PlaitError, RuntimeError, IndexError, TypeError, ValueError):
             return None  # no program, or none that runs on these inputs
-        if self.at == "kernels":
-            return candidate.failure()
+        if self.at in ("kernels", "crashes"):
+            return candidate.failure() if self.at == "kernels" else failure_apart(candidate)
         try:
             graph, _ = candidate.transform(Decisions())
         except Exception as error:  # a failure, this one or another

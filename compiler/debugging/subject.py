@@ -18,6 +18,7 @@ from ..options import Options
 from ..pipelines import Session
 from .compare import Wrong, wrong
 from .failure import Failure, of_error
+from .forked import Died, apart
 from .interpret import copied, interpret, interpret_wide, random_inputs
 from .walk import Level, Walk
 
@@ -124,6 +125,12 @@ class Subject:
             return self.judge(self.run(self.build(decisions)))
         except Exception as error:  # whatever a compilation raises is what is looked for
             return of_error(error)
+
+
+def failure_apart(subject: Subject) -> Failure | None:
+    """The failure of a subject that may take the process down, found out in a process of its own."""
+    found = apart(subject.failure)
+    return Failure("crashes", found.how, detail="the process died") if isinstance(found, Died) else found
 
 
 def run_compiled(compiled: CompiledGraph, inputs: Sequence[Any]) -> list[Any]:

@@ -13,7 +13,17 @@ from click.testing import CliRunner, Result
 from plait.codegen.cache import Cache, Key
 from plait.compiler.cli import main
 from plait.compiler.commands.shared import EXIT_CODES, exit_code, options_of
-from plait.errors import BadOption, DamagedArtifact, KernelBuildFailed, PassFailed, UnknownPass, WrongInputShape
+from plait.errors import (
+    AnotherFailure,
+    BadOption,
+    DamagedArtifact,
+    DamagedBundle,
+    KernelBuildFailed,
+    NothingToFind,
+    PassFailed,
+    UnknownPass,
+    WrongInputShape,
+)
 
 
 def plait(*args: str) -> Result:
@@ -97,7 +107,10 @@ def test_errors_have_an_exit_code_by_whose_turn_it_is() -> None:
     assert exit_code(KernelBuildFailed(compiler="", source="", output="", command="")) == 3
     assert exit_code(DamagedArtifact(part="x", why="y")) == 4
     assert exit_code(WrongInputShape(dim=0, name="x", expected=1, got=2, shape=(), spec="")) == 4
-    assert {0, 1, 2, 3, 4, 5, 130} == set(EXIT_CODES)
+    assert exit_code(DamagedBundle(part="x", why="y")) == 4
+    assert exit_code(NothingToFind(name="x")) == 1
+    assert exit_code(AnotherFailure(name="x", found="", expected="")) == 6
+    assert {0, 1, 2, 3, 4, 5, 6, 130} == set(EXIT_CODES)
 
 
 def test_options_are_read_from_the_command_line() -> None:

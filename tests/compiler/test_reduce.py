@@ -136,7 +136,7 @@ def test_a_kernel_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_failure_that_is_given_is_looked_for(wrong_tanh: None) -> None:
-    with pytest.raises(errors.NothingToFind):
+    with pytest.raises(errors.AnotherFailure, match="wrong"):
         reduce(deep(), Failure("raises", "P0205"))
 
 
