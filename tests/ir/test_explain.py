@@ -76,6 +76,17 @@ def test_tests_of_arguments_are_named(g: Graph) -> None:
     assert miss.why == "other of aten.mul.Tensor is 0.5, which is refused as 'factor'"
 
 
+def test_tests_are_skipped_where_what_they_ask_for_is_not_named(g: Graph) -> None:
+    inner = pattern("aten.exp.default", Var("y"))
+    rule = Rule("both", pattern("aten.add.Tensor", inner, Such("z", lambda m, a: a is m["y"])), back)
+    found = explain(Rule("both", pattern("aten.add.Tensor", inner, Such("z", lambda m, a: False)), back), node(g, "s"), g)
+    assert "refused as 'z'" in found[0].why
+    mixed = graph(TEXT.replace("add.Tensor(e, n)", "add.Tensor(n, e)"))
+    assert [m.why for m in explain(rule, node(mixed, "s"), mixed)] == [
+        "self of aten.add.Tensor is n, made by aten.neg.default; wanted is aten.exp.default"
+    ]
+
+
 def test_the_check_and_the_replacement_come_closest(g: Graph) -> None:
     checked = Rule("same", pattern("aten.mul.Tensor", Var("x"), Var("x")), back, lambda m: Reason("not today", m.node.out))
     typed = Rule("sum", pattern("aten.mul.Tensor", Var("x"), 0.5), lambda m, b: b.call("aten.sum.default", m["x"]))
