@@ -147,7 +147,7 @@ def test_the_graph_after_the_failing_pass_is_there_too(tmp_path: Path) -> None:
         torch.randn(3, dtype=torch.complex64), torch.randn(4).to(torch.bfloat16), torch.tensor([True, False]),
         torch.randint(0, 100, (64,)), torch.full((4,), float("-inf")), torch.rand(64) + 1,
     ],
-    ids=str,
+    ids=lambda x: f"{x.dtype}-{list(x.shape)}" if isinstance(x, torch.Tensor) else str(x),  # the same in every process
 )  # fmt: skip
 @pytest.mark.parametrize("kept", [True, False])
 def test_inputs_come_back_as_what_they_were(x: Any, kept: bool) -> None:
