@@ -81,8 +81,9 @@ def bisect(
     if passes_alone:
         judge = lambda limit: _interpreted_failure(subject, limit) is not None  # noqa: E731
         total = _pass_choices(subject)
+    runs += 1
     if judge(0):
-        return Culprit(None, total, runs + 1, failure)
+        return Culprit(None, total, runs, failure)
 
     def many(limits: Sequence[int]) -> list[bool]:
         nonlocal runs

@@ -14,6 +14,7 @@ from ...codegen.compile import CodegenOptions, CompiledGraph, Trace, compile_gra
 from ...codegen.items import AliasItem, CallItem, KernelItem
 from ...errors import NothingToFind
 from ...ir import Arg, Graph, Node, TensorType, Value
+from ...ir.rewrite import became
 from ...ir.verify import around
 from ...passes.base import Step
 from ...runtime.plan import Call, OutputSpec, Plan
@@ -77,11 +78,8 @@ class _References:
 
     def follow(self, replaced: Mapping[Value, Arg]) -> None:
         """Let what took a value's place be what that value was."""
-        for old, new in replaced.items():
-            for _ in replaced:  # what took its place may have been replaced in its turn
-                if not isinstance(new, Value) or new not in replaced:
-                    break
-                new = replaced[new]
+        for old in replaced:
+            new = became(old, replaced)
             if isinstance(new, Value) and old in self.eager and new.type == old.type:
                 self.eager.setdefault(new, self.eager[old])
                 self.exact.setdefault(new, self.exact[old])

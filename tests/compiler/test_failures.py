@@ -126,6 +126,13 @@ def test_a_wrong_kernel(way: Way, folder: Path, wrong_tanh: None) -> None:
     go_on(text, folder)
 
 
+def test_a_wrong_kernel_is_an_error_of_the_call(wrong_tanh: None) -> None:
+    model = plait.compile(Net().eval(), (X,), options={"verify": "each-pass"})
+    for _ in range(2):  # and stays one
+        with pytest.raises(errors.WrongResults, match="compute a wrong result 0"):
+            model(X)
+
+
 def test_kernels_are_not_judged_unless_asked(wrong_tanh: None, folder: Path) -> None:
     by_compile({"verify": "structure"})
     assert not folder.exists()

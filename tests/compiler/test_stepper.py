@@ -137,6 +137,15 @@ def test_calls_and_dropped_nodes_are_told_apart() -> None:
     assert dbg.kernel("b").kind == "nothing" and dbg.kernel("s").kind == "view"
 
 
+def test_the_front_doors_take_what_compile_takes(net: nn.Module) -> None:
+    for find in (plait.bisect, plait.first_bad_node):
+        with pytest.raises(errors.NothingToFind, match="Net gives the right results"):
+            find(net, (X,), options={"disable_passes": ["fold"]}, passes=["fold:max_elements=1"])
+    asked: list[int] = []
+    found = plait.bisect(net, (X,), check=lambda build: asked.append(1) or build.decisions.count < 9)
+    assert found.decision is not None and found.decision.index == 9 and found.runs == len(asked)
+
+
 # -- why ------------------------------------------------------------------------------------------------------------------
 
 
