@@ -146,7 +146,7 @@ def _again(builder: Builder, node: Node, change: _Change, constants: Mapping[str
         made: tuple[Value, ...] = (Value(kind, node.out.hint),)
         builder.append(Node(node.op, args, made, loc=node.loc))
     else:
-        result = builder.call(node.op, *args, loc=node.loc)
+        result = builder.call(node.op, *args, hint=node.results[0].hint if node.results else "", loc=node.loc)
         made = result if isinstance(result, tuple) else (result,)
     builder.subst.update(zip(node.results, made, strict=True))
 
