@@ -20,6 +20,7 @@ from plait.codegen.items import KernelItem
 from plait.codegen.lowering import POINTWISE, At
 from plait.compiler import pipelines
 from plait.compiler.debugging.bisect import Culprit
+from plait.compiler.debugging.cut import cone
 from plait.compiler.debugging.first_bad import BadNode
 from plait.compiler.debugging.subject import Subject
 from plait.compiler.decisions import Decisions
@@ -251,6 +252,36 @@ def rewrite(program: str, *ops: str, edit: Edit, keep: Callable[[Node], bool] = 
     return Plant("", program, plant)
 
 
+@dataclass(frozen=True)
+class Hasty(Pass):
+    """Makes draws of random numbers wait for their operands only: one of them, by name, then comes before all others."""
+
+    name: ClassVar[str] = "miswrite"
+    at: ClassVar[Any] = "any"
+    target: str = ""
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        draws = [n for n in graph.nodes if n.token is not None and ctx.allowed("rebuild", n)]
+        early = cone(graph, [v for n in draws if self.target in _hints(n) for v in n.results])
+        b = Builder(graph)
+        for node in sorted(graph.nodes, key=lambda n: n not in early):
+            b.append(b.resolved(node))
+        return b.finish()
+
+
+def reordering(program: str) -> Plant:
+    """A random draw that lost the token which kept it behind an earlier one."""
+
+    @contextmanager
+    def plant(name: str, chance: random.Random) -> Iterator[Planted]:
+        clean = subject(name)
+        chosen = chance.choice([n for n in clean.graph.nodes if n.after]).results[0].hint
+        made = Hasty(chosen)
+        yield Planted(replace(clean, options=replace(clean.options, passes=(made,))), ("miswrite",), (chosen,), "rebuild")
+
+    return Plant("", program, plant)
+
+
 def _numbers(fn: Callable[[Any], Any], position: int) -> Edit:
     def edit(b: Builder, n: Node) -> Any:
         args = list(n.args)
@@ -443,29 +474,30 @@ def racing(program: str) -> Plant:
     @contextmanager
     def plant(name: str, chance: random.Random) -> Iterator[Planted]:
         right = memory.plan_arena
-        clean = subject(name)
-        seen: list[tuple[int, int, str, str]] = []
+        seen: list[tuple[str, str]] = []
+
+        def pairs(blocks: Any) -> Iterator[tuple[Any, Any]]:
+            """Values of one size, the second made while the first is needed."""
+            for i, b in enumerate(blocks):
+                yield from ((a, b) for a in blocks[:i] if a.first < b.first < a.last and a.nbytes == b.nbytes)
 
         def watching(blocks: Any, reuse: Any) -> Any:
-            for i, b in enumerate(blocks):
-                for k, a in enumerate(blocks[:i]):
-                    if a.first < b.first < a.last and a.nbytes == b.nbytes:
-                        seen.append((k, i, a.key.hint, b.key.hint))
+            seen.extend((a.key.hint, b.key.hint) for a, b in pairs(blocks))
             return right(blocks, reuse)
 
         with _patched(plan, "plan_arena", watching):
             trace(_final(name)[0])
-        victim, thief, *names = chance.choice(seen)
+        names = chance.choice(seen)
 
         def planted(blocks: Any, reuse: Any) -> Any:
             arena = right(blocks, reuse)
-            fits = len(blocks) > thief and [b.key.hint for b in (blocks[victim], blocks[thief])] == names
-            if fits and reuse(blocks[thief].key):
-                return replace(arena, offsets={**arena.offsets, blocks[thief].key: arena.offsets[blocks[victim].key]})
+            for victim, thief in pairs(blocks):
+                if (victim.key.hint, thief.key.hint) == names and reuse(thief.key):
+                    return replace(arena, offsets={**arena.offsets, thief.key: arena.offsets[victim.key]})
             return arena
 
         with _patched(plan, "plan_arena", planted):
-            yield Planted(clean, ("reuse",), tuple(names))
+            yield Planted(subject(name), ("reuse",), names)
 
     return Plant("", program, plant)
 
@@ -477,24 +509,20 @@ def decomposing(program: str, op: str, wrong: Callable[..., Any]) -> Plant:
     def plant(name: str, chance: random.Random) -> Iterator[Planted]:
         overload = next(o for o in table() if str(o) == op)
         clean = subject(name)
-        fit = [n for n in clean.graph.nodes if n.op.name == op]
-        chosen = chance.choice(fit)
-        right, calls, number = table()[overload], 0, fit.index(chosen)
+        chosen = chance.choice([n for n in clean.graph.nodes if n.op.name == op])
+        right = pipelines.deciding_table
 
-        def planted_table(keep: Any = ()) -> Any:
-            nonlocal calls
-            calls = 0
-
+        def planted_table(entries: Any, decisions: Any, where: Any) -> Any:
             def planted(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                result = right(*args, **kwargs)
-                return wrong(result) if calls == number + 1 else result
+                result, here = made[overload](*args, **kwargs), where()
+                hit = result is not NotImplemented and here is not None and _hints(here) == _hints(chosen)
+                return wrong(result) if hit else result
 
-            return {**table(keep), overload: planted}
+            made = right(entries, decisions, where)
+            return {**made, overload: planted}
 
-        with _patched(pipelines, "table", planted_table):
-            yield Planted(clean, ("decompose",), (), op, chosen.loc.stack)
+        with _patched(pipelines, "deciding_table", planted_table):
+            yield Planted(clean, ("decompose",), tuple(_hints(chosen)), op, chosen.loc.stack)
 
     return Plant("", program, plant)
 
@@ -507,7 +535,7 @@ _WEIGHTED = "aten.native_layer_norm.default"
 PLANTS: tuple[Plant, ...] = tuple(
     replace(plant, name=name)
     for name, plant in {
-        # wrong rewrites: values, operands, arguments, masks, dtypes, constants, broadcasts, indices
+        # wrong rewrites: values, operands, arguments, masks, dtypes, constants, broadcasts, indices, order of effects
         "scale of attention": rewrite(T, "aten.mul.Tensor", edit=_numbers(lambda x: 1.1 * x, 1),
                                       keep=lambda n: isinstance(n.args[1], float)),
         "lost residual": rewrite(T, "aten.add.Tensor", edit=lambda b, n: b.call("aten.clone.default", n.args[1]),
@@ -520,7 +548,6 @@ PLANTS: tuple[Plant, ...] = tuple(
         "lost transposition": rewrite(T, "aten.permute.default", edit=_untransposed, keep=lambda n: n.args[1] == (1, 0) and (
             n.out.tensor.shape == (WIDTH, WIDTH))),
         "approximate gelu": rewrite(T, "aten.gelu.default", edit=lambda b, n: b.call(n.op, n.args[0], "tanh")),
-        "wrong activation": rewrite(T, "aten.gelu.default", edit=_elementwise("aten.silu.default")),
         "lost gain of a norm": rewrite(T, _WEIGHTED, edit=lambda b, n: b.call(n.op, *n.args[:2], None, *n.args[3:])),
         "swapped operands": rewrite(C, "aten.sub.Tensor", "aten.add.Tensor", edit=lambda b, n: b.call(
             "aten.sub.Tensor", n.args[1], n.args[0]), keep=_tensors),
@@ -532,6 +559,7 @@ PLANTS: tuple[Plant, ...] = tuple(
             n.op, n.args[0], b.call("aten.mul.Tensor", n.args[1], 0.5))),
         "wrong broadcast": rewrite(C, "aten.sigmoid.default", edit=lambda b, n: b.call(
             n.op, b.call("aten.flip.default", n.args[0], (1,)))),
+        "dropped token": reordering(S),
         # wrong gradient formulas
         "gradient of an activation": rewrite(S, "aten.sub.Tensor", edit=lambda b, n: b.call(
             "aten.mul.Tensor", b.call(n.op, *n.args), 0.9)),

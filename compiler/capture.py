@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -316,12 +317,14 @@ class _Lowering(Interpreter):
     """Runs a graph in a world of fake tensors. What a convolution asks about sizes there only chooses the library that
     computes it, which torch does again at run time: those questions assume nothing."""
 
-    def __init__(self, gm: GraphModule, world: FakeWorld) -> None:
+    def __init__(self, gm: GraphModule, world: FakeWorld, enter: Callable[[FxNode], None]) -> None:
         super().__init__(gm)
         self.world = world
+        self.enter = enter
         self.traced: dict[FxNode, FxNode] = {}  # where the trace holds what each node gives
 
     def run_node(self, n: FxNode) -> Any:
+        self.enter(n)
         result = self.run_unguarded(n)
         mode = get_proxy_mode()
         if mode is not None and isinstance(result, torch.Tensor):
@@ -337,11 +340,24 @@ class _Lowering(Interpreter):
         return super().run_node(n)
 
 
-def lower(graph: Graph, decompositions: Decompositions, name: str = "", replaced: dict[Value, Arg] | None = None) -> Graph:
+@dataclass
+class Place:
+    """Where a lowering is: the node that is traced now."""
+
+    node: Node | None = None
+
+
+def lower(
+    graph: Graph,
+    decompositions: Decompositions,
+    name: str = "",
+    replaced: dict[Value, Arg] | None = None,
+    place: Place | None = None,
+) -> Graph:
     """The graph traced again below autograd: composite ops and those of the table are replaced by their parts.
 
-    `replaced` is filled with the new value of each old one. Raises NeedsSizeFact where a decomposition would hold for some
-    sizes only.
+    `replaced` is filled with the new value of each old one, `place` is kept at the node that is traced. Raises NeedsSizeFact
+    where a decomposition would hold for some sizes only.
     """
     constants = [n for n in graph.nodes if n.op.name == "plait.constant"]
     lifted = graph.replace(
@@ -360,7 +376,12 @@ def lower(graph: Graph, decompositions: Decompositions, name: str = "", replaced
     world = FakeWorld({s: info for s, info in graph.symbols.items() if s in used})
     fakes = [world.lift(v.type) for v in lifted.inputs]
 
-    lowering = _Lowering(gm, world)
+    at = place or Place()
+
+    def enter(n: FxNode) -> None:
+        at.node = graph.producers.get(links.calls[n]) if n in links.calls else None
+
+    lowering = _Lowering(gm, world, enter)
 
     def run(*args: Any) -> Any:
         with preserve_node_meta():

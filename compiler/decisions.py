@@ -91,15 +91,18 @@ def current(limit: int | None) -> Decisions:
         return _shared[-1] if _shared else Decisions(limit)
 
 
-def deciding_table(table: Mapping[Any, Callable[..., Any]], decisions: Decisions) -> dict[Any, Callable[..., Any]]:
-    """A decomposition table whose entries are choices too: torch keeps an op whole where one is held back."""
+def deciding_table(
+    table: Mapping[Any, Callable[..., Any]], decisions: Decisions, where: Callable[[], Node | None] = lambda: None
+) -> dict[Any, Callable[..., Any]]:
+    """A decomposition table whose entries are choices too: torch keeps an op whole where one is held back. `where` says at
+    which node one is asked for."""
     if not decisions.watched:
         return dict(table)
 
     def choosing(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
         def chosen(*args: Any, **kwargs: Any) -> Any:
-            return fn(*args, **kwargs) if decisions("decompose", name) else NotImplemented
+            return fn(*args, **kwargs) if decisions("decompose", name, where()) else NotImplemented
 
         return chosen
 

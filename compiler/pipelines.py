@@ -114,8 +114,9 @@ class Session:
         """The step between the forward pipeline and what is compiled: the graph traced again below autograd."""
         start = time.perf_counter()
         replaced: dict[Value, Arg] = {}
-        decompositions = deciding_table(table(self.options.keep_ops), self.decisions)
-        lowered = capture.lower(graph, decompositions, "inference", replaced)
+        place = capture.Place()
+        decompositions = deciding_table(table(self.options.keep_ops), self.decisions, lambda: place.node)
+        lowered = capture.lower(graph, decompositions, "inference", replaced, place)
         return Step("lower", {}, reassociates(), graph, lowered, {}, (), time.perf_counter() - start, replaced)
 
     def checked(self, compiled: CompiledGraph, run: Run) -> Run:

@@ -259,9 +259,13 @@ class _Search:
         self.sizes()
 
     def around(self, bad: BadNode, build: Build | None) -> None:
-        """Try the nodes around the first bad one, a few at a time."""
+        """Try the nodes around the first bad one, a few at a time; all while it is needed, where it was overwritten."""
         graph = self.best.graph
         near = _origin(self.best, bad, build)
+        if bad.stage == "memory" and near:
+            readers = [n for m in near for v in m.outputs for n in graph.users.get(v, ())]
+            places = [i for i, n in enumerate(graph.nodes) if n in near or n in readers]
+            near = set(graph.nodes[places[0] : places[-1] + 1])
         for _ in range(AROUND + 1):
             if near and len(near) < len(graph.nodes) and self.take(Recorded.of(self.best).part(near)):
                 return

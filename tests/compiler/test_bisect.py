@@ -12,6 +12,7 @@ import torch
 from plait import errors
 from plait.codegen import memory
 from plait.codegen.lowering import POINTWISE
+from plait.compiler import pipelines
 from plait.compiler.debugging.bisect import bisect, first_bad
 from plait.compiler.debugging.first_bad import first_bad_node
 from plait.compiler.debugging.subject import Subject
@@ -98,6 +99,28 @@ def test_a_wrong_kernel_is_found(wrong_tanh: None) -> None:
     assert (found.decision.stage, found.decision.node.op.name) == ("generate", "aten.tanh.default")
     node = first_bad_node(subject())
     assert (node.stage, node.node.op.name) == ("kernel", "aten.tanh.default") and node.kernel
+
+
+class Masked(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.masked_fill(x > 1, 1.0)
+        return torch.tanh(x).masked_fill(x < -1, 0.5)
+
+
+def test_a_wrong_decomposition_is_found_at_the_node_it_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, fill = pipelines.table, torch.ops.aten.masked_fill.Scalar
+
+    def careless(keep: Any = ()) -> Any:
+        def masked(x: torch.Tensor, mask: torch.Tensor, value: float) -> torch.Tensor:
+            return torch.where(mask, value if value == 1 else value * 2, x)
+
+        return {**right(keep), fill: masked}
+
+    monkeypatch.setattr(pipelines, "table", careless)
+    found = bisect(Subject.of(Masked().eval(), (X,)))
+    assert found.decision is not None and found.decision.node is not None
+    assert (found.decision.stage, found.decision.rule) == ("decompose", str(fill))
+    assert "return torch.tanh(x).masked_fill(x < -1, 0.5)" in str(found)
 
 
 def test_memory_that_is_overwritten_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,14 @@ def test_there_are_forty_of_them_on_three_programs() -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
     "name",
-    ["gradient of a product", "gradient of an activation", "kernel of a backward", "sum of a backward", "race in a step"],
+    [
+        "gradient of a product",
+        "gradient of an activation",
+        "kernel of a backward",
+        "sum of a backward",
+        "race in a step",
+        "dropped token",
+    ],
 )
 def test_a_planted_fault_is_found(name: str, seed: int) -> None:
     with BY_NAME[name].planted(seed) as made:
