@@ -461,11 +461,11 @@ class InterfaceChanged(PlaitError):
 
 
 class NotANumber(PlaitError):
-    """Numerics cannot be checked on inputs that hold NaN."""
+    """Numerics cannot be judged where inputs hold NaN, or results nothing else."""
 
     code = "P0408"
-    message = "example input {name!r} holds NaN, so that results cannot be compared"
-    fix = "give example inputs without NaN, or leave verify off"
+    message = "results cannot be compared: {what} (inputs with NaN or infinity: {name})"
+    fix = "give example inputs on which the model computes finite numbers"
 
 
 class UnknownStep(PlaitError):
@@ -680,11 +680,11 @@ class CannotRetarget(PlaitError):
 
 
 class DeviceNotAvailable(PlaitError):
-    """An artifact is to run on a device that this process cannot use, or that the artifact was not compiled for."""
+    """An artifact or a bundle is to run on a device that this process cannot use, or that it was not compiled for."""
 
     code = "P0545"
-    message = "the artifact cannot run on {device}: {why}"
-    fix = 'load it with device="cpu", or compile it with the target of this device'
+    message = "it cannot run on {device}: {why}"
+    fix = 'load an artifact with device="cpu", or compile it with the target of this device; replay a bundle where it is'
 
 
 class SharedMemory(PlaitError):
@@ -715,7 +715,7 @@ class UnknownRule(PlaitError):
     """The debugger was asked about a rule that no pass has tried so far."""
 
     code = "P0622"
-    message = "no pass so far has tried a rule {name!r}; the nearest is {near!r}"
+    message = "no pass so far has tried a rule {name!r}{near}"
     fix = "step on to its pass ({ahead}); tried so far: {known}"
 
 
@@ -743,6 +743,14 @@ class EditRefused(PlaitError):
     fix = "keep shapes, dtypes and strides of inputs and outputs as they are"
 
 
+class NoGraph(PlaitError):
+    """What should have been a graph, or given one, is something else."""
+
+    code = "P0626"
+    message = "{what} must give a graph, not {got}"
+    fix = "give the edited text of dbg.graph, or a function that takes the graph and returns another one"
+
+
 class NotABundle(PlaitError):
     """The file given as a bundle of a failure was not written by plait."""
 
@@ -768,10 +776,10 @@ class DamagedBundle(PlaitError):
 
 
 class PassNotFound(PlaitError):
-    """A pass that a bundle names is not part of plait and cannot be imported here."""
+    """A pass that a bundle or a command line names by its place cannot be imported here."""
 
     code = "P0634"
-    message = "the bundle needs the pass {path}, which cannot be imported: {why}"
+    message = "the pass {path} cannot be imported: {why}"
     fix = "run where its module can be imported (the current folder is searched), or install the package that holds it"
 
 

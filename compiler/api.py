@@ -31,7 +31,7 @@ from ..runtime.structure import Structure
 from .backend import check_fallbacks, codegen_options, plait
 from .cache import compile_cached
 from .debugging.history import find_step, step_diff
-from .debugging.interpret import random_inputs
+from .debugging.interpret import check_inputs, random_inputs
 from .debugging.ledger import Entry, ledger
 from .debugging.walk import Walk
 from .export import Exported, capture_model, name_of
@@ -189,6 +189,7 @@ class CompiledModel:
         """
         flat = self._structure.flatten(args, kwargs) if args or kwargs else self._exported.examples
         inputs = random_inputs(self.captured) if flat is None else [*self._held, *flat]
+        check_inputs(self.captured, inputs)
         return ledger(self.captured, self.history, inputs)
 
     def save(self, path: str | Path, **how: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -74,8 +75,11 @@ class Options:
             raise UnknownMode(mode=values["mode"], known=", ".join(MODES))
         values["passes"] = (*values.get("passes", ()), *_passes(passes or ()))
         values["pass_options"] = tuple(tuned)
-        for name in values["disable_passes"]:
-            registry.find(name)
+        own = {p.name for p in values["passes"]}
+        for name in (*values["disable_passes"], *values["print_after"]):
+            if name not in own and name not in _PRINTABLE:
+                registry.find(name)
+        _check_ranges(values)
         return Options(**values)
 
     @property
@@ -90,6 +94,16 @@ class Options:
 
 
 _HINTS = get_type_hints(Options)
+_PRINTABLE = ("all", "lower")  # what `print_after` takes besides the names of passes
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    """Raise BadOption for a number that means nothing."""
+    error, limit = values.get("max_rel_err"), values.get("bisect_limit")
+    if error is not None and not (math.isfinite(error) and error >= 0):
+        raise BadOption(name="max_rel_err", expected="a number from 0 on", value=error)
+    if limit is not None and limit < 0:
+        raise BadOption(name="bisect_limit", expected="a number from 0 on", value=limit)
 
 
 def describe() -> tuple[tuple[str, Any, str], ...]:

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch._logging import trace_structured
 
 from ..codegen.compile import CompiledGraph
-from ..errors import InterfaceChanged, NumericsBroken, PassFailed
+from ..errors import BadOption, InterfaceChanged, NumericsBroken, PassFailed
 from ..ir import Arg, Graph, TensorType, Value
 from ..passes.base import CapturePoint, Context, Pass, Pipeline, Step, reassociates
 from ..passes.decompositions import table
@@ -134,11 +134,7 @@ class Session:
         )
         log.info("%s: %s", label, compiled.coverage)
         if self.options.dump_dir:
-            folder = Path(self.options.dump_dir) / label
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "coverage.json").write_text(coverage)
-            for name, text in compiled.sources.items():
-                (folder / f"{name}.cpp").write_text(text)
+            _dump(Path(self.options.dump_dir) / label, {"coverage.json": coverage, **_files(compiled)})
 
     def watch(self, first: Graph) -> Callable[[Step], None]:
         """Show a graph in logs, dumps and on stderr, as the options say; what is returned shows each step."""
@@ -154,8 +150,7 @@ class Session:
                 payload_fn=lambda: str(graph),
             )
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{count:03d}_{name}.txt").write_text(str(graph))
+                _dump(folder, {f"{count:03d}_{name}.txt": str(graph)})
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("%s after %s:\n%s", label, name, graph)
             count += 1
@@ -171,6 +166,21 @@ class Session:
 
         show("captured", first)
         return on_step
+
+
+def _files(compiled: CompiledGraph) -> dict[str, str]:
+    ending = "cpp" if compiled.options.target == "cpu" else "py"
+    return {f"{name}.{ending}": text for name, text in compiled.sources.items()}
+
+
+def _dump(folder: Path, files: Mapping[str, str]) -> None:
+    """Write text files into the dump folder. Raises BadOption where that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise BadOption(name="dump_dir", expected=f"a folder that can be written ({error})", value=str(folder)) from error
 
 
 class Stage:

@@ -58,6 +58,7 @@ class Loc:
     def frame(self) -> tuple[str, int, str] | None:
         """(file, line, code) of the innermost user frame, None where nothing is known."""
         found = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s*([^\n]*))?', self.stack)
+        found = [f for f in found if not f[0].startswith("<eval_with_key>")]  # code that torch generated, with a counter
         if not found:
             return None
         users = [f for f in found if not f[0].startswith(_TORCH)]

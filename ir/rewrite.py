@@ -321,6 +321,12 @@ def apply(rule: Rule, found: Match, builder: Builder, log: RuleLog, old: Node,
         log.refuse(rule.name, old, Reason(str(error)))
         builder.rewind(mark)
         return False
+    except Exception:
+        if allow is None or allow(rule.name, old):
+            raise
+        log.refuse(rule.name, old, HELD_BACK)  # bisection finds out which choice it is that raises
+        builder.rewind(mark)
+        return False
     replacements = replacement if isinstance(replacement, TUPLE) else (replacement,)
     pairs = list(zip(found.node.results, replacements, strict=True))
     reason = next((r for r in (_type_change(v, new) for v, new in pairs) if r is not None), None)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
 import torch
 
-from ..errors import InvalidGraph
+from ..errors import InferenceFailed, InvalidGraph, NeedsSizeFact
 from .effects import advance, effect_of, order_after
-from .graph import LEVELS, Graph, Node, Value, flatten, same_tensor
-from .infer import type_of
+from .graph import LEVELS, Graph, Node, Value, flatten, same_tensor, symbols_in
+from .infer import infer, type_of
 from .text import Names, node_text
-from .types import TUPLE, Symbols, TensorType, TokenType, free_symbols, type_symbols
+from .types import TUPLE, Symbols, TensorType, TokenType, ValueType, free_symbols, type_symbols, type_text
 
 
 def verify(graph: Graph, *, after_pass: str = "", rule: str = "") -> None:
@@ -34,6 +35,54 @@ def verify(graph: Graph, *, after_pass: str = "", rule: str = "") -> None:
         context=around(graph, index) if index is not None else "",
         source=node.loc.short or None if node is not None else None,
     )
+
+
+def verify_types(graph: Graph, nodes: Iterable[Node] | None = None) -> None:
+    """Check that nodes, by default all and those of regions, have the types that their ops give for these arguments.
+
+    Types are derived where nodes are built; only text, where they stand in comments, and hand-made nodes can be wrong.
+    Raises `InvalidGraph`.
+    """
+    chosen = None if nodes is None else set(nodes)
+    for i, node in enumerate(graph.nodes):
+        if chosen is None:
+            for region in node.regions:
+                verify_types(region)
+        why = _other_type(node, graph) if chosen is None or node in chosen else None
+        if why is not None:
+            source = node.loc.short or None
+            raise InvalidGraph(graph=graph.name, where="", why=why, context=around(graph, i), source=source)
+
+
+def _other_type(node: Node, graph: Graph) -> str | None:
+    """Why the types of a node's results are not its op's; None where they are, or where torch alone knows at run time."""
+    if node.op.name == "plait.constant" or node.op.has("control_flow"):
+        return None
+    try:
+        found = infer(node.op, node.args, graph.symbols)
+    except NeedsSizeFact:
+        return None
+    except InferenceFailed as error:
+        given = symbols_in((node.args, *(v.type for v in node.inputs)))
+        return None if any(not s.is_positive for s in given) else str(error).split("\n")[0]  # sizes that depend on data
+    for v, kind in zip(node.outputs, found, strict=False):
+        if (
+            not _alike(v.type, kind, node) and not type_symbols(kind) - graph.symbols.keys()
+        ):  # new symbols: sizes that depend on data
+            said = (
+                f"{v.hint or 'the value'} is said to be {type_text(v.type)} (correct the type, or delete it from the text)"
+            )
+            return f"{node.op.name} gives {type_text(kind)} here, {said}"
+    if len(found) != len(node.outputs):
+        return f"{node.op.name} gives {len(found)} results here, the node has {len(node.outputs)}"
+    return None
+
+
+def _alike(said: ValueType, found: ValueType, node: Node) -> bool:
+    """Whether types agree; what makes new memory may promise any strides."""
+    if isinstance(said, TensorType) and isinstance(found, TensorType) and not node.op.has("view"):
+        return (said.shape, said.dtype, said.device) == (found.shape, found.dtype, found.device)
+    return said == found
 
 
 def around(graph: Graph, index: int, lines: int = 10) -> str:

@@ -180,6 +180,11 @@ class Step:
     rules: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict[str, tuple[Rule, ...]])
     rolled_back: str = ""
 
+    def __repr__(self) -> str:
+        fired = "".join(f", {rule} x{n}" for rule, n in sorted(self.fired.items()))
+        undone = ", undone" if self.rolled_back else ""
+        return f"<Step {self.pass_name}: {len(self.before.nodes)} -> {len(self.after.nodes)} nodes{fired}{undone}>"
+
     @property
     def changed(self) -> bool:
         """True where the pass returned another graph."""
@@ -250,7 +255,11 @@ class Pipeline:
         """Run the next pass. Raises `WrongCapturePoint`, `MissingFact`, `PassFailed`; the pass is then still the next."""
         one, graph = self.rest[0], self.graph
         _check_place(one, self._ctx, self.facts)
-        step = _run_pass(one, graph, self._ctx)
+        try:
+            step = _run_pass(one, graph, self._ctx)
+        except PassFailed:
+            _verify_end(self.steps, graph)  # an earlier pass may have left the graph that this one fails on
+            raise
         if self._refuse is not None and step.changed and (why := self._refuse(step)):
             step = dataclasses.replace(step, after=graph, rolled_back=why)
         if self._verify == "each-pass" and step.changed:
@@ -291,8 +300,12 @@ def _run_pass(one: Pass, graph: Graph, ctx: Context) -> Step:
     start = time.perf_counter()
     try:
         after = one.run(graph, dataclasses.replace(ctx, current=one.name, log=log, allow=allow))
+        if not isinstance(after, Graph):
+            raise TypeError(f"it returned {type(after).__name__}, not a Graph")
     except Exception as error:  # re-raised with the pass, the rule and the place
-        raise _failure(one, graph, log, error) from error
+        if asked or ctx.allow(one.name, one.name, None):
+            raise _failure(one, graph, log, error) from error
+        after, log = graph, RuleLog()  # a pass that never asks is one choice, also where it raises
     seconds = time.perf_counter() - start
     if after is not graph and not asked and not ctx.allow(one.name, one.name, None):
         after, log = graph, RuleLog()

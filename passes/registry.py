@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
+import os
+import re
+import sys
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import BadPassOption, MissingPassOption, UnknownPass, UnknownPassOption
+from ..errors import BadPassOption, MissingPassOption, PassNotFound, UnknownPass, UnknownPassOption
 from .base import PASSES, Pass
 
+#: Where a class is imported from: `package.module:Class`.
+PLACE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_<][\w.<>]*)")
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -39,6 +46,28 @@ def find(name: str) -> type[Pass]:
     return PASSES[name]
 
 
+def imported(path: str) -> type[Pass]:
+    """The pass class at `package.module:Class`; the current folder is searched too, as for the model on a command line.
+    Raises PassNotFound."""
+    match = PLACE.fullmatch(path)
+    if match is None:
+        raise PassNotFound(path=path, why="it is no place of a class, such as package.module:Class")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(match[1])
+    except Exception as error:  # a module may raise anything while it is imported
+        raise PassNotFound(path=path, why=f"{type(error).__name__}: {error}") from error
+    for name in match[2].split("."):
+        if not hasattr(found, name):
+            inside = "it was defined inside a function" if "<locals>" in path else f"{match[1]} has no {match[2]}"
+            raise PassNotFound(path=path, why=inside)
+        found = getattr(found, name)
+    if not isinstance(found, type) or not issubclass(found, Pass):
+        raise PassNotFound(path=path, why="it is no pass")
+    return found
+
+
 def summary(cls: type[Pass]) -> str:
     """First line of the pass's docstring."""
     return (inspect.getdoc(cls) or "").split("\n")[0]
@@ -58,7 +87,10 @@ def make(name: str, **options: Any) -> Pass:
 
     Raises `UnknownPass`, `UnknownPassOption`, `BadPassOption`, `MissingPassOption`.
     """
-    cls = find(name)
+    return _made(find(name), name, options)
+
+
+def _made(cls: type[Pass], name: str, options: Mapping[str, Any]) -> Pass:
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
@@ -78,13 +110,18 @@ def make(name: str, **options: Any) -> Pass:
 
 def parse(text: str) -> Pass:
     """A pass as a command line writes it: `fold`, `fold:max_elements=16`, `p:layers=a+b,fast` (`+` joins a list, a bare
-    name is true). Raises what `make` raises."""
+    name is true). One of your own goes by its place, `package.module:Class` or `package.module:Class:option=value`. Raises
+    what `make` raises, and PassNotFound."""
     name, _, rest = text.partition(":")
+    cls: type[Pass] | None = None
+    place, _, options_of_it = rest.partition(":")
+    if name.strip() not in PASSES and PLACE.fullmatch(f"{name}:{place}"):
+        cls, rest = imported(f"{name}:{place}"), options_of_it
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, eq, value = part.partition("=")
         options[key.strip()] = value.strip() if eq else True
-    return make(name.strip(), **options)
+    return make(name.strip(), **options) if cls is None else _made(cls, cls.name, options)
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

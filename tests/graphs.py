@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from plait.errors import PlaitError
+from plait.errors import InvalidGraph, PlaitError
 from plait.ir import (
     Graph,
     OpaqueType,
@@ -29,7 +29,7 @@ from plait.ir import (
     print_graph,
     structurally_equal,
 )
-from plait.ir.verify import problem
+from plait.ir.verify import problem, verify_types
 
 COUNTS = pytest.StashKey[Counter]()
 EXEMPT = "unchecked_graphs"  # marker
@@ -71,6 +71,10 @@ class Checker:
         if not structurally_equal(again, graph):
             return f"its text parses to another graph\n{text}"
         self.counts["round trips"] += 1
+        try:
+            verify_types(graph)
+        except InvalidGraph as error:
+            return f"its types are not inferred again: {error}\n{text}"
         if graph.level != "tensor":
             return ""
         if any((n.op.effect or "").startswith("collective") for n in graph.nodes):

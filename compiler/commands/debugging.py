@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..terminal import emit, progress, size
-from .shared import choices_of_passes, common, inputs_of_source, options_of
+from .shared import choices_of_passes, common, inputs_of_source, options_of, writable
 
 if TYPE_CHECKING:
     from ..debugging.bisect import Culprit
@@ -97,7 +97,9 @@ _weights = click.option(
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write what is left to this bundle.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False), callback=writable, help="Write what is left to this bundle."
+)
 @click.option("--seconds", default=60.0, show_default=True, help="Time to spend.")
 @_weights
 @source_or_bundle
@@ -123,7 +125,9 @@ def reduce(src: str, output: str | None, seconds: float, weights: bool, as_json:
 
 
 @click.command()
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The bundle to write.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(dir_okay=False), callback=writable, help="The bundle to write."
+)
 @_weights
 @source_or_bundle
 @common

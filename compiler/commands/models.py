@@ -10,12 +10,18 @@ from typing import Any
 import click
 
 from ..terminal import coverage_text, emit, fields, milliseconds, progress, size, table
-from .shared import choices_of_passes, common, inputs_of_source, options_of
+from .shared import choices_of_passes, common, inputs_of_source, options_of, writable
 
 
 @click.command("compile")
 @click.argument("src")
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="The artifact to write  [default: NAME.plait].")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    callback=writable,
+    help="The artifact to write  [default: NAME.plait].",
+)
 @click.option(
     "--target",
     default="cpu",

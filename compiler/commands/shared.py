@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -84,6 +86,17 @@ def common(command: F) -> F:
         "-v", "--verbose", is_flag=True, expose_value=False, callback=_be_verbose, is_eager=True,
         help="Show logs, and the traceback of errors.",
     )(command)  # fmt: skip
+
+
+def writable(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option that names a file to write: refuses what cannot be written before any work is done."""
+    if value is not None:
+        try:
+            with tempfile.TemporaryFile(dir=Path(value).parent):
+                pass
+        except OSError as error:
+            raise click.BadParameter(f"nothing can be written there: {error}") from error
+    return value
 
 
 def inputs_of_source(command: F) -> F:

@@ -35,7 +35,7 @@ class Culprit:
 
     def __str__(self) -> str:
         if self.decision is None:
-            return f"wrong with all {self.total} choices held back: capture, or torch itself, is at fault ({self.runs} runs)"
+            return self._without_choice()
         lines = [f"choice {self.decision.index} of {self.total}: {self.decision} ({self.runs} runs)"]
         if self.failure is not None:
             lines.append(f"  {self.failure}")
@@ -43,6 +43,15 @@ class Culprit:
             file, line, code = self.decision.node.loc.frame
             lines.append(f"  {file}:{line}: {code}")
         return "\n".join([*lines, *(["", self.diff] if self.diff else [])])
+
+    def _without_choice(self) -> str:
+        """In words: it fails although all choices are held back."""
+        held = f"with all {self.total} choices held back ({self.runs} runs)"
+        if self.failure is None or self.failure.kind == "wrong":
+            if self.failure is not None and self.failure.what == "check":
+                return f"the check rejects even what is compiled {held}: {self.failure.detail}"
+            return f"wrong {held}: capture, or torch itself, is at fault"
+        return f"it still {self.failure.kind} {held}: {self.failure.detail or self.failure.what}"
 
 
 def first_bad(total: int, bad: Callable[[Sequence[int]], Sequence[bool]], ways: int = 1) -> int:
@@ -74,21 +83,25 @@ def bisect(
     failure = _failure(subject, check, whole)
     runs += 1
     if failure is None:
+        if check is None:
+            subject.comparable()
         raise NothingToFind(name=subject.name)
     total = whole.count
     judge = _judge(subject, check, failure)
     passes_alone = check is None and failure.kind == "wrong" and _interpreted_failure(subject, None) is not None
     if passes_alone:
-        judge = lambda limit: _interpreted_failure(subject, limit) is not None  # noqa: E731
+        judge = lambda limit: _interpreted_failure(subject, limit)  # noqa: E731
         total = _pass_choices(subject)
     runs += 1
-    if judge(0):
-        return Culprit(None, total, runs, failure)
+    without = judge(0)
+    if without is not None:
+        return Culprit(None, total, runs, without)
 
     def many(limits: Sequence[int]) -> list[bool]:
         nonlocal runs
         runs += len(limits)
-        return list(pool.map(judge, limits)) if pool is not None else [judge(n) for n in limits]
+        found = pool.map(judge, limits) if pool is not None else map(judge, limits)
+        return [failure is not None for failure in found]
 
     n = first_bad(total, many, ways)
     culprit, diff = _describe(subject, n)
@@ -98,13 +111,15 @@ def bisect(
 def _failure(subject: Subject, check: Callable[[Any], bool] | None, decisions: Decisions) -> Failure | None:
     if check is None:
         return subject.failure(decisions)
-    return None if check(subject.build(decisions)) else Failure("wrong", "check", detail="the check says so")
+    if check(subject.build(decisions)):
+        return None
+    return Failure("wrong", "check", detail=getattr(check, "said", "") or "it says so")
 
 
-def _judge(subject: Subject, check: Callable[[Any], bool] | None, failure: Failure) -> Callable[[int], bool]:
-    def bad(limit: int) -> bool:
+def _judge(subject: Subject, check: Callable[[Any], bool] | None, failure: Failure) -> Callable[[int], Failure | None]:
+    def bad(limit: int) -> Failure | None:
         found = _failure(subject, check, Decisions(limit))
-        return found is not None and found.kind == failure.kind  # another failure is not the one looked for
+        return found if found is not None and found.kind == failure.kind else None  # another one is not looked for
 
     return bad
 
@@ -112,8 +127,8 @@ def _judge(subject: Subject, check: Callable[[Any], bool] | None, failure: Failu
 def _interpreted_failure(subject: Subject, limit: int | None) -> Failure | None:
     """The failure of the graph after the passes when it runs by its ops' references."""
     try:
-        graph, _ = subject.transform(Decisions(limit))
-        return subject.judge(interpret(graph, subject.inputs))
+        graph, steps = subject.transform(Decisions(limit))
+        return subject.judge(interpret(graph, subject.inputs), steps)
     except Exception:  # another failure: it shows when the whole compilation is judged
         return None
 

@@ -35,6 +35,10 @@ class Budget:
             if step.numerics.kind != "approximate":
                 return ""
             cost = _change(step, inputs)
+            if cost is None:
+                why = "no result holds a finite number on these inputs, so that its error cannot be measured"
+                log.warning("pass %s on graph %s is undone: %s", step.pass_name, graph.name, why)
+                return why
             if self.spent + cost <= self.limit:
                 self.spent += cost
                 return ""
@@ -48,9 +52,12 @@ class Budget:
         return refuse
 
 
-def _change(step: Step, inputs: Sequence[Any]) -> float:
+def _change(step: Step, inputs: Sequence[Any]) -> float | None:
+    """The largest relative change of a result; None where a floating result has no finite element to compare."""
     before, after = interpret(step.before, inputs), interpret(step.after, inputs)
     pairs = [
         (a, b) for a, b in zip(after, before, strict=True) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     ]
+    if any(b.numel() and b.is_floating_point() and not bool(b.isfinite().any()) for _, b in pairs):
+        return None
     return max((distance(a, b).relative for a, b in pairs), default=0.0)

@@ -20,11 +20,12 @@ import torch
 
 from ...errors import ArtifactVersion, BundleVersion, DamagedArtifact, DamagedBundle, NotABundle, NotAnArtifact
 from ...ir import Graph, parse_graph, verify
+from ...ir.verify import verify_types
 from ...passes.base import Step
 from ...runtime.archive import Archive, Content, Form, write_archive
 from ..env import environment
 from ..options import Options
-from .failure import Failure
+from .failure import KINDS, Failure
 from .stored import all_constants, described, pass_data, pass_from, restored, running, stored
 from .subject import Subject, failure_apart
 from .walk import Level
@@ -126,6 +127,7 @@ class Bundle:
         """The graph before the pass that failed. Raises BadText, UnknownOp, InvalidGraph."""
         graph = parse_graph(self.text, self.constants)
         verify(graph)
+        verify_types(graph)
         return graph
 
     def subject(self) -> Subject:
@@ -162,8 +164,10 @@ def read_bundle(path: str | Path) -> Bundle:
         tensors = _tensors(archive, "constants.safetensors")
         named = {n: restored(spec, tensors.get(n), f"constant {n}") for n, spec in constants.items()}
     level, name = manifest.get("level"), manifest.get("name")
-    if level not in get_args(Level) or not isinstance(name, str):
+    if level not in get_args(Level):
         raise DamagedBundle(part=BUNDLE.manifest, why=f"{level!r} is no level of a graph")
+    if not isinstance(name, str):
+        raise DamagedBundle(part=BUNDLE.manifest, why="it names no program")
     return Bundle(path, manifest, text, after, given, named, _failure(manifest), cast("Level", level), name)
 
 
@@ -193,6 +197,6 @@ def _failure(manifest: Mapping[str, Any]) -> Failure:
     kinds: dict[str, type] = {"kind": str, "what": str, "op": str, "band": int, "detail": str}
     if not isinstance(found, dict) or found.keys() != kinds.keys():
         raise DamagedBundle(part=BUNDLE.manifest, why="it names no failure")
-    if any(type(found[k]) is not kind for k, kind in kinds.items()):
+    if any(type(found[k]) is not kind for k, kind in kinds.items()) or found["kind"] not in KINDS:
         raise DamagedBundle(part=BUNDLE.manifest, why="its failure is ill-formed")
     return Failure(**found)

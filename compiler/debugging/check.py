@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -23,10 +24,13 @@ from .subject import Build, Subject
 
 log = logging.getLogger(__name__)
 
+_BROKEN = (126, 127)  # what shells give for a command that cannot be run
 
-@dataclass(frozen=True)
+
+@dataclass
 class Check:
-    """Whether a command finds a build good: it exits with 0. `{}` in the command stands for the artifact's path.
+    """Whether a command finds a build good: it exits with 0. `{}` in the command stands for the artifact's path. `said` is
+    what became of the last command that did not.
 
     The artifact takes and gives what the exported program does; without one, the subject's flat inputs and outputs.
     """
@@ -34,6 +38,7 @@ class Check:
     subject: Subject
     command: tuple[str, ...]
     exported: Exported | None = None
+    said: str = ""
 
     @staticmethod
     def of(subject: Subject, command: str, exported: Exported | None = None) -> Check:
@@ -57,6 +62,9 @@ class Check:
             except OSError as error:
                 raise BadCheck(command=shlex.join(self.command), why=str(error)) from error
         log.info("%s: exit code %d\n%s%s", shlex.join(argv), done.returncode, done.stdout, done.stderr)
+        if done.returncode in _BROKEN:
+            raise BadCheck(command=shlex.join(self.command), why=_ended(done))
+        self.said = "" if done.returncode == 0 else _ended(done)
         return done.returncode == 0
 
     def _ready(self, build: Build) -> aot.Ready:
@@ -70,6 +78,13 @@ class Check:
             trees = (pytree.tree_structure((flat[0], {})), pytree.tree_structure(flat[1]))
         options = self.subject.options
         return aot.Ready(compiled, self.subject.graph, build.history, *trees, options=options, state=state)
+
+
+def _ended(done: subprocess.CompletedProcess[str]) -> str:
+    """How a command ended, and the last line that it wrote."""
+    how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+    last = [line for text in (done.stderr, done.stdout) for line in text.strip().splitlines()[-1:]]
+    return f"{how}: {last[0]}" if last else how
 
 
 def _here() -> Targets:

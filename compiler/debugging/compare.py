@@ -88,11 +88,12 @@ class Wrong:
         return f"{self.count} of {self.of} elements are off by up to {self.error:.3g}, allowed are {self.allowed:.3g}{where}"
 
 
-def wrong(got: object, eager: object, exact: object) -> Wrong | str | None:
+def wrong(got: object, eager: object, exact: object, bound: float = 0.0) -> Wrong | str | None:
     """What is wrong with a result, None for nothing. `eager` is the same computed by eager's kernels, `exact` in float64.
 
     An element is right where it equals eager's or lies within `FACTOR` times eager's largest error, and the slack of the
-    dtype, of float64's. Integers, booleans and what is no tensor must equal eager's.
+    dtype, of float64's; `bound` is an error relative to the largest element that is allowed besides. Integers, booleans and
+    what is no tensor must equal eager's.
     """
     if not isinstance(eager, torch.Tensor) or not isinstance(exact, torch.Tensor):
         return None if type(got) is type(eager) and (got == eager or got != got) else f"{got!r} instead of {eager!r}"
@@ -110,7 +111,8 @@ def wrong(got: object, eager: object, exact: object) -> Wrong | str | None:
         own = _gap(eager, exact)[0]
         own = own[own.isfinite()]
         rtol, atol = SLACK.get(got.dtype, (1e-6, 1e-6))
-        allowed = FACTOR * (own.max() if own.numel() else 0.0) + atol + rtol * truth.abs().nan_to_num(0.0, 0.0)
+        size = truth.abs().nan_to_num(0.0, 0.0)
+        allowed = FACTOR * (own.max() if own.numel() else 0.0) + atol + rtol * size + bound * size.max()
     bad = ~((error <= allowed) | equal)
     if not bool(bad.any()):
         return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...errors import PlaitError
 
+KINDS = ("wrong", "raises", "crashes")
 #: Two wrong answers are the same failure while their errors are this close, in powers of ten.
 BAND = 2
 

@@ -19,6 +19,7 @@ from ...ir.verify import around
 from ...passes.base import Step
 from ...runtime.plan import Call, OutputSpec, Plan
 from ..decisions import Decisions
+from .changed import misplaced
 from .compare import Wrong, wrong
 from .interpret import replay
 from .subject import Build, Subject, run_compiled
@@ -34,7 +35,8 @@ class BadNode:
     `stage` is the pass that left it so, "expand" where opening a composite op did, "kernel" for a generated kernel, "call"
     for a call of a torch op, "memory" where a step overwrote a value that is still read (`node` made that value, `kernel` is
     the step that overwrote it). `rules` are those that rewrote the node. `graph` is the graph it lies in, `runs` how many
-    partial runs the search took.
+    partial runs the search took. Where a rule put a value that was there already in the place of another one, `instead` is
+    its name, and `node` is the one whose place it took, in the graph before.
     """
 
     node: Node
@@ -43,24 +45,34 @@ class BadNode:
     graph: Graph
     kernel: str = ""
     runs: int = 0
+    instead: str = ""
+    rule: str = ""
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """The rules that made the node from others."""
-        return self.node.loc.rules
+        """The rules that made the node from others, or replaced it."""
+        inside = [r for region in self.node.regions for n in region.nodes for r in n.loc.rules]
+        own = (self.rule,) if self.rule else ()
+        return tuple(dict.fromkeys((*self.node.loc.rules, *inside, *own)))
 
     def context(self, lines: int = CONTEXT) -> str:
         """The node among the lines around it."""
         return around(self.graph, self.graph.nodes.index(self.node), lines)
 
     def __str__(self) -> str:
+        if self.instead:
+            how = f"{self.node.op.name}, which {self.rule or self.stage} replaced by {self.instead} in pass {self.stage}"
+            return "\n".join([f"{how}: {self.wrong} ({self.runs} runs)", *self._frame(), self.context()])
         by = f", made by {', '.join(self.rules)}" if self.rules else ""
         inside = f" in kernel {self.kernel}" if self.kernel else ""
         said = [f"{self.node.op.name} after {self.stage}{by}{inside}: {self.wrong} ({self.runs} runs)"]
-        if self.node.loc.frame is not None:
-            file, line, code = self.node.loc.frame
-            said.append(f"  {file}:{line}: {code}")
-        return "\n".join([*said, self.context()])
+        return "\n".join([*said, *self._frame(), self.context()])
+
+    def _frame(self) -> list[str]:
+        if self.node.loc.frame is None:
+            return []
+        file, line, code = self.node.loc.frame
+        return [f"  {file}:{line}: {code}"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,7 @@ def first_bad_node(subject: Subject, build: Build | None = None) -> BadNode:
         traced = trace(graph, CodegenOptions(measured=subject.options.tune))
         found = _after_opening(traced, subject.inputs) or _in_plan(traced, subject.inputs)
     if found is None:
+        subject.comparable()
         raise NothingToFind(name=subject.name)
     return found
 
@@ -116,12 +129,19 @@ def first_bad_node(subject: Subject, build: Build | None = None) -> BadNode:
 def _after_passes(subject: Subject, graph: Graph, history: Sequence[Step]) -> BadNode | None:
     """The first bad node of the graph after the passes, run by its ops' references."""
     known = _References.of(subject.graph, subject.inputs)
-    for step in history:
-        if step.changed:
-            bad = _bad_in(step.after, known, step.replaced, subject.inputs, step.pass_name)
-            if bad is not None:
-                return bad
-    return _bad_results(subject, graph, history[-1].pass_name if history else "captured")
+    for i, step in enumerate(history):
+        if not step.changed:
+            continue
+        if step.numerics.kind == "approximate":
+            results = replay(step.after, subject.inputs).results
+            if subject.judge(results, history[: i + 1]) is None:  # within what it declared: values are now what it made them
+                known = _References.of(step.after, subject.inputs)
+                continue
+        change = _Change(step.pass_name, step.before, step.replaced, step.by)
+        bad = _bad_in(step.after, known, change, subject.inputs)
+        if bad is not None:
+            return bad
+    return _bad_results(subject, graph, history)
 
 
 def _unset(graph: Graph) -> set[Value]:
@@ -133,26 +153,42 @@ def _unset(graph: Graph) -> set[Value]:
     return found
 
 
-def _bad_in(
-    graph: Graph, known: _References, replaced: Mapping[Value, Arg], inputs: Sequence[Any], stage: str
-) -> BadNode | None:
-    known.follow(replaced)
-    values = replay(graph, inputs).values
-    for node in graph.nodes:
+@dataclass(frozen=True)
+class _Change:
+    """What led to a graph: the stage, the graph before, what took the place of which value, and by which rule."""
+
+    stage: str
+    before: Graph
+    replaced: Mapping[Value, Arg]
+    by: Mapping[Value, str]
+
+
+def _bad_in(graph: Graph, known: _References, change: _Change, inputs: Sequence[Any]) -> BadNode | None:
+    values = {**dict(zip(graph.inputs, inputs, strict=True)), **replay(graph, inputs).values}
+    other = misplaced(graph, change.replaced, change.by, known.eager, known.exact, values)
+    known.follow(change.replaced)
+    for i, node in enumerate(graph.nodes):
+        if other is not None and i >= other.place:
+            break
         for v in node.results:
             what = known.wrong(v, values.get(v))
             if what is not None:
-                return BadNode(node, stage, what, graph)
+                return BadNode(node, change.stage, what, graph)
+    if other is not None and other.old in change.before.producers:
+        node = change.before.producers[other.old]
+        return BadNode(node, change.stage, other.what, change.before, instead=other.new.hint, rule=other.rule)
     known.extend(graph, inputs)
     return None
 
 
-def _bad_results(subject: Subject, graph: Graph, stage: str) -> BadNode | None:
+def _bad_results(subject: Subject, graph: Graph, history: Sequence[Step]) -> BadNode | None:
     """The node behind the first wrong result of a graph."""
+    stage = history[-1].pass_name if history else "captured"
     results = replay(graph, subject.inputs).results
+    bound = subject.allowed(history)
     sources: list[Arg] = [*graph.outputs, *(v for _, v in graph.writes)]
     for source, got, eager, exact in zip(sources, results, subject.eager, subject.exact, strict=True):
-        what = wrong(got, eager, exact)
+        what = wrong(got, eager, exact, bound)
         if what is not None and isinstance(source, Value) and source in graph.producers:
             return BadNode(graph.producers[source], stage, what, graph)
     return None
@@ -161,7 +197,8 @@ def _bad_results(subject: Subject, graph: Graph, stage: str) -> BadNode | None:
 def _after_opening(traced: Trace, inputs: Sequence[Any]) -> BadNode | None:
     """The first bad node of the graph with composite ops opened."""
     known = _References.of(traced.compiled.graph, inputs)
-    return _bad_in(traced.scheduled.graph, known, traced.opened.replaced, inputs, "expand")
+    change = _Change("expand", traced.compiled.graph, traced.opened.replaced, traced.opened.by)
+    return _bad_in(traced.scheduled.graph, known, change, inputs)
 
 
 # -- the plan -----------------------------------------------------------------------------------------------------------

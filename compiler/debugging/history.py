@@ -16,7 +16,7 @@ def find_step(history: Sequence[Step], which: int | str) -> Step:
     for one in history:
         if one.pass_name == which:
             return one
-    raise UnknownStep(name=which, known=", ".join(f"{i} {s.pass_name}" for i, s in enumerate(history)))
+    raise UnknownStep(name=which, known=", ".join(f"{i} {s.pass_name}" for i, s in enumerate(history)) or "none so far")
 
 
 def step_diff(step: Step) -> str:

@@ -17,6 +17,7 @@ from torch.fx import Node as FxNode
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map
 
+from ...errors import WrongInputCount, WrongInputDtype, WrongInputRank, WrongInputShape, WrongInputType
 from ...ir import Graph, OpaqueType, ScalarType, TensorType, Value
 from ...ir.fx import FxLinks, to_fx
 
@@ -79,6 +80,28 @@ def replay(graph: Graph, inputs: Sequence[Any], *, wide: bool = False) -> Replay
     values: dict[Value, Any] = {}
     results = _run(graph, inputs, wide=wide, watch=values.__setitem__)
     return Replay(results, values)
+
+
+def check_inputs(graph: Graph, inputs: Sequence[Any]) -> None:
+    """Raise the WrongInput* error of the first flat input that a graph does not take."""
+    if len(inputs) != len(graph.inputs):
+        names = ", ".join(v.hint for v in graph.inputs)
+        raise WrongInputCount(expected=len(graph.inputs), got=len(inputs), names=names)
+    for v, x in zip(graph.inputs, inputs, strict=True):
+        if not isinstance(v.type, TensorType):
+            continue
+        kind = v.type
+        if not isinstance(x, torch.Tensor):
+            raise WrongInputType(name=v.hint, expected="a tensor", got=type(x).__name__)
+        if x.dtype != kind.dtype:
+            want, got = (str(d).removeprefix("torch.") for d in (kind.dtype, x.dtype))
+            raise WrongInputDtype(name=v.hint, expected=want, got=got)
+        spec, shape = list(kind.shape), list(x.shape)
+        if x.ndim != kind.rank:
+            raise WrongInputRank(name=v.hint, expected=kind.rank, got=x.ndim, shape=shape, spec=spec)
+        for d, (want, got) in enumerate(zip(kind.shape, x.shape, strict=True)):
+            if isinstance(want, int) and want != got:
+                raise WrongInputShape(name=v.hint, dim=d, expected=want, got=got, shape=shape, spec=spec)
 
 
 def widen(x: Any) -> Any:

@@ -59,7 +59,7 @@ def _by_step(first: Graph, steps: Iterable[Step], inputs: Sequence[Any]) -> list
     """The ledger, with the step that each part belongs to; None for the graph as captured."""
     for v, x in zip(first.inputs, inputs, strict=True):
         if isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.isnan().any()):
-            raise NotANumber(name=v.hint)
+            raise NotANumber(name=v.hint, what="an input holds NaN")
     names = result_names(first)
     wide = interpret_wide(first, inputs)
     eager = before = interpret(first, inputs)
@@ -126,7 +126,8 @@ def ledger_table(rows: Sequence[Entry]) -> str:
          r.moved, words[r.equal], r.broken)
         for r in rows
     ]  # fmt: skip
-    return table(("after", "result", "error", "relative", "ulp", "than eager", "bit-equal to before", ""), body)
+    head = ("after", "result", "error", "relative", "ulp", "than eager", "bit-equal to before", "broken promise")
+    return table(head, body)
 
 
 def check_ledger(first: Graph, steps: Sequence[Step], inputs: Sequence[Any]) -> list[Entry]:

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from ...errors import AnotherFailure, InvalidGraph, NothingToFind, PlaitError
 from ...ir import Graph, Node, Value, verify
+from ...passes.base import Step
 from ..decisions import Decisions
 from ..pipelines import Session, passes
 from .compare import Wrong
@@ -114,17 +115,17 @@ class _Judge:
             self.at = "crashes"
             return self._checked(failure_apart(self.subject), failure), None
         try:
-            graph, _ = self.subject.transform(Decisions())
+            graph, steps = self.subject.transform(Decisions())
         except Exception as error:  # the failure that is looked for
             self.at, found = "raises", of_error(error)
         else:
             self.at = "passes"
-            found = self._interpreted(graph, self.subject)
+            found = self._interpreted(graph, self.subject, steps)
         if found is None or not (failure is None or failure.same(found)):
             self.at = "kernels"
             try:
                 build = self.subject.build()
-                found = self.subject.judge(self.subject.run(build))
+                found = self.subject.judge(self.subject.run(build), build.history)
             except Exception as error:  # the failure that is looked for
                 found = of_error(error)
         elif self.at == "passes":
@@ -168,15 +169,15 @@ class _Judge:
         if self.at in ("kernels", "crashes"):
             return candidate.failure() if self.at == "kernels" else failure_apart(candidate)
         try:
-            graph, _ = candidate.transform(Decisions())
+            graph, steps = candidate.transform(Decisions())
         except Exception as error:  # a failure, this one or another
             return of_error(error) if self.at == "raises" else None
-        return self._interpreted(graph, candidate) if self.at == "passes" else None
+        return self._interpreted(graph, candidate, steps) if self.at == "passes" else None
 
     @staticmethod
-    def _interpreted(graph: Graph, subject: Subject) -> Failure | None:
+    def _interpreted(graph: Graph, subject: Subject, steps: Sequence[Step]) -> Failure | None:
         try:
-            return subject.judge(interpret(graph, subject.inputs))
+            return subject.judge(interpret(graph, subject.inputs), steps)
         except (PlaitError, RuntimeError, IndexError, TypeError, ValueError):
             return None  # it shows when it is compiled
 

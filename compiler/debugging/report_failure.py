@@ -53,6 +53,7 @@ def with_bundle(error: E, subject: Subject, failure: Failure, options: Options, 
     """The error, its message extended by the bundle of a failing subject and the commands to go on. A bundle that cannot be
     written is logged: the failure itself matters more."""
     from .bundle import write_bundle
+    from .stored import importable
 
     path = bundle_path(subject, failure, options)
     try:
@@ -61,7 +62,12 @@ def with_bundle(error: E, subject: Subject, failure: Failure, options: Options, 
     except (OSError, PlaitError) as why:
         log.warning("the failure of %s is not written down: %s", subject.name, why)
         return error
-    error.add("to go on:", f"  plait replay {path}", f"  plait reduce {path}")
+    away = [p.name for p in subject.options.passes if not importable(p)]
+    if away:
+        move = f"move pass {', '.join(away)} out of the script or function it is defined in, into a module"
+        error.add(f"written down in {path}; to replay it, {move}")
+    else:
+        error.add("to go on:", f"  plait replay {path}", f"  plait reduce {path}")
     return error
 
 

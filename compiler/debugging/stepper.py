@@ -11,7 +11,7 @@ model = dbg.edit(str(dbg.graph).replace("aten.tanh", "aten.sin")).resume()
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..pipelines import Session
 from .computed import Computed, computed
 from .edit import edit
 from .history import find_step, step_diff
-from .interpret import Replay, interpret, replay
+from .interpret import Replay, check_inputs, interpret, replay
 from .ledger import Entry, ledger
 from .subject import Subject
 from .walk import Walk
@@ -139,8 +139,10 @@ class Debugger:
         """The present graph's result on these arguments, by default the saved inputs, by the ops' references. For a model
         it is nested like the model's; for a graph the flat outputs, then the new values of written inputs."""
         if self._structure is None or self._exported is None:
+            check_inputs(self.graph, args or self.subject.inputs)
             return interpret(self.graph, args or self.subject.inputs)
         inputs = [*self._exported.held, *self._structure.flatten(args, kwargs)] if args or kwargs else self.subject.inputs
+        check_inputs(self.graph, inputs)
         return self._structure.unflatten(interpret(self.graph, inputs)[: len(self.graph.outputs)])
 
     def node(self, name: str | Node | Value) -> Node:
@@ -199,7 +201,12 @@ class Debugger:
             if value is not None and (value in graph.producers or value in graph.inputs):
                 return value, graph
         name = what if isinstance(what, str) else repr(what)
-        raise UnknownNode(name=name, why="no graph of this compilation has it", near=_nearest(name, self.graph))
+        why = "no graph of this compilation has it"
+        if (owner := next((o for g in self._graphs() for n, o in _inside(g) if n == name), None)) is not None:
+            why = (
+                f"it is inside a region of {owner}, which runs as a whole: its nodes have no values and kernels of their own"
+            )
+        raise UnknownNode(name=name, why=why, near=_nearest(name, self.graph))
 
     def _rest(self) -> tuple[list[Step], Trace]:
         """The steps to come and code generation, on a copy of this compilation: its choices are not counted here."""
@@ -213,6 +220,16 @@ class Debugger:
             traced = trace(graph, codegen_options(options, graph), session.decisions)
             self._traced = self.graph, twin.history, traced
         return self._traced[1], self._traced[2]
+
+
+def _inside(graph: Graph) -> Iterator[tuple[str, str]]:
+    """(name of a value inside a region, name of the node that owns the region)."""
+    names = value_names(graph)
+    for node in graph.nodes:
+        for region in node.regions:
+            owner = names[node.out] if node.outputs else node.op.name
+            yield from ((name, owner) for name in value_names(region).values())
+            yield from ((name, owner) for name, _ in _inside(region))
 
 
 def _nearest(name: str, graph: Graph) -> str:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import os
-import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import torch
 
-from ...errors import CannotBundle, DamagedBundle, PassNotFound
+from ...errors import CannotBundle, DamagedBundle, DeviceNotAvailable, PassNotFound
 from ...ir import Graph
 from ...ir.types import dtype_from_text, dtype_text
 from ...passes import registry
@@ -21,7 +17,6 @@ from ...passes.base import PASSES, Pass
 from .interpret import WIDE, laid_out
 
 _NO_JSON = (math.inf, -math.inf)
-_PATH = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_<][\w.<>]*)")
 
 
 def described(x: Any, seed: int, *, stored: bool) -> dict[str, Any]:
@@ -65,9 +60,16 @@ def restored(spec: Any, tensor: torch.Tensor | None, part: str) -> Any:
             tensor = torch.view_as_complex(tensor)
         if (tensor.dtype, list(tensor.shape)) != (dtype, shape) or len(strides) != len(shape):
             raise ValueError(f"its tensor is {tensor.dtype} {list(tensor.shape)}")
-        return laid_out(tensor, strides).to(spec["device"])
+        return _moved(laid_out(tensor, strides), str(spec["device"]))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DamagedBundle(part=part, why=str(error)) from error
+
+
+def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DeviceNotAvailable(device=device, why="the bundle was written where there is a CUDA device, here is none")
+    return tensor.to(device)
 
 
 def _sizes(found: Any) -> list[int]:
@@ -121,6 +123,12 @@ def pass_data(one: Pass) -> dict[str, Any]:
     return {"name": one.name, **where, "options": one.options()}
 
 
+def importable(one: Pass) -> bool:
+    """Whether another process can import the class of a pass: it lies in a module, not in a script or a function."""
+    cls = type(one)
+    return cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
+
+
 def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple | list):
         for v in value:
@@ -135,33 +143,15 @@ def pass_from(data: Any) -> Pass:
         raise DamagedBundle(part="bundle.json", why="its list of passes is ill-formed")
     if "import" not in data:
         return registry.make(data["name"], **data["options"])
-    cls = _imported(data["import"])
+    if not isinstance(data["import"], str) or registry.PLACE.fullmatch(data["import"]) is None:
+        raise DamagedBundle(part="bundle.json", why=f"{data['import']!r} is no place of a pass")
+    cls = registry.imported(data["import"])
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = data["options"].keys() - known
     if unknown:
         raise PassNotFound(path=data["import"], why=f"it has no option {min(unknown)!r} any more")
     return cls(**{k: registry.convert(v, hints[k]) for k, v in data["options"].items()})
-
-
-def _imported(path: Any) -> type[Pass]:
-    match = _PATH.fullmatch(path) if isinstance(path, str) else None
-    if match is None:
-        raise DamagedBundle(part="bundle.json", why=f"{path!r} is no place of a pass")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as for SRC: the user's own module lies where the command is run
-    try:
-        found: Any = importlib.import_module(match[1])
-    except ImportError as error:
-        raise PassNotFound(path=path, why=str(error)) from error
-    for name in match[2].split("."):
-        if not hasattr(found, name):
-            inside = "it was defined inside a function" if "<locals>" in path else f"{match[1]} has no {match[2]}"
-            raise PassNotFound(path=path, why=inside)
-        found = getattr(found, name)
-    if not isinstance(found, type) or not issubclass(found, Pass):
-        raise PassNotFound(path=path, why="it is no pass")
-    return found
 
 
 def running(passes: Sequence[Pass], level: str) -> list[Pass]:

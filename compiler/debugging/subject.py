@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...codegen.compile import CodegenOptions, CompiledGraph, compile_graph
+from ...errors import NotANumber
 from ...ir import Graph
 from ...passes.base import Step
 from ..decisions import Decisions, deciding
@@ -25,12 +26,16 @@ from .walk import Level, Walk
 
 @dataclass(frozen=True)
 class Build:
-    """One compilation of a subject: the graph after the passes, the passes, and the compiled graph."""
+    """One compilation of a subject: the graph after the passes, the passes, and the compiled graph. Call it on flat inputs
+    (values of written buffers first, then the model's arguments) for the flat outputs."""
 
     graph: Graph
     history: tuple[Step, ...]
     compiled: CompiledGraph
     decisions: Decisions
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        return self.compiled.executable_checking()(*inputs)
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,32 @@ class Subject:
         """The same in float64."""
         return interpret_wide(self.graph, self.inputs)
 
-    def judge(self, results: Sequence[Any]) -> Failure | None:
-        """What is wrong with results (outputs, then new values of written inputs); the worst one, None for nothing."""
+    def judge(self, results: Sequence[Any], history: Sequence[Step] = ()) -> Failure | None:
+        """What is wrong with results (outputs, then new values of written inputs); the worst one, None for nothing.
+
+        The error that approximate passes of `history` are allowed is not wrong.
+        """
         found: Failure | None = None
+        bound = self.allowed(history)
         for i, (got, eager, exact) in enumerate(zip(results, self.eager, self.exact, strict=True)):
-            what = wrong(got, eager, exact)
+            what = wrong(got, eager, exact, bound)
             if what is not None:
                 band = what.band if isinstance(what, Wrong) else 99
                 if found is None or band > found.band:
                     found = Failure("wrong", f"result {i}", band=band, detail=str(what))
         return found
+
+    def allowed(self, history: Sequence[Step]) -> float:
+        """The relative error that approximate passes may have caused together: what they declare, at most the budget."""
+        declared = sum(s.numerics.bound for s in history if s.changed and s.numerics.kind == "approximate")
+        return declared if self.options.max_rel_err is None else min(declared, self.options.max_rel_err)
+
+    def comparable(self) -> None:
+        """Raise NotANumber where no result has a finite element, so that nothing can be right or wrong."""
+        floats = [x for x in self.exact if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())]
+        if floats and not any(bool(x.isfinite().any()) for x in floats):
+            holds = [v.hint for v, x in zip(self.graph.inputs, self.inputs, strict=True) if _holds_nan(x)]
+            raise NotANumber(name=", ".join(holds) or "none", what="no result holds a finite number")
 
     def run(self, build: Build) -> list[Any]:
         """Run a build on copies of the inputs; outputs, then the new values of written inputs."""
@@ -122,9 +143,14 @@ class Subject:
     def failure(self, decisions: Decisions | None = None) -> Failure | None:
         """Compile, run and judge; errors on the way are failures too."""
         try:
-            return self.judge(self.run(self.build(decisions)))
+            build = self.build(decisions)
+            return self.judge(self.run(build), build.history)
         except Exception as error:  # whatever a compilation raises is what is looked for
             return of_error(error)
+
+
+def _holds_nan(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) and not bool(x.isfinite().all())
 
 
 def failure_apart(subject: Subject) -> Failure | None:

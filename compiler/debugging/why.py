@@ -21,7 +21,8 @@ def why(history: Sequence[Step], ahead: Sequence[str], rule: str, node: Node | N
     steps = [s for s in history if rule in _tried(s)]
     if not steps:
         near = difflib.get_close_matches(rule, known, n=1, cutoff=0.0)
-        raise UnknownRule(name=rule, near=near[0] if near else "", ahead=", ".join(ahead) or "none",
+        nearest = f"; the nearest is {near[0]!r}" if near else ""
+        raise UnknownRule(name=rule, near=nearest, ahead=", ".join(ahead) or "none",
                           known=", ".join(sorted(known)) or "none")  # fmt: skip
     found: list[Reason] = []
     for step in steps:

@@ -144,7 +144,7 @@ def test_signs_of_zero_count_as_bits_and_nan_equals_nan() -> None:
 def test_nan_inputs_are_refused(graph: Graph) -> None:
     inputs = debug.random_inputs(graph)
     inputs[0][0, 0] = float("nan")
-    with pytest.raises(errors.NotANumber, match="'x' holds NaN"):
+    with pytest.raises(errors.NotANumber, match="an input holds NaN"):
         debug.ledger(graph, [], inputs)
 
 
