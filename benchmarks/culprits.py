@@ -20,13 +20,13 @@ from .runner import Outcome, Run
 LIMIT_S = 60.0
 NODES_LEFT = 5
 GOALS = {"bisect": 38, "first bad node": 36, "reduce": 36}
-QUICK = ("gradient of a product", "relu of nothing", "race in a step", "kernel of a backward")
+QUICK = ("gradient of a product", "relu of nothing", "dropped token", "kernel of a backward")
 SEED = 0
 EXAMPLE = Path("examples/find_the_culprit.py")
 
 
 def plants(run: Run) -> Outcome | None:
-    """Letter a. A quick run takes a rewrite, a gradient, a kernel and a race in the two small programs."""
+    """Letter a. A quick run takes a rewrite, a gradient, a kernel and a dropped token in the two small programs."""
     chosen = [p for p in PLANTS if p.name in QUICK] if run.quick else PLANTS
     rows = {}
     for plant in chosen:
