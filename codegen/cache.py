@@ -218,6 +218,13 @@ class Cache:
 
         return self.get_or_make(key, make)
 
+    def replace(self, key: Key, files: Mapping[str, bytes]) -> Entry:
+        """Like `put`, but an entry that is there with other files makes way."""
+        found = self.get(key)
+        if isinstance(found, Entry) and {name: found.read(name) for name in found.files} != dict(files):
+            self._remove(found.folder)
+        return self.put(key, files)
+
     def get_or_make(self, key: Key, make: Callable[[Path], None]) -> Entry:
         """The entry for `key`; where there is none, `make(folder)` writes its files into an empty folder first.
 
