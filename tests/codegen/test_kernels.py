@@ -62,7 +62,7 @@ def test_a_kernel_whose_object_is_gone_is_built_again(tmp_path: Path, runs: list
     compiled = compile_graph(parse_graph(PRODUCTS))
     kernels.load_kernels(compiled.sources, Cache(tmp_path))
     count = len(runs)
-    shutil.rmtree(next(tmp_path.glob("v1/objects")))
+    shutil.rmtree(next(tmp_path.glob("v2/objects")))
     assert kernels.load_kernels(compiled.sources, Cache(tmp_path)).keys() == compiled.sources.keys()
     assert len(runs) == 2 * count
 
