@@ -3,7 +3,7 @@
 It lies below the compiler because both the kernel builder and the compiler use it. An entry is a folder of files plus
 `entry.json`, which holds the parts of its key and a checksum of every file:
 
-    <root>/v1/<kind>/<digest>/entry.json, plan.json, k0.so, ...
+    <root>/v2/<kind>/<digest>/entry.json, plan.json, kernels.so, ...
 
 Entries are made in a temporary folder and appear by one rename, so that a reader never sees half of one. A per-key lock
 lets the second of two processes wait for the first instead of building the same thing again.
@@ -33,7 +33,7 @@ from .. import config
 
 log = logging.getLogger(__name__)
 
-FORMAT = "v1"
+FORMAT = "v2"
 LIMIT = 4 << 30
 """Default size cap in bytes."""
 GRACE = 60.0
@@ -57,7 +57,7 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry depends on, as named parts. `kind` is the folder ("kernel", "graph").
+    """What an entry depends on, as named parts. `kind` is the folder ("kernel", "objects", "graph").
 
     Parts keep their names so that a miss can say which of them differs from the nearest entry.
     """
@@ -217,6 +217,13 @@ class Cache:
                 (folder / name).write_bytes(data)
 
         return self.get_or_make(key, make)
+
+    def replace(self, key: Key, files: Mapping[str, bytes]) -> Entry:
+        """Like `put`, but an entry that is there with other files makes way."""
+        found = self.get(key)
+        if isinstance(found, Entry) and {name: found.read(name) for name in found.files} != dict(files):
+            self._remove(found.folder)
+        return self.put(key, files)
 
     def get_or_make(self, key: Key, make: Callable[[Path], None]) -> Entry:
         """The entry for `key`; where there is none, `make(folder)` writes its files into an empty folder first.

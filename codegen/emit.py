@@ -86,15 +86,15 @@ class _GroupBody(Evaluator):
             total = total + i * s
         return tidy(total)
 
-    def _spilled(self) -> set[Value]:
-        """Full units whose value a later phase reads and that are dearer to compute than to keep in memory."""
-        found: set[Value] = set()
+    def _spilled(self) -> dict[Value, None]:
+        """Full units whose value a later phase reads and that are dearer to compute than to keep in memory, in order."""
+        found: dict[Value, None] = {}
         for u in self.group.units:
             for v, _ in u.reads:
                 if v in self.units and v not in self.group.outer and self.group.phase[u.value] > self.group.phase[v]:
                     own = self.analysis.weight.get(v, 8)
                     if v in self.stored or own > _RECOMPUTE or self.group.phase[v] > 0:
-                        found.add(v)
+                        found[v] = None
         return found
 
     # -- reading ------------------------------------------------------------------------------------------------------

@@ -1,18 +1,21 @@
-"""Built kernels: every distinct source is one shared object in the disk cache, compiled side by side where missing."""
+"""Built kernels: distinct sources are compiled once, side by side, and their shared objects kept in the disk cache."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from .cache import Cache, Key, default_root, sha256
-from .cpp.build import build, toolchain
+from .cache import Cache, Entry, Key, default_root, sha256
+from .cpp.build import build, deal, toolchain
+from .templates.matmul import drivers
 
-_FILE = "kernel.so"
+_FILE, _WHERE = "kernels.so", "objects.txt"
 
 
 @lru_cache(maxsize=8)
@@ -27,32 +30,76 @@ def current_cache() -> Cache:
 
 
 def load_kernels(sources: Mapping[str, str], cache: Cache, isa: str = "native") -> dict[str, int]:
-    """Address of each kernel's function. Missing ones are compiled, as many at a time as there are cores.
+    """Address of each kernel's function. Missing ones are dealt to as many compilers as there are cores.
 
-    Raises NoCompiler, KernelBuildFailed.
+    What templates share, the drivers of matrix products, is built once and loaded first. Raises NoCompiler,
+    KernelBuildFailed.
     """
     if not sources:
         return {}
-    parts = toolchain(isa)
-    keys = {name: Key.of("kernel", source=f"sha256:{sha256(source)}", **parts) for name, source in sources.items()}
-    distinct = {key: name for name, key in keys.items()}
+    shared = {name: text for source in sources.values() for name, text in drivers(source).items()}
+    found = _Builds(cache, isa).objects(sources, shared)
+    for name in shared:
+        ctypes.CDLL(str(found[name]), mode=ctypes.RTLD_GLOBAL)
+    return {name: _address(found[name], name) for name in sources}
 
-    def make(item: tuple[Key, str]) -> Path:
-        key, name = item
+
+class _Builds:
+    """Shared objects in the disk cache. An entry of kind "objects" is what one run of the compiler made of several sources;
+    one of kind "kernel" says for a source where its function is."""
+
+    def __init__(self, cache: Cache, isa: str) -> None:
+        self.cache, self.isa = cache, isa
+        self.parts = toolchain(isa)
+        self.core = sha256(json.dumps(self.parts))[:12]  # drivers of another build have other names
+        self.seen: dict[str, Path | None] = {}
+
+    def key(self, text: str) -> Key:
+        return Key.of("kernel", source=f"sha256:{sha256(text)}", **self.parts)
+
+    def objects(self, sources: Mapping[str, str], shared: Mapping[str, str]) -> dict[str, Path]:
+        """The shared object that holds each source's function, by name; equal sources are one function. Those of `shared`
+        have objects of their own, since others need them to be loaded."""
+        texts = {**shared, **sources}
+        names: dict[Key, list[str]] = {}
+        for name, text in texts.items():
+            names.setdefault(self.key(text), []).append(name)
+        found = {key: self.known(key) for key in names}
+        missing = [names[key][0] for key, path in found.items() if path is None]
+        cores = len(os.sched_getaffinity(0))
+        alone = [{n: texts[n]} for n in missing if n in shared]  # they take longest, so they come first
+        groups = [*alone, *deal({n: texts[n] for n in missing if n not in shared}, cores)]
+        with ThreadPoolExecutor(cores) as pool:
+            for made in pool.map(self.make, groups):
+                found.update(made)
+        return {name: path for key, path in found.items() for name in names[key] if path is not None}
+
+    def known(self, key: Key) -> Path | None:
+        """The object of a source that was built before."""
+        entry = self.cache.get(key)
+        if not isinstance(entry, Entry):
+            return None
+        digest = entry.read(_WHERE).decode()
+        if digest not in self.seen:
+            group = self.cache.get(Key.of("objects", kernels=digest, **self.parts))
+            self.seen[digest] = group.path(_FILE) if isinstance(group, Entry) else None
+        return self.seen[digest]
+
+    def make(self, group: Mapping[str, str]) -> dict[Key, Path]:
+        """Build sources into one object and note where each is."""
+        digest = f"sha256:{sha256(''.join(sorted(map(sha256, group.values()))))}"
 
         def compile_into(folder: Path) -> None:
             scratch = folder / "build"
-            built = build({name: sources[name]}, scratch, isa=isa, jobs=1)[name]
-            os.replace(built, folder / _FILE)
-            for leftover in scratch.iterdir():
-                leftover.unlink()
-            scratch.rmdir()
+            built = build(group, scratch, isa=self.isa, flags=(f"-DPLAIT_CORE={self.core}",), jobs=1)
+            os.replace(next(iter(built.values())), folder / _FILE)
+            shutil.rmtree(scratch)
 
-        return cache.get_or_make(key, compile_into).path(_FILE)
-
-    with ThreadPoolExecutor(max(1, min(len(distinct), len(os.sched_getaffinity(0))))) as pool:
-        paths = dict(zip(distinct, pool.map(make, distinct.items()), strict=True))
-    return {name: _address(paths[key], name) for name, key in keys.items()}
+        path = self.cache.get_or_make(Key.of("objects", kernels=digest, **self.parts), compile_into).path(_FILE)
+        keys = [self.key(text) for text in group.values()]
+        for key in keys:
+            self.cache.replace(key, {_WHERE: digest.encode()})
+        return dict.fromkeys(keys, path)
 
 
 def _address(path: Path, name: str) -> int:

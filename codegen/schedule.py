@@ -16,6 +16,7 @@ from .expand import expand
 from .groups import Group, Grouping
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
 from .matmul import Matmul, matmul_of
+from .repeats import Repeats
 from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
 from .tuning import linear_call, measured_choice
@@ -52,11 +53,13 @@ def schedule(
     homes = dict(zip((v for _, v in graph.writes), (graph.inputs[i] for i, _ in graph.writes), strict=True))
     status = Value(TensorType((1,), torch.int64, analysis.device), "status") if analysis.checks_rows else None
     late: list[Item] = []
+    repeats = Repeats(analysis, stored, status)
     for item in grouping.ordered():
         if isinstance(item, Group):
             if not any(u.value in stored for u in item.units):
                 continue  # nobody reads what it computes: only its sizes mattered
-            kernel = _kernel_item(analysis, item, stored, status)
+            nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
+            kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
             if item.matmul is not None:
                 scratch.append(kernel.buffers[-1])
             (late if any(u.value in homes for u in item.units) else items).append(kernel)
@@ -137,8 +140,9 @@ def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
     return found
 
 
-def _kernel_item(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> KernelItem:
-    nodes = tuple(dict.fromkeys(n for u in group.units for n in _covered(analysis, u.node)))
+def _kernel_item(
+    analysis: Analysis, group: Group, nodes: tuple[Node, ...], stored: set[Value], status: Value | None
+) -> KernelItem:
     if group.matmul is not None:
         return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
     made = emit(analysis, group, stored, status)

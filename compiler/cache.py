@@ -1,7 +1,7 @@
 """Whole compiled graphs in the disk cache: what their key is made of, and how a plan is stored and found again.
 
 The cache itself is `codegen/cache.py`. An entry of kind "graph" holds the plan, the sources of its kernels and the coverage;
-binaries are entries of kind "kernel" of their own, shared by all graphs that use them.
+binaries are entries of kinds "kernel" and "objects" of their own, shared by all graphs that use them.
 """
 
 from __future__ import annotations

@@ -115,14 +115,14 @@ def build(
     hashes = {name: _hash(parts, source) for name, source in sources.items()}
     missing = {h: sources[n] for n, h in sorted(hashes.items()) if not (out / f"{h}.so").exists()}
     jobs = jobs or len(os.sched_getaffinity(0))
-    groups = _deal(missing, jobs)
+    groups = deal(missing, jobs)
     with ThreadPoolExecutor(max(1, len(groups))) as pool:
         for done in [pool.submit(_build_group, group, out, isa, flags) for group in groups]:
             done.result()
     return {name: (out / f"{h}.so").resolve() for name, h in hashes.items()}
 
 
-def _deal(sources: Mapping[str, str], groups: int) -> list[dict[str, str]]:
+def deal(sources: Mapping[str, str], groups: int) -> list[dict[str, str]]:
     """Split into at most `groups` parts of about equal text, longest source first."""
     parts: list[dict[str, str]] = [{} for _ in range(min(groups, len(sources)))]
     for name in sorted(sources, key=lambda n: (-len(sources[n]), n)):

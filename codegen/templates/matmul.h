@@ -1,9 +1,10 @@
 // Matrix multiplication C[m, n] = sum over k of A[m, k] * B[k, n], in two levels: a register tile (matmul_tile.h,
-// matmul_thin.h) under a blocked driver. `codegen/templates/matmul.py` writes the `Spec` that fills in operands, prologue
+// matmul_thin.h) under a blocked driver. `codegen/templates/matmul.py` writes the `Call` that fills in operands, prologue
 // and epilogue. The k-sum of one output has one order, see matmul_tile.h.
 #pragma once
 #include <omp.h>
 
+#include "matmul_call.h"
 #include "matmul_thin.h"
 
 namespace plait::matmul {
@@ -12,7 +13,7 @@ constexpr int64_t MC = 264;        // rows of packed A that stay in L2 while pan
 constexpr int64_t NC = 2048;       // columns whose partial sums a thread keeps when K > KB
 constexpr double GRAIN = 1 << 17;  // multiply-adds below which a second thread costs more than it saves
 
-enum class Group { none, m, k };  // what the offsets of groups cut
+enum class Kind { plain, prologue };  // how A is packed: as it is, or by the call's prologue
 
 // B, `count` times, -> panels [count][ceil(N / NR)][K][NR]: once for a weight that the caller owns.
 template <class T, B layout>
@@ -34,13 +35,6 @@ static void pack(const T* src, T* dst, int64_t N, int64_t K, int64_t ldb, int64_
 
 // ---- driver ----------------------------------------------------------------------------------------------------------
 
-// Runtime sizes; strides in elements. Batch axes beyond those of the spec have extent 1 and stride 0.
-struct Dims {
-  int64_t M, N, K, lda, ldb, slots;
-  int64_t batch[2] = {1, 1}, a_step[2] = {0, 0}, b_step[2] = {0, 0};
-  int64_t groups = 1, group_step = 0;
-};
-
 // Elements of scratch that one thread needs; `workspace_elements` in matmul.py says the same.
 inline int64_t slot_elements(const Dims& d, bool packed) {
   const int64_t rows = ceildiv(least(d.M, MC), PR) * PR, blocks = least(ceildiv(d.K, KB), THIN_BLOCKS);
@@ -48,47 +42,32 @@ inline int64_t slot_elements(const Dims& d, bool packed) {
   return most(rows * AS, blocks * THIN_BLOCK) + (packed ? 0 : KB * NR) + sums;
 }
 
-// A thread's rectangle of one matrix. b0, b1: its batch indices; group: its group.
-struct Task {
-  int64_t b0, b1, group, m0, m1, n0, n1, k0, k1;
-};
+template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
+  const Call& call;
+  const Dims& d = call.d;
 
-// What `Spec` holds: T; BT, the type of B in memory; a, b, group as above; the buffers' positions A_at, B_at, workspace_at,
-// and a_ids_at, b_ids_at, offsets_at, group_ids_at (-1: none); batch (number of axes); has_prologue; and the functions
-// prologue and epilogue.
-template <class S> struct Driver {
-  using T = typename S::T;
-  using U = typename S::BT;
-  void* const* bufs;
-  const int64_t* sizes;
-  Dims d;
+  static constexpr int a_row = a_layout == A::k ? int(AS) : 1, a_step = a_layout == A::k ? 1 : MR;
+  static constexpr bool packed = b_layout == B::packed;
 
-  static constexpr int a_row = S::a == A::k ? int(AS) : 1, a_step = S::a == A::k ? 1 : MR;
-  static constexpr bool packed = S::b == B::packed;
-
-  template <int at> const int64_t* table() const {
-    if constexpr (at < 0) return nullptr;
-    else return (const int64_t*)bufs[at];
+  void finish(const Task& t, int64_t m, int64_t rows, int64_t n, int64_t cols, const T* tile, int64_t step) const {
+    call.epilogue(call.bufs, call.sizes, t, m, rows, n, cols, tile, step);
   }
 
   void pack_a(const Task& t, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) const {
-    if constexpr (S::has_prologue) {
-      S::prologue(bufs, sizes, t, m0, rows, k0, kc, dst);
+    if constexpr (kind == Kind::prologue) {
+      call.prologue(call.bufs, call.sizes, t, m0, rows, k0, kc, dst);
     } else {
-      const T* base = (const T*)bufs[S::A_at] + t.b0 * d.a_step[0] + t.b1 * d.a_step[1];
-      const Rows<T> a{base, d.lda, table<S::a_ids_at>()};
-      if constexpr (S::a == A::k) pack_a_k(a, m0, rows, k0, kc, dst);
+      const T* base = (const T*)call.a + t.b0 * d.a_step[0] + t.b1 * d.a_step[1];
+      const Rows<T> a{base, d.lda, call.a_ids};
+      if constexpr (a_layout == A::k) pack_a_k(a, m0, rows, k0, kc, dst);
       else pack_a_m(a, m0, rows, k0, kc, dst);
     }
   }
 
   Rows<U> rows_of_b(const Task& t) const {
-    const U* base = (const U*)bufs[S::B_at] + t.b0 * d.b_step[0] + t.b1 * d.b_step[1];
-    if constexpr (S::group == Group::m) {
-      const int64_t* which = table<S::group_ids_at>();
-      base += (which ? which[t.group] : t.group) * d.group_step;
-    }
-    return {base, d.ldb, table<S::b_ids_at>()};
+    const U* base = (const U*)call.b + t.b0 * d.b_step[0] + t.b1 * d.b_step[1];
+    if (call.group == Group::m) base += (call.group_ids ? call.group_ids[t.group] : t.group) * d.group_step;
+    return {base, d.ldb, call.b_ids};
   }
 
   const T* panel(const Task& t, int64_t k0, int64_t kc, int64_t n0, T* scratch) const {
@@ -97,7 +76,7 @@ template <class S> struct Driver {
       return b.base + n0 * d.K + k0 * NR;
     } else {
       const int64_t cols = least(NR, d.N - n0);
-      if constexpr (S::b == B::k) pack_b_k(b, k0, kc, n0, cols, scratch);
+      if constexpr (b_layout == B::k) pack_b_k(b, k0, kc, n0, cols, scratch);
       else pack_b_n(b, k0, kc, n0, cols, scratch);
       return scratch;
     }
@@ -122,7 +101,7 @@ template <class S> struct Driver {
           const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
           T* c = one ? tile : sums + (n - n0) * rows + first * NR;
           micro_rows<T, a_row, a_step>(mr, kc, a + first * AS, bp, NR, c, k0 > t.k0);
-          if (k0 + KB >= t.k1) S::epilogue(bufs, sizes, t, m, mr, n, least(NR, n1 - n), c, NR);
+          if (k0 + KB >= t.k1) finish(t, m, mr, n, least(NR, n1 - n), c, NR);
         }
       }
       k0 += KB;
@@ -137,16 +116,16 @@ template <class S> struct Driver {
     T* const b = a + most(1, ceildiv(K, KB)) * THIN_BLOCK;
     for (int64_t k = 0; k < K; k += KB) pack_a(t, t.m0, rows, t.k0 + k, least(KB, K - k), a + k / KB * THIN_BLOCK);
     const Rows<U> from = rows_of_b(t);
-    if constexpr (S::b == B::n && same<T, U>) {
+    if constexpr (b_layout == B::n && same<T, U>) {
       for (int64_t n = t.n0; n < t.n1; n += STRIP) {
         thin_n<T, R, a_row, a_step>(K, a, from, t.k0, n, least(STRIP, t.n1 - n), b);
-        S::epilogue(bufs, sizes, t, t.m0, rows, n, least(STRIP, t.n1 - n), b, STRIP);
+        finish(t, t.m0, rows, n, least(STRIP, t.n1 - n), b, STRIP);
       }
       return;
     }
     alignas(64) T tile[MR * NR];
     for (int64_t n = t.n0; n < t.n1; n += NR) {
-      if constexpr (S::b == B::k && same<T, U>) {
+      if constexpr (b_layout == B::k && same<T, U>) {
         const T* src[NR];
         for (int j = 0; j < NR; j++) src[j] = from[least(n + j, t.n1 - 1)] + t.k0;
         for (int h = 0; h < NR; h += lanes<T>) thin_k<T, R, a_row, a_step>(K, a, src + h, tile + h);
@@ -158,7 +137,7 @@ template <class S> struct Driver {
           k += KB;
         } while (k < K);
       }
-      S::epilogue(bufs, sizes, t, t.m0, rows, n, least(NR, t.n1 - n), tile, NR);
+      finish(t, t.m0, rows, n, least(NR, t.n1 - n), tile, NR);
     }
   }
 
@@ -201,12 +180,11 @@ template <class S> struct Driver {
   Task task(int64_t i, Cut cut) const {
     const int64_t in = i % cut.n, im = i / cut.n % cut.m, which = i / (cut.n * cut.m), panels = ceildiv(d.N, NR);
     Task t{which, 0, 0, 0, d.M, panels * in / cut.n * NR, least(d.N, panels * (in + 1) / cut.n * NR), 0, d.K};
-    if constexpr (S::batch == 2) t.b0 = which / d.batch[1], t.b1 = which % d.batch[1];
-    if constexpr (S::group != Group::none) {
-      const int64_t* offsets = table<S::offsets_at>();
+    if (call.batch == 2) t.b0 = which / d.batch[1], t.b1 = which % d.batch[1];
+    if (call.group != Group::none) {
       t.group = which, t.b0 = 0;
-      (S::group == Group::m ? t.m0 : t.k0) = offsets[which];
-      (S::group == Group::m ? t.m1 : t.k1) = offsets[which + 1];
+      (call.group == Group::m ? t.m0 : t.k0) = call.offsets[which];
+      (call.group == Group::m ? t.m1 : t.k1) = call.offsets[which + 1];
     }
     const int64_t share = ceildiv(ceildiv(t.m1 - t.m0, cut.m), 4) * 4;
     t.m0 += im * share;
@@ -215,14 +193,14 @@ template <class S> struct Driver {
   }
 
   void operator()(int nt) const {
-    constexpr bool by_m = S::group == Group::m, by_k = S::group == Group::k;
+    const bool by_m = call.group == Group::m, by_k = call.group == Group::k;
     const int64_t count = by_m || by_k ? d.groups : d.batch[0] * d.batch[1];
     if (count <= 0 || d.M <= 0 || d.N <= 0) return;
     const double work = double(d.M) * double(d.N) * double(d.K > 0 ? d.K : 1) * double(by_m || by_k ? 1 : count);
     nt = work < 2 * GRAIN ? 1 : int(least(nt, d.slots));
     const Cut c = cut(count, by_m ? ceildiv(d.M, count) : d.M, nt);
     const int64_t tasks = count * c.m * c.n, step = slot_elements(d, packed);
-    T* const scratch = (T*)bufs[S::workspace_at];
+    T* const scratch = (T*)call.workspace;
     if (nt <= 1) {
       for (int64_t i = 0; i < tasks; i++) run(task(i, c), scratch);
       return;
@@ -234,5 +212,9 @@ template <class S> struct Driver {
     }
   }
 };
+
+template <class T, class U, A a, B b, Kind kind> static void run(const Call& call, int nthreads) {
+  Driver<T, U, a, b, kind>{call}(nthreads);
+}
 
 }  // namespace plait::matmul

@@ -10,6 +10,7 @@ Prologue and epilogue are kernel-IR statements (`codegen/kernel_ir.py`) whose in
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,37 +148,57 @@ def _up(size: Size, unit: int) -> Size:
 def generate(spec: MatmulSpec) -> str:
     """C++ source of `extern "C" void NAME(void* const* bufs, const int64_t* sizes, int nthreads)`."""
     at = {name: i for i, name in enumerate(spec.buffer_names)}
-    tables = " ".join(f"{t}_at = {at.get(t, -1)}," for t in ("a_ids", "b_ids", "offsets", "group_ids"))
     prologue = _prologue(spec)
+    operands = f"{CTYPE[spec.dtype]}, {CTYPE[spec.b_dtype or spec.dtype]}, {spec.a}, {spec.b}, {_kind(spec)}"
     lines = [
         f"// {spec.name}",
         *(f"//   {row}".rstrip() for origin in spec.origin for row in origin.splitlines()),
-        '#include "matmul.h"',
+        '#include "matmul_call.h"',
         '#include "vmath.h"',
         "using namespace plait;",
         "",
-        "namespace {",
-        f"struct {spec.name}_spec {{",
-        f"  using T = {CTYPE[spec.dtype]};",
-        f"  using BT = {CTYPE[spec.b_dtype or spec.dtype]};",
-        f"  static constexpr auto a = matmul::A::{spec.a};",
-        f"  static constexpr auto b = matmul::B::{spec.b};",
-        f"  static constexpr auto group = matmul::Group::{spec.group or 'none'};",
-        f"  static constexpr int A_at = 0, B_at = 1, {tables} workspace_at = {at['workspace']}, batch = {spec.batch};",
-        f"  static constexpr bool has_prologue = {str(bool(prologue)).lower()};",
-        *(f"  {line}".rstrip() for line in (*prologue, *_epilogue(spec))),
-        "};",
-        "}  // namespace",
+        f"PLAIT_USES_MATMUL({operands});",
+        "",
+        f"namespace {spec.name}_fused {{",
+        *(line.rstrip() for line in (*prologue, *_epilogue(spec))),
+        f"}}  // namespace {spec.name}_fused",
         "",
         f'extern "C" void {spec.name}(void* const* bufs, const int64_t* sizes, int nthreads) {{',
-        "  matmul::Dims d;",
-        *(f"  d.{_FIELDS[name]} = sizes[{i}];" for i, name in enumerate(spec.size_names) if name in _FIELDS),
-        f"  matmul::Driver<{spec.name}_spec>{{bufs, sizes, d}}(nthreads);",
+        "  matmul::Call call{};",
+        "  call.bufs = bufs, call.sizes = sizes;",
+        *(f"  call.d.{_FIELDS[name]} = sizes[{i}];" for i, name in enumerate(spec.size_names) if name in _FIELDS),
+        *(f"  call.{field} = bufs[{at[name]}];" for name, field in (("A", "a"), ("B", "b"), ("workspace", "workspace"))),
+        *(f"  call.{t} = static_cast<const int64_t*>(bufs[{at[t]}]);" for t in _TABLES if t in at),
+        f"  call.batch = {spec.batch};",
+        f"  call.group = matmul::Group::{spec.group or 'none'};",
+        f"  call.epilogue = {spec.name}_fused::epilogue;",
+        *([f"  call.prologue = {spec.name}_fused::prologue;"] if prologue else []),
+        f"  PLAIT_MATMUL({operands})(call, nthreads);",
         "}",
     ]
     return "\n".join(lines) + "\n"
 
 
+def drivers(source: str) -> dict[str, str]:
+    """The drivers that a kernel's C++ uses, by name: the text of the shared object that holds each, to be built with the
+    same PLAIT_CORE as the kernel."""
+    found: dict[str, str] = {}
+    for operands in re.findall(r"^PLAIT_USES_MATMUL\((.*)\);$", source, re.MULTILINE):
+        t, u, a, b, kind = operands.split(", ")
+        found[f"matmul_{t}_{u}_{a}_{b}_{kind}"] = "\n".join([
+            f"// the driver of matrix products {operands}",
+            '#include "matmul.h"',
+            "using namespace plait;",
+            "",
+            f"PLAIT_USES_MATMUL({operands}) {{",
+            f"  matmul::run<{t}, {u}, matmul::A::{a}, matmul::B::{b}, matmul::Kind::{kind}>(call, nthreads);",
+            "}",
+            "",
+        ])  # fmt: skip
+    return found
+
+
+_TABLES = ("a_ids", "b_ids", "offsets", "group_ids")
 _FIELDS = {n: n for n in ("M", "N", "K", "lda", "ldb", "slots", "groups")} | {
     "batch0": "batch[0]", "a_batch0": "a_step[0]", "b_batch0": "b_step[0]",
     "batch1": "batch[1]", "a_batch1": "a_step[1]", "b_batch1": "b_step[1]", "b_group": "group_step",
@@ -235,19 +256,26 @@ def _epilogue(spec: MatmulSpec) -> list[str]:
     nest = Loop(_I, _ROWS, (Loop(_J, _COLS, (load, *body), vector=True),))
     buffers = (*spec.buffers, Buffer("mm_tile", spec.dtype, "read"))
     kernel = Kernel(spec.name, buffers, _scope(spec), (nest,))
+    ctype = CTYPE[spec.dtype]
     return [
         "static void epilogue(void* const* bufs, const int64_t* sizes, const matmul::Task& t, int64_t mm_m0,",
-        "                     int64_t mm_rows, int64_t mm_n0, int64_t mm_cols, const T* mm_tile, int64_t mm_step) {",
+        "                     int64_t mm_rows, int64_t mm_n0, int64_t mm_cols, const void* mm_sums, int64_t mm_step) {",
+        f"  const {ctype}* const mm_tile = static_cast<const {ctype}*>(mm_sums);",
         *_fragment(spec, kernel),
         "}",
     ]
 
 
+def _kind(spec: MatmulSpec) -> str:
+    """How the driver packs A: "plain", or by the kernel's "prologue"."""
+    return "prologue" if spec.prologue or spec.a_dtype not in ("", spec.dtype) else "plain"
+
+
 def _prologue(spec: MatmulSpec) -> list[str]:
     """The function that fills a packed block of A, or nothing where A is copied as it is."""
-    a_dtype = spec.a_dtype or spec.dtype
-    if not spec.prologue and a_dtype == spec.dtype:
+    if _kind(spec) == "plain":
         return []
+    a_dtype = spec.a_dtype or spec.dtype
     row, inner = (M, K) if spec.a == "k" else (K, M)
     stride = {name: sympy.Symbol(f"mm_{name}", integer=True) for name in ("lda", "a_step0", "a_step1")}
     which: sympy.Expr = row
@@ -275,9 +303,11 @@ def _prologue(spec: MatmulSpec) -> list[str]:
     scope = (*_scope(spec), *stride.values(), sympy.Symbol("mm_unit", integer=True))
     strides = {"mm_lda": "lda", "mm_a_step0": "a_batch0", "mm_a_step1": "a_batch1"}
     at = {name: i for i, name in enumerate(spec.size_names)}
+    ctype = CTYPE[spec.dtype]
     return [
         "static void prologue(void* const* bufs, const int64_t* sizes, const matmul::Task& t, int64_t mm_m0,",
-        "                     int64_t mm_rows, int64_t mm_k0, int64_t mm_depth, T* mm_block) {",
+        "                     int64_t mm_rows, int64_t mm_k0, int64_t mm_depth, void* mm_packed) {",
+        f"  {ctype}* const mm_block = static_cast<{ctype}*>(mm_packed);",
         "  const int64_t mm_unit = matmul::MR;",
         *(f"  const int64_t {n} = sizes[{at[size]}];" for n, size in strides.items() if size in at),
         *_fragment(spec, Kernel(spec.name, buffers, scope, (nest,))),

@@ -29,7 +29,7 @@ def cache_path(as_json: bool) -> None:
 
 
 @cache.command("ls")
-@click.option("--kind", default=None, help="Only entries of this kind (kernel, graph).")
+@click.option("--kind", default=None, help="Only entries of this kind (kernel, objects, graph).")
 @common
 def cache_ls(kind: str | None, as_json: bool) -> None:
     """List entries, most recently used first."""

@@ -393,4 +393,4 @@ def test_refuses_what_it_does_not_have(changes, why):
 
 def test_source_is_deterministic():
     assert generate(PLAIN) == generate(replace(PLAIN))
-    assert "mm_spec" in generate(PLAIN)
+    assert "mm_fused" in generate(PLAIN)
