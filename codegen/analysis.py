@@ -16,6 +16,7 @@ import sympy
 
 from ..ir import Dim, Graph, Node, ScalarType, TensorType, Value, dim
 from ..ir.types import type_symbols
+from ..runtime.panels import Panels
 from . import activations, library, pointwise  # noqa: F401 (the first and the last register their lowerings)
 from .allow import Allow, always
 from .body import Body, Index, dtype_name
@@ -29,6 +30,7 @@ from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
 HELD_BACK = "held back by bisection"
 _HEAVY = 8
 _INLINE_BUDGET = 6
+_TWICE = 64 << 20  # bytes of a weight that is kept in panels and as it is
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ class Analysis:
         self.streams: dict[Value, frozenset[Value]] = {}  # per inlined value: the values of its own size that it reads
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.checks_rows = False
+        self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
         self._classify()
         self._place()
+        self._pack()
         for unit in self.units.values():
             self._probe(unit)
 
@@ -244,6 +248,51 @@ class Analysis:
             return False
         mine, theirs = v.tensor.numel, user.out.tensor.numel
         return bool(mine != theirs) and not (isinstance(mine, int) and isinstance(theirs, int) and theirs <= mine)
+
+    # -- weights that the graph owns ------------------------------------------------------------------------------------
+
+    def _pack(self) -> None:
+        """Lay out weights of the graph's own for the template, once and not at each call. A weight that is read otherwise
+        too is kept twice, up to some size."""
+        products: dict[Value, list[Unit]] = {}
+        for unit in self.units.values():
+            if unit.matmul is not None:
+                products.setdefault(self.memory[unit.matmul.b].root, []).append(unit)
+        for weight, units in products.items():
+            node = self.graph.producers.get(weight)
+            if node is None or node.op.name != "plait.constant":
+                continue
+            first = units[0].matmul
+            assert first is not None
+            shape = (first.n, first.k) if first.b_layout == "k" else (first.k, first.n)
+            alone = self._readers(weight) == len(units)
+            kept = weight.tensor.numel if alone else weight.tensor.numel * weight.tensor.dtype.itemsize
+            if not all(self._whole(u, weight, shape, first.b_layout) for u in units) or (not alone and kept > _TWICE):
+                continue
+            if self.allow("pack", "pack", node):
+                panels = Panels(node.args[0], first.b_layout, int(first.n), int(first.k))
+                kind = TensorType((panels.elements,), weight.tensor.dtype, weight.tensor.device)
+                self.panels[weight] = Value(kind, f"{weight.hint}_panels"), panels
+
+    def _whole(self, unit: Unit, weight: Value, shape: tuple[Dim, ...], layout: str) -> bool:
+        """Whether the matrix of a product is a whole weight, [N, K] or [K, N] row by row."""
+        made = unit.matmul
+        assert made is not None
+        here = weight.tensor.shape == shape and weight.tensor.is_contiguous and self.memory[made.b].offset == 0
+        return here and made.batch is None and made.b_layout == layout and made.ldb == shape[1] and made.n != 0 != made.k
+
+    def _readers(self, weight: Value) -> int:
+        """How many nodes read a value, or views of it."""
+        count, todo = 0, [weight]
+        while todo:
+            v = todo.pop()
+            for user in self.graph.users.get(v, ()):
+                if any(w in self.aliases for w in user.outputs):
+                    todo.extend(user.outputs)
+                else:
+                    count += 1
+            count += v in self.graph.results
+        return count
 
     # -- what units read ----------------------------------------------------------------------------------------------
 

@@ -426,6 +426,7 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
     body.body.scopes[0].axes.update((T.M, T.N, T.B0))
     body.emit_points()
     kernel = body.body.kernel("epilogue")
+    panels = analysis.panels.get(analysis.memory[made.b].root)
     spec = T.MatmulSpec(
         name="_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40],
         epilogue=kernel.body,
@@ -433,14 +434,14 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
         sizes=kernel.sizes,
         dtype=dtype_name(made.a.tensor.dtype),
         a=made.a_layout,
-        b=made.b_layout,
+        b=made.b_layout if panels is None else "packed",
         batch=0 if made.batch is None else 1,
         origin=tuple(dict.fromkeys(_origin(u) for u in group.units)),
     )
     name, source = matmul_source(made, spec)
     values = {n: v for v, n in body.params.items()}
     scratch = Value(workspace(made, spec), "workspace")
-    buffers = (made.a, made.b, *(values[b.name] for b in kernel.buffers), scratch)
+    buffers = (made.a, made.b if panels is None else panels[0], *(values[b.name] for b in kernel.buffers), scratch)
     access = ("read", "read", *(b.access for b in kernel.buffers), "write")
     nodes = tuple(dict.fromkeys(u.node for u in group.units))
     return KernelItem(name, buffers, access, size_arguments(made, spec), nodes, source=source)

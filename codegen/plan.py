@@ -80,9 +80,8 @@ class _Planner:
         for i, v in enumerate(self.graph.inputs):
             if isinstance(v.type, TensorType):
                 self.define(v, "input", i)
-        for node in self.graph.nodes:
-            if node.op.name == "plait.constant":
-                self.define(node.out, "constant", node.args[0])
+        for v, panels in self.scheduled.panels.items():
+            self.define(v, "constant", panels.name)
         made: dict[Value, int] = {}
         last: dict[Value, int] = {}
         for step, item in enumerate(self.scheduled.items):
@@ -97,6 +96,9 @@ class _Planner:
                 for v in item.buffers:
                     made.setdefault(self.root(v), step)
                     last[self.root(v)] = step
+        for node in self.graph.nodes:
+            if node.op.name == "plait.constant" and (node.out in made or node.out in self.returned):
+                self.define(node.out, "constant", node.args[0])
         blocks: list[Block] = []
         for v, step in made.items():
             if v in self.specs or not isinstance(v.type, TensorType):

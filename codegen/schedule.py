@@ -71,7 +71,8 @@ def schedule(
     if status is not None:
         scratch.append(status)
         items = [_clear(status), *items, _check(status)]
-    return Scheduled(graph, tuple(items), tuple(scratch), homes)
+    panels = dict(analysis.panels.values())
+    return Scheduled(graph, tuple(items), tuple(scratch), homes, panels)
 
 
 def _implementation(analysis: Analysis, node: Node) -> Node:

@@ -22,7 +22,7 @@ from ..codegen.triton.build import binaries
 from ..errors import BadTarget
 from ..ir import Graph, print_graph
 from ..passes.base import Step
-from ..runtime import native
+from ..runtime import native, weights
 from ..runtime.artifact import Parts, write
 from ..runtime.cuda import DeviceBinary
 from ..runtime.state import hold
@@ -107,7 +107,7 @@ def parts(model: Ready, targets: Targets | None = None) -> Parts:
         plan=hold(compiled.plan, held),
         target=own.name,
         device_plans={target: hold(made.plan, held) for target, made in devices.items() if target != own.name},
-        weights={**compiled.graph.constants, **held},
+        weights={**weights.stored(compiled.plan, compiled.graph.constants), **held},
         state=names,
         in_tree=model.in_tree,
         out_tree=model.out_tree,

@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import BadInputs
+from ..runtime import weights
 from ..runtime.archive import Archive
 from ..runtime.artifact import LoadedModel, load_weights, state_names
 from ..runtime.plan import InputSpec, Plan
@@ -157,7 +158,7 @@ def call_graph(path: str | Path, loaded: LoadedModel, flat: Sequence[Any]) -> li
     from .inspection import plan_of
 
     archive = Archive(path)
-    constants = load_weights(archive, plan_of(archive))
+    constants = weights.originals(load_weights(archive, plan_of(archive)))
     graph = parse_graph(loaded.graphs["tensor"], constants)
     state = [private(constants[name]) for name in dict.fromkeys(state_names(loaded.manifest, constants).values())]
     with torch.no_grad():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import DamagedArtifact
+from .panels import Panels
 from .plan import Plan, ValueSpec
 
 ALIGNMENT = 64
@@ -101,15 +102,36 @@ def constants(plan: Plan) -> Iterator[ValueSpec]:
 
 
 def placed(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Constants where a plan has them: those of device values on their device, at multiples of 16 bytes."""
+    """Constants where and as a plan has them: those of device values on their device, at multiples of 16 bytes; panels of
+    weights made where there are none."""
     found = dict(tensors)
     made: dict[int, torch.Tensor] = {}
     for v in constants(plan):
+        panels = Panels.named(str(v.ref))
+        if panels is not None and str(v.ref) not in found:
+            found[str(v.ref)] = panels.pack(tensors[panels.weight])
         if v.device != "cpu":
             t = tensors[str(v.ref)]
             if id(t) not in made:
                 made[id(t)] = _on_device(t.detach(), v.device)
             found[str(v.ref)] = made[id(t)]
+    return found
+
+
+def stored(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Constants as a file holds them: weights that the plan reads in panels only, so."""
+    names = {str(v.ref) for v in constants(plan)}
+    panels = [p for p in map(Panels.named, sorted(names)) if p is not None]
+    gone = {p.weight for p in panels} - names
+    return {**{n: t for n, t in tensors.items() if n not in gone}, **{p.name: p.pack(tensors[p.weight]) for p in panels}}
+
+
+def originals(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as the model has them: those that are there in panels only, unpacked."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if (panels := Panels.named(name)) is not None and panels.weight not in found:
+            found[panels.weight] = panels.unpack(tensor)
     return found
 
 
