@@ -258,9 +258,7 @@ def load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
         tensors |= {name: tensors[same] for name, same in notes["tied"].items()}  # type: ignore[index]
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedArtifact(part=MANIFEST, why=f"its notes on weights are ill-formed: {error}") from None
-    if any(
-        str(v.ref) not in tensors for v in weights.constants(plan)
-    ):  # a device's plan reads weights as the model has them
+    if any(str(v.ref) not in tensors for v in weights.constants(plan)):  # a device's plan reads no panels
         tensors = weights.originals(tensors)
     for v in weights.constants(plan):
         t = tensors.get(str(v.ref))

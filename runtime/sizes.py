@@ -100,6 +100,13 @@ def _fold(op: str, values: list[int]) -> int:
     return total
 
 
+def _may_fail(expr: SizeExpr) -> bool:
+    """Whether computing it may divide by zero: such a part is computed even where its value does not matter."""
+    if not isinstance(expr, list):
+        return False
+    return expr[0] in ("floordiv", "mod", "ceildiv", "pow") or any(map(_may_fail, expr[1:]))
+
+
 def fold(expr: SizeExpr) -> SizeExpr:
     """`expr` with constant parts evaluated."""
     if not isinstance(expr, list):
@@ -111,7 +118,7 @@ def fold(expr: SizeExpr) -> SizeExpr:
     if expr[0] in ("add", "mul"):
         unit = 0 if expr[0] == "add" else 1
         constant = _fold(expr[0], [unit, *known])
-        if expr[0] == "mul" and constant == 0:
+        if expr[0] == "mul" and constant == 0 and not any(map(_may_fail, parts)):
             return 0
         parts = [part for part in parts if not isinstance(part, int)]
         if constant != unit:

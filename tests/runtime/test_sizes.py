@@ -2,7 +2,7 @@ import ctypes
 from array import array
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from plait.errors import SizeFailed
 from plait.runtime import native, sizes
@@ -35,6 +35,7 @@ def outcome(compute):
 
 
 @given(st.lists(expressions, min_size=1, max_size=4), values)
+@example([["mul", 0, ["floordiv", "s0", "s0"]]], dict.fromkeys(SYMBOLS, 0))
 def test_slots_in_python_and_native_agree_with_evaluation(exprs, env):
     def direct():
         found = [sizes.evaluate(e, env) for e in exprs]
