@@ -157,7 +157,22 @@ class Analysis:
                 return f"device {v.type.device}"
         if node.token is not None:
             return "it has an effect"
+        if name == "aten.as_strided.default" and not self._fills_its_memory(node):
+            return "it addresses memory that it was not given as a value"
         return library.refusal(node) or (None if self.allow("generate", node.op.name, node) else HELD_BACK)
+
+    def _fills_its_memory(self, node: Node) -> bool:
+        """Whether the source of an as_strided is computed here, row-major and whole, and the result lies inside it: then
+        positions in memory are positions in the value."""
+        source = node["self"]
+        producer = self.graph.producers.get(source)
+        if producer is None or producer.op.name in SPLITS or producer.op.has("view") or producer.op.name in INDEX_MAPS:
+            return False
+        numbers = (*source.tensor.shape, *node["size"], *node["stride"], node["storage_offset"] or 0)
+        if not all(type(n) is int for n in numbers) or not source.tensor.is_contiguous or 0 in node["size"]:
+            return False
+        last = sum((n - 1) * s for n, s in zip(node["size"], node["stride"], strict=True)) + (node["storage_offset"] or 0)
+        return last < source.tensor.numel
 
     # -- where values live --------------------------------------------------------------------------------------------
 

@@ -293,7 +293,8 @@ def _max_dim(values: str, indices: str) -> Any:
         if not x.tensor.rank:
             first = b.call("aten.full.default", (), 0, dtype=torch.int64, device=torch.device(x.tensor.device))
             return b.call("aten.clone.default", x), first
-        return b.call(values, x, (dim,), keepdim), b.call(indices, x, dim, keepdim)
+        counted = _to(b, x, torch.uint8) if x.tensor.dtype is torch.bool else x  # torch has no argmax of bools
+        return b.call(values, x, (dim,), keepdim), b.call(indices, counted, dim, keepdim)
 
     return build
 

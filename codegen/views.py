@@ -238,6 +238,15 @@ def _unfold(at: At) -> Index:
     return (*at.index[:d], at.index[d] * at["step"] + at.index[-1], *at.index[d + 1 : -1])
 
 
+@index_map("aten.as_strided.default")
+def _as_strided(at: At) -> Index:
+    """Only of a source that fills its memory in row-major order, which `Analysis` sees to."""
+    position: Any = at["storage_offset"] or 0
+    for i, stride in zip(at.index, at["stride"], strict=True):
+        position = position + i * stride
+    return tuple(unravel(position, _source(at).shape))
+
+
 @index_map("aten.repeat.default")
 def _repeat(at: At) -> Index:
     source = _source(at)

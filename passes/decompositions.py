@@ -39,8 +39,8 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "elementwise": ("silu", "gelu"),
     # one store of the changed part into a copy; as index arithmetic it would touch every element with a branch
     "partial writes": ("select_scatter", "slice_scatter"),
-    # the library sorts or owns rows; index_put(accumulate=True) on CPU adds serially
-    "accumulating scatters": ("embedding_dense_backward", "index_add"),
+    # the library sorts or owns rows
+    "accumulating scatters": ("embedding_dense_backward",),
     # interpolation and pooling: gathers with several taps, which the library vectorises over channels (torch itself opens
     # interpolation by scale factors into gathers before this table is asked)
     "sampling": (
@@ -152,6 +152,19 @@ def ldexp(self: Tensor, other: Tensor) -> Tensor:
 
 # -- scatters -----------------------------------------------------------------------------------------------------------
 
+
+def _of_rows(op: OpOverload, *tensors: int) -> Callable[..., Any]:
+    """`op` on tensors without dimensions, whose positions are `tensors`, as if they had one of size 1."""
+
+    def opened(*args: Any, **options: Any) -> Any:
+        if args[0].dim() > 1 or all(args[k].dim() for k in tensors):
+            return NotImplemented
+        lifted = [a.reshape(-1) if k in tensors else a for k, a in enumerate(args)]
+        return op(*lifted, **options).reshape(args[0].shape)
+
+    return opened
+
+
 #: What an element starts from where a scatter does not include the element itself.
 _START: dict[str, Callable[[torch.dtype], float]] = {
     "sum": lambda dtype: 0,
@@ -167,7 +180,12 @@ def scatter_reduce(
 ) -> Tensor:  # fmt: skip
     """Opened where there is more to it than one ordered scatter: without `self`, what is hit starts afresh; a mean divides
     a sum by a count."""
-    if self.dim() == 0 or self.dtype.is_complex or self.dtype is torch.bool or (include_self and reduce != "mean"):
+    if self.dtype.is_complex or self.dtype is torch.bool:
+        return NotImplemented
+    if not (self.dim() and index.dim()):
+        parts = (self.reshape(-1), dim, index.reshape(-1), src.reshape(-1), reduce)
+        return torch.scatter_reduce(*parts, include_self=include_self).reshape(self.shape)
+    if include_self and reduce != "mean":
         return NotImplemented
     start = self if include_self else self.scatter(dim, index, _START[reduce](self.dtype))
     if reduce != "mean":
@@ -183,7 +201,10 @@ def index_reduce(
 ) -> Tensor:  # fmt: skip
     """scatter_reduce with one index for whole slices."""
     if self.dim() == 0 or source.dim() != self.dim():
-        return NotImplemented
+        parts = (self.reshape(-1), dim, index.reshape(-1), source.reshape(-1), reduce)
+        return (
+            torch.index_reduce(*parts, include_self=include_self).reshape(self.shape) if self.dim() < 2 else NotImplemented
+        )
     shape = [1] * self.dim()
     shape[dim % self.dim()] = index.numel()
     spread = index.to(torch.int64).reshape(shape).expand(source.shape)
@@ -230,6 +251,14 @@ OWN: dict[str, Callable[..., Any]] = {
     "view_copy.default": view_copy,
     "angle.default": angle,
     "ldexp.Tensor": ldexp,
+    "scatter.src": _of_rows(aten.scatter.src, 0, 2, 3),
+    "scatter.value": _of_rows(aten.scatter.value, 0, 2),
+    "scatter.reduce": _of_rows(aten.scatter.reduce, 0, 2, 3),
+    "scatter.value_reduce": _of_rows(aten.scatter.value_reduce, 0, 2),
+    "scatter_add.default": _of_rows(aten.scatter_add.default, 0, 2, 3),
+    "index_add.default": _of_rows(aten.index_add.default, 0, 2, 3),
+    "cumsum.default": _of_rows(aten.cumsum.default, 0),
+    "cumprod.default": _of_rows(aten.cumprod.default, 0),
     "scatter_reduce.two": scatter_reduce,
     "index_reduce.default": index_reduce,
     "index_put.default": index_put,
