@@ -70,6 +70,8 @@ _UNSUPPORTED: dict[str, str] = {
     "rows of lengths that are known only at run time": "segment_reduce _embedding_bag _embedding_bag_forward_only",
     "all pairs of rows: as a broadcast they would not fit the cache": "_cdist_forward _pdist_forward",
     "pivots applied one after the other": "lu_unpack",
+    "it addresses memory that it was not given as a value": "as_strided_copy as_strided_scatter",
+    "a sum over products of three tensors, contracted in an order of its own": "_trilinear",
     "an exclusive or over all bits": "hash_tensor",
 }
 
@@ -132,7 +134,8 @@ def refusal(node: Node) -> str | None:
             return "a mask as index gives a size that is known only at run time"
     if name in ("aten.cat.default", "aten.stack.default") and len(node["tensors"]) > 16:
         return "more than 16 tensors to join"
-    if name == "aten.gather.default" and 0 < node["self"].tensor.rank != node["index"].tensor.rank > 0:
+    ranks = (node["self"].tensor.rank, node["index"].tensor.rank) if name == "aten.gather.default" else (0, 0)
+    if all(ranks) and ranks[0] != ranks[1] and node.out.tensor.numel != 0:
         return "an index of another rank than the source"
     if name == "aten.constant_pad_nd.default" and not all(isinstance(p, int) for p in node["pad"]):
         return "padding by a size that is known only at run time"

@@ -430,6 +430,8 @@ def _index_select(at: At) -> str:
 @lowers("aten.gather.default")
 def _gather(at: At) -> str:
     source = _source(at)
+    if at.out.numel == 0:  # then the index may have any rank
+        return at.const(0)
     if source.rank == 0:
         return at.load(at["self"], ())
     d = at["dim"] % source.rank

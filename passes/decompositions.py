@@ -223,6 +223,15 @@ def index_put(self: Tensor, indices: list[Tensor | None], values: Tensor, accumu
     return torch.where(spread, self + value if accumulate else value, self)
 
 
+def masked_scatter(self: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """The n-th element under the mask is the n-th of `source`: a running count of the mask, and a gather."""
+    if source.numel() == 0:
+        return NotImplemented
+    mask, self = torch.broadcast_tensors(mask, self)
+    position = mask.reshape(-1).to(torch.int64).cumsum(0) - 1  # -1 before the first, the last element: not chosen
+    return torch.where(mask, source.reshape(-1)[position].reshape(self.shape), self)
+
+
 def put(self: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
     """index_put by the position in row-major order."""
     flat = self.reshape(-1).index_put([index.reshape(-1)], source.reshape(-1), accumulate)
@@ -262,6 +271,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "scatter_reduce.two": scatter_reduce,
     "index_reduce.default": index_reduce,
     "index_put.default": index_put,
+    "masked_scatter.default": masked_scatter,
     "put.default": put,
     "max_unpool2d.default": max_unpool,
     "max_unpool3d.default": max_unpool,

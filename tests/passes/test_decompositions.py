@@ -71,6 +71,7 @@ TARGET = torch.tensor([1, 9, 0, -100, 3, 3, 7, 2])
         (lambda a, i: a.scatter_reduce(0, i, a * 2, "mean"), (x(8, 10), SPREAD), "scatter_reduce"),
         (lambda a, i: a.index_reduce(0, i[:, 0], a * 2, "mean"), (x(8, 10).detach(), SPREAD), "index_reduce"),
         (lambda a, i: a.index_reduce(0, i[:, 0], a * 2, "prod"), (x(8, 10).detach(), SPREAD), "index_reduce"),
+        (lambda a: a.masked_scatter(a[:, :1] > 0, a * 2), (x(8, 10).detach(),), "masked_scatter"),
         (lambda a, i: a.put(i[0], a[1], True), (x(8, 10), SPREAD), "aten.put"),
         (lambda a: torch.index_put(a, [a[:, 0] > 0], torch.tensor(3.0)), (x(8, 10),), "index_put"),
         (lambda a: F.max_unpool2d(*F.max_pool2d(a, 2, return_indices=True), 2), (x(2, 3, 4, 4),), "max_unpool"),
