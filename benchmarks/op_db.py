@@ -18,6 +18,7 @@ Each sample is compiled alone (`fullgraph=True`, everything forgotten before) an
                     against float64 is no larger than eager's, keeps its class and is counted as close, not equal
     ran             (other backends only) graphs ran and the answer is right
 
+    eager raises    here, so that there is nothing to compare with: some ops need a GPU
     not differentiable  (backward only) no result depends on an input that wants a gradient
 
 By default the most different samples of each op, eight of them forward, four backward; `--all` takes all of them. Work is
@@ -48,9 +49,8 @@ from typing import Any
 from .machine import ROOT, commit, machine, versions
 from .runner import Outcome, Run
 
-CLASSES = (  # best first
-    *("not differentiable", "generated", "library", "fallback", "ran", "not reached", "raises", "silently wrong"),
-)
+NOT_ASKED = ("eager raises", "not differentiable")  # there is no right answer to compare with
+CLASSES = (*NOT_ASKED, "generated", "library", "fallback", "ran", "not reached", "raises", "silently wrong")  # best first
 RIGHT = ("generated", "library", "fallback", "ran")
 WITHOUT_FALLBACK = ("generated", "library")
 MODES = {"forward": 8, "backward": 4, "lowering": 2}  # with the number of samples of each op
@@ -258,7 +258,7 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
     by_class = collections.Counter(r["class"] for r in records)
     ops = collections.Counter(per_op.values())
     reasons: dict[str, Any] = {}
-    for kind in ("fallback", "not reached", "raises", "silently wrong"):
+    for kind in ("fallback", "not reached", "raises", "silently wrong", "eager raises"):
         groups: dict[str, list[str]] = collections.defaultdict(list)
         for r in records:
             if r["class"] == kind:
@@ -281,7 +281,7 @@ def figures(found: Mapping[str, Any], mode: str) -> dict[str, str]:
     among the ops that Inductor lowers without one (`op_db_inductor.json`)."""
     by_class = found["ops by class"]
     right = {op for kind in RIGHT for op in by_class.get(kind, ())}
-    asked = {op for kind, ops in by_class.items() if kind != "not differentiable" for op in ops}
+    asked = {op for kind, ops in by_class.items() if kind not in NOT_ASKED for op in ops}
     shares = {f"{mode}: ops right": _share(right, asked)}
     if mode == "forward" and LOWERED.exists():
         lowered = set(json.loads(LOWERED.read_text())["without fallback"]) & asked

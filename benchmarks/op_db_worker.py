@@ -254,7 +254,7 @@ def classify(info: Any, sample: Any, backend: str, *, backward: bool = False) ->
     except NotDifferentiable as why:
         return {"class": "not differentiable", "reason": str(why)}
     except Exception as error:  # some ops of the database need a GPU
-        return {"class": "not reached", "layer": "eager", "reason": f"eager raises {first_line(error)}"}
+        return {"class": "eager raises", "reason": first_line(error)}
     try:
         got, counts = case.compiled(backend)
         broken = None
@@ -349,7 +349,7 @@ def classify_lowering(info: Any, sample: Any) -> dict[str, Any]:
     try:
         case.eager()
     except Exception as error:
-        return {"class": "not reached", "layer": "eager", "reason": f"eager raises {first_line(error)}"}
+        return {"class": "eager raises", "reason": first_line(error)}
     with lowering_only() as graphs:
         try:
             _, counts = case.compiled("inductor")

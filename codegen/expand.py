@@ -54,6 +54,14 @@ def _nothing(b: Builder, like: Value) -> Value:
     return b.call("aten.full.default", kind.shape, 0, dtype=kind.dtype, device=torch.device(kind.device))
 
 
+def _no_elements(m: Match, b: Builder) -> Value:
+    return _nothing(b, m.node.out)
+
+
+def _is_empty(m: Match) -> Reason | None:
+    return None if m.node.out.tensor.numel == 0 else Reason("it has elements")
+
+
 def _softmax(m: Match, b: Builder) -> Value:
     node = m.node
     if node.out.tensor.numel == 0:
@@ -362,6 +370,7 @@ def _rule(op: str, build: Any, check: Any = None) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    _rule("aten.as_strided.default", _no_elements, _is_empty),
     _rule("aten._softmax.default", _softmax),
     _rule("aten._log_softmax.default", _log_softmax),
     _rule("aten._softmax_backward_data.default", _softmax_backward),

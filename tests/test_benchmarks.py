@@ -162,6 +162,7 @@ class TestOpDatabase:
 
     def test_the_figures_are_shares_of_ops(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         kinds = {"a": "generated", "b": "fallback", "c": "silently wrong", "d": "not differentiable", "e": "library"}
+        kinds["f"] = "eager raises"
         found = op_db.summary({"op": op, "sample": 0, "class": kind} for op, kind in kinds.items())
         monkeypatch.setattr(op_db, "LOWERED", tmp_path / "lowered.json")
         op_db.LOWERED.write_text(json.dumps({"without fallback": ["a", "b", "e", "unknown"]}))

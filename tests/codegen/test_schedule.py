@@ -328,6 +328,8 @@ def test_what_cannot_be_generated_says_why():
 def test_results_without_elements_and_scalars_need_no_library():
     for text, inputs in (
         ('def f(x: "f32[0,3]"):\n    y = aten._softmax.default(x, 1, False)\n    return (y,)\n', (rand(0, 3),)),
+        ('def f(x: "f32[0,3]"):\n    a = aten.exp.default(x)\n    y = aten.as_strided.default(a, (0, 2), (2, 1), 0)\n'
+         "    return (y,)\n", (rand(0, 3),)),
         ('def f(x: "f32[4,5]", i: "i64[0]"):\n    y = aten.gather.default(x, 1, i)\n    return (y,)\n',
          (rand(4, 5), torch.empty(0, dtype=torch.int64))),
         ('def f(x: "f32[]"):\n    y, i = aten.max.dim(x, 0, False)\n    return (y, i)\n', (rand(),)),
