@@ -95,11 +95,12 @@ def most_different(all_samples: list[Any], count: int) -> list[int]:
     def distance(a: frozenset[str], b: frozenset[str]) -> float:
         return 1 - len(a & b) / max(len(a | b), 1)
 
-    chosen, nearest = [0], [distance(s, sets[0]) for s in sets]
+    chosen, nearest = [0], [-1.0, *(distance(s, sets[0]) for s in sets[1:])]
     while len(chosen) < count:
         far = max(range(len(sets)), key=lambda i: (nearest[i], -i))
         chosen.append(far)
         nearest = [min(d, distance(s, sets[far])) for d, s in zip(nearest, sets, strict=True)]
+        nearest[far] = -1.0  # not again, also where all that is left looks alike
     return sorted(chosen)
 
 
