@@ -264,7 +264,10 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
             if r["class"] == kind:
                 groups[_general(r.get("reason", ""))].append(f"{r['op']}:{r['sample']}")
         ranked = sorted(groups.items(), key=lambda g: -len(g[1]))
-        reasons[kind] = [{"reason": why, "samples": len(where), "such as": where[:6]} for why, where in ranked[:40]]
+        reasons[kind] = [
+            {"reason": why, "samples": len(at), "such as": at[:6], "ops": sorted({w.rpartition(":")[0] for w in at})}
+            for why, at in ranked
+        ]
     return {
         "samples": len(records),
         "ops": len(per_op),
@@ -304,7 +307,7 @@ def write_lowered(found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
 
 def _general(reason: str) -> str:
     """A reason without what differs from sample to sample."""
-    return re.sub(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e-?\d+)?", "N", reason)[:160]
+    return re.sub(r"0x[0-9a-f]+|\bu\d+\b|(?<!\w)-?\d+(\.\d+)?(e-?\d+)?", "N", reason)[:160]
 
 
 def measure(run_: Run) -> Outcome | None:
@@ -344,8 +347,8 @@ def write_results(found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     text += [f"- {name}: **{share}**" for name, share in figures(found, mode).items()] + ["", table(found), ""]
     for kind, groups in found["reasons"].items():
         if groups:
-            text += [f"### {kind.capitalize()}", "", "| samples | reason | such as |", "|---|---|---|"]
-            text += [f"| {g['samples']} | {_cell(g['reason'])} | {', '.join(g['such as'][:4])} |" for g in groups]
+            text += [f"### {kind.capitalize()}", "", "| samples | reason | ops |", "|---|---|---|"]
+            text += [f"| {g['samples']} | {_cell(g['reason'])} | {', '.join(g['ops'])} |" for g in groups]
             text += [""]
     DOC.write_text(head + begin + "\n" + "\n".join(text) + end + rest.split(end)[1])
 

@@ -53,7 +53,7 @@ _UNSUPPORTED: dict[str, str] = {
     "complex numbers: kernels hold real ones": """
         complex polar _conj _conj_physical view_as_complex view_as_real _neg_view real imag""",
     "the size of its result depends on what it finds": """
-        nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave nonzero_static""",
+        nonzero masked_select masked_scatter _unique2 unique_dim unique_consecutive repeat_interleave nonzero_static""",
     "it counts equal elements": """
         mode histc histogram _histogramdd_from_bin_cts _histogramdd_from_bin_tensors _histogramdd_bin_edges""",
     "a scan of pairs: kernels scan sums and products": "cummax cummin logcumsumexp",
