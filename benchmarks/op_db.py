@@ -1,22 +1,29 @@
-"""The op database that PyTorch ships, forward, float32, CPU: what becomes of every op under a torch.compile backend.
+"""The op database that PyTorch ships, float32, CPU: what becomes of every op under a torch.compile backend.
 
-    python -m benchmarks.op_db [--all] [--ops REGEX] [--shards N] [--resume FILE] [--json FILE] [--backend NAME]
+    python -m benchmarks.op_db [--mode MODE] [--all] [--ops REGEX] [--shards N] [--resume FILE] [--json FILE]
+
+Modes: `forward` compares results, `backward` the gradients of all inputs for fixed random cotangents, and `lowering` asks
+which ops Inductor lowers without an ATen fallback, the measure for what plait should need none for; nothing is run then.
 
 Each sample is compiled alone (`fullgraph=True`, everything forgotten before) and compared with eager by
 `torch.testing.assert_close`'s defaults, results and arguments after the call, random ops from the same seed. Its class is
 
     generated       plait graphs ran, and every node is a generated kernel (or a view, which costs nothing)
     library         as generated, but some nodes are library calls that were chosen
-    fallback        some nodes run as eager ops because plait has nothing for them
+    fallback        some nodes run as eager ops because plait has nothing for them, or Dynamo refuses one graph and takes
+                    the sample in pieces, of which plait runs some
     not reached     no plait graph ran: Dynamo or AOTAutograd refuse the sample without plait as well, or nothing was left
     raises          plait raises, crashes, or gives no answer in time
     silently wrong  another answer than eager's, and no error; an answer that `assert_close` refuses, but whose largest error
                     against float64 is no larger than eager's, keeps its class and is counted as close, not equal
     ran             (other backends only) graphs ran and the answer is right
 
-By default the eight most different samples of each op; `--all` takes all of them. Work is spread over processes; a process
-that crashes or hangs is replaced and its sample counted as *raises*. Shard K appends to FILE.K; `--resume FILE` goes on
-where these files end. `--one OP:SAMPLE` runs one sample here and shows the whole error.
+    eager raises    here, so that there is nothing to compare with: some ops need a GPU
+    not differentiable  (backward only) no result depends on an input that wants a gradient
+
+By default the most different samples of each op, eight of them forward, four backward; `--all` takes all of them. Work is
+spread over processes; a process that crashes or hangs is replaced and its sample counted as *raises*. Shard K appends to
+FILE.K; `--resume FILE` goes on where these files end. `--one OP:SAMPLE` runs one sample here and shows the whole error.
 """
 
 from __future__ import annotations
@@ -42,13 +49,17 @@ from typing import Any
 from .machine import ROOT, commit, machine, versions
 from .runner import Outcome, Run
 
-CLASSES = ("generated", "library", "fallback", "ran", "not reached", "raises", "silently wrong")  # best first
+NOT_ASKED = ("eager raises", "not differentiable")  # there is no right answer to compare with
+CLASSES = (*NOT_ASKED, "generated", "library", "fallback", "ran", "not reached", "raises", "silently wrong")  # best first
+RIGHT = ("generated", "library", "fallback", "ran")
+WITHOUT_FALLBACK = ("generated", "library")
+MODES = {"forward": 8, "backward": 4, "lowering": 2}  # with the number of samples of each op
 SAMPLE_SECONDS = 120.0
 TASKS_PER_PROCESS = 120  # Dynamo and caches grow; a new process costs a few seconds
 QUICK_OPS = ("add", "softmax", "matmul", "cat", "nn.functional.layer_norm", "sum", "where", "sort", "cumsum", "std")
 
 DOC = ROOT / "docs" / "op_db.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+LOWERED = ROOT / "benchmarks" / "results" / "op_db_inductor.json"
 
 Record = dict[str, Any]
 
@@ -110,6 +121,7 @@ class Shard:
     backend: str
     every: bool
     command: Sequence[str]
+    most: int = MODES["forward"]
     seconds: float = SAMPLE_SECONDS
     records: list[Record] = field(default_factory=list)
     lost: int = 0
@@ -133,7 +145,7 @@ class Shard:
     def _one_op(self, worker: Worker, op: str, skip: set[int], deadline: float) -> Worker | None:
         """Run an op's samples, again from where it stopped after each crash; the process that is left, if any."""
         while True:
-            worker.send({"op": op, "every": self.every, "skip": sorted(skip)})
+            worker.send({"op": op, "every": self.every, "most": self.most, "skip": sorted(skip)})
             current = -1
             while True:
                 message = worker.receive(min(self.seconds, max(deadline - time.monotonic(), 0.0)))
@@ -161,10 +173,10 @@ class Shard:
         self.file.flush()
 
 
-def settings(backend: str, every: bool) -> dict[str, Any]:
+def settings(backend: str, every: bool, mode: str = "forward") -> dict[str, Any]:
     """What must be equal for a run to go on from the files of an earlier one."""
     ours = {"commit": commit()} if backend == "plait" else {}
-    return {"backend": backend, "every": every, "torch": versions()["torch"]} | ours
+    return {"backend": backend, "mode": mode, "every": every, "torch": versions()["torch"]} | ours
 
 
 def load(stem: Path, wanted: Mapping[str, Any]) -> list[Record]:
@@ -189,6 +201,7 @@ def run(
     backend: str,
     *,
     every: bool = False,
+    mode: str = "forward",
     ops: str | Sequence[str] = "",
     shards: int = 0,
     stem: Path | None = None,
@@ -199,7 +212,7 @@ def run(
     """Run the database (ops whose key matches the regex `ops`, or those listed) and return all records, earlier ones too."""
     with tempfile.TemporaryDirectory() as scratch:
         stem = stem or Path(scratch) / "op_db.jsonl"
-        wanted = settings(backend, every)
+        wanted = settings(backend, every, mode)
         earlier = load(stem, wanted) if resume else []
         if not resume and list(stem.parent.glob(stem.name + ".[0-9]*")):
             raise SystemExit(f"there are results in {stem}.*; go on with --resume {stem} or name another file")
@@ -211,8 +224,8 @@ def run(
         for name in names:
             tasks.put(name)
         count = min(shards or os.cpu_count() or 1, max(len(names), 1))
-        command = [sys.executable, "-m", "benchmarks.op_db_worker", backend]
-        slots = [Shard(Path(f"{stem}.{k}"), backend, every, command) for k in range(count)]
+        command = [sys.executable, "-m", "benchmarks.op_db_worker", backend, mode]
+        slots = [Shard(Path(f"{stem}.{k}"), backend, every, command, MODES[mode]) for k in range(count)]
         for slot in slots:
             with slot.path.open("a") as file:
                 file.write(json.dumps({"settings": wanted}) + "\n")
@@ -245,13 +258,16 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
     by_class = collections.Counter(r["class"] for r in records)
     ops = collections.Counter(per_op.values())
     reasons: dict[str, Any] = {}
-    for kind in ("fallback", "not reached", "raises", "silently wrong"):
+    for kind in ("fallback", "not reached", "raises", "silently wrong", "eager raises"):
         groups: dict[str, list[str]] = collections.defaultdict(list)
         for r in records:
             if r["class"] == kind:
                 groups[_general(r.get("reason", ""))].append(f"{r['op']}:{r['sample']}")
         ranked = sorted(groups.items(), key=lambda g: -len(g[1]))
-        reasons[kind] = [{"reason": why, "samples": len(where), "such as": where[:6]} for why, where in ranked[:40]]
+        reasons[kind] = [
+            {"reason": why, "samples": len(at), "such as": at[:6], "ops": sorted({w.rpartition(":")[0] for w in at})}
+            for why, at in ranked
+        ]
     return {
         "samples": len(records),
         "ops": len(per_op),
@@ -259,13 +275,39 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         "by op": {k: ops[k] for k in CLASSES if ops[k]},
         "values not as assert_close wants": dict(collections.Counter(r["values"] for r in records if "values" in r)),
         "reasons": reasons,
-        "ops by class": {k: sorted(o for o, c in per_op.items() if c == k) for k in CLASSES[2:] if ops[k]},
+        "ops by class": {k: sorted(o for o, c in per_op.items() if c == k) for k in CLASSES if ops[k]},
     }
+
+
+def figures(found: Mapping[str, Any], mode: str) -> dict[str, str]:
+    """The shares that a run is judged by: ops of which every sample is right, and, forward, those right without a fallback
+    among the ops that Inductor lowers without one (`op_db_inductor.json`)."""
+    by_class = found["ops by class"]
+    right = {op for kind in RIGHT for op in by_class.get(kind, ())}
+    asked = {op for kind, ops in by_class.items() if kind not in NOT_ASKED for op in ops}
+    shares = {f"{mode}: ops right": _share(right, asked)}
+    if mode == "forward" and LOWERED.exists():
+        lowered = set(json.loads(LOWERED.read_text())["without fallback"]) & asked
+        ours = {op for kind in WITHOUT_FALLBACK for op in by_class.get(kind, ())} & lowered
+        shares["without fallback, of the ops that Inductor lowers without one"] = _share(ours, lowered)
+    return shares | {"silently wrong": str(found["by op"].get("silently wrong", 0))}
+
+
+def _share(some: set[str], of: set[str]) -> str:
+    return f"{len(some)} of {len(of)} ({len(some) / max(len(of), 1):.1%})"
+
+
+def write_lowered(found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Keep which ops Inductor lowers without a fallback, and what it falls back to for the others."""
+    by_class = found["ops by class"]
+    kept = {"settings": dict(about), "without fallback": by_class.get("generated", [])}
+    kept |= {kind: by_class.get(kind, []) for kind in ("fallback", "not reached")}
+    LOWERED.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def _general(reason: str) -> str:
     """A reason without what differs from sample to sample."""
-    return re.sub(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e-?\d+)?", "N", reason)[:160]
+    return re.sub(r"0x[0-9a-f]+|\bu\d+\b|(?<!\w)-?\d+(\.\d+)?(e-?\d+)?", "N", reason)[:160]
 
 
 def measure(run_: Run) -> Outcome | None:
@@ -295,38 +337,42 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def write_results(found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Put the counts, the ops of each class and the reasons between the markers of docs/op_db.md."""
-    head, rest = DOC.read_text().split(BEGIN)
-    lines = [f"{k}: {v}" for k, v in about.items() if k != "every"]
-    what = "all samples" if about["every"] else "the eight most different samples of each op"
-    text = [f"{what[0].upper()}{what[1:]}; {', '.join(lines)}.", "", table(found), ""]
+    """Put the figures, the counts and the reasons between the mode's markers in docs/op_db.md."""
+    mode = about["mode"]
+    begin, end = f"<!-- {mode}: begin -->", f"<!-- {mode}: end -->"
+    head, rest = DOC.read_text().split(begin)
+    lines = [f"{k}: {v}" for k, v in about.items() if k not in ("every", "mode")]
+    what = "All samples" if about["every"] else f"The {MODES[mode]} most different samples of each op"
+    text = [f"{what}; {', '.join(lines)}.", ""]
+    text += [f"- {name}: **{share}**" for name, share in figures(found, mode).items()] + ["", table(found), ""]
     for kind, groups in found["reasons"].items():
         if groups:
-            text += [f"### {kind.capitalize()}", "", "| samples | reason | such as |", "|---|---|---|"]
-            text += [f"| {g['samples']} | {_cell(g['reason'])} | {', '.join(g['such as'][:4])} |" for g in groups]
+            text += [f"### {kind.capitalize()}", "", "| samples | reason | ops |", "|---|---|---|"]
+            text += [f"| {g['samples']} | {_cell(g['reason'])} | {', '.join(g['ops'])} |" for g in groups]
             text += [""]
-    DOC.write_text(head + BEGIN + "\n" + "\n".join(text) + END + rest.split(END)[1])
+    DOC.write_text(head + begin + "\n" + "\n".join(text) + end + rest.split(end)[1])
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def show_one(where: str, backend: str) -> int:
+def show_one(where: str, backend: str, mode: str) -> int:
     """Run one sample here, with the whole traceback."""
     import torch
 
     from . import op_db_worker as w
 
     op, _, index = where.rpartition(":")
-    info = w.entries()[op]
-    sample = w.samples(info)[int(index)]
+    info, backward = w.entries()[op], mode == "backward"
+    sample = w.samples(info, backward=backward)[int(index)]
     torch.set_num_threads(1)
     print(f"{op}({w.describe(sample)})")
-    record = w.classify(info, sample, backend)
+    lowering = mode == "lowering"
+    record = w.classify_lowering(info, sample) if lowering else w.classify(info, sample, backend, backward=backward)
     print(json.dumps(record, indent=1))
     if record["class"] == "raises":
-        w.run_compiled(w.call_of(info), sample, backend)
+        w.Case.of(info, sample, backward=backward).compiled(backend)
     return 0
 
 
@@ -341,31 +387,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write records to FILE.0, FILE.1, …")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with the records in FILE.*")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write counts, reasons, machine and versions")
-    parser.add_argument("--doc", action="store_true", help="write the results into docs/op_db.md")
+    parser.add_argument("--doc", action="store_true", help="write the results into docs/op_db.md (lowering: its data file)")
     parser.add_argument("--backend", default="plait")
+    parser.add_argument("--mode", choices=MODES, default="forward", help="what to compare (see above)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long; go on with --resume")
     parser.add_argument("--one", metavar="OP:SAMPLE", help="run one sample in this process")
     given = parser.parse_args(argv)
     if given.one:
-        return show_one(given.one, given.backend)
+        return show_one(given.one, given.backend, given.mode)
+    if given.mode == "lowering":
+        given.backend = "inductor"
+    about = settings(given.backend, given.all, given.mode)
     records = run(
         given.backend,
         every=given.all,
+        mode=given.mode,
         ops=given.ops,
         shards=given.shards,
         stem=given.resume or given.out,
         resume=given.resume is not None,
+        seconds=given.seconds,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True) if sys.stderr.isatty() else None,
     )
     found = summary(records)
     print(table(found))
+    for name, share in figures(found, given.mode).items():
+        print(f"{name}: {share}")
     for kind, groups in found["reasons"].items():
         for group in groups[:8]:
             print(f"{kind}: {group['samples']}x {group['reason']} ({', '.join(group['such as'][:3])})")
     if given.json:
-        report = {"settings": settings(given.backend, given.all), "machine": machine(), "versions": versions(), **found}
+        report = {"settings": about, "machine": machine(), "versions": versions(), **found}
         given.json.write_text(json.dumps(report, indent=1) + "\n")
     if given.doc:
-        write_results(found, settings(given.backend, given.all))
+        write_lowered(found, about) if given.mode == "lowering" else write_results(found, about)
     return 1 if found["by sample"].get("silently wrong") else 0
 
 

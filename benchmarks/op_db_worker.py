@@ -1,12 +1,14 @@
 """One process of the op-database run: reads tasks, runs samples, writes a record each.
 
-Protocol, JSON lines. Standard input: `{"op": KEY, "every": bool, "skip": [indices]}`. Output, on the file descriptor that
-was standard output at the start (what libraries print goes to standard error): `{"plan": [indices]}`, then for each sample
-`{"start": i}` and `{"record": {…}}`, then `{"done": KEY}`. A parent that sees no line for long kills the process.
+Protocol, JSON lines. Standard input: `{"op": KEY, "every": bool, "most": count, "skip": [indices]}`. Output, on the file
+descriptor that was standard output at the start (what libraries print goes to standard error): `{"plan": [indices]}`, then
+for each sample `{"start": i}` and `{"record": {…}}`, then `{"done": KEY}`. A parent that sees no line for long kills the
+process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -14,8 +16,10 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,7 +30,6 @@ from .plait_seam import coverage, observe
 
 SEED = 1234
 DTYPE = torch.float32
-MOST_DIFFERENT = 8
 
 UNINITIALISED = "eager returns uninitialised memory"
 # values are not compared, shapes and dtypes are
@@ -59,10 +62,10 @@ def seed() -> None:
     np.random.seed(SEED)
 
 
-def samples(info: Any) -> list[Any]:
-    """All forward samples of an entry; the same list in every process."""
+def samples(info: Any, *, backward: bool = False) -> list[Any]:
+    """All samples of an entry, with inputs that want gradients for `backward`; the same list in every process."""
     seed()
-    return list(info.sample_inputs("cpu", DTYPE, requires_grad=False))
+    return list(info.sample_inputs("cpu", DTYPE, requires_grad=backward))
 
 
 def features(sample: Any) -> frozenset[str]:
@@ -92,11 +95,12 @@ def most_different(all_samples: list[Any], count: int) -> list[int]:
     def distance(a: frozenset[str], b: frozenset[str]) -> float:
         return 1 - len(a & b) / max(len(a | b), 1)
 
-    chosen, nearest = [0], [distance(s, sets[0]) for s in sets]
+    chosen, nearest = [0], [-1.0, *(distance(s, sets[0]) for s in sets[1:])]
     while len(chosen) < count:
         far = max(range(len(sets)), key=lambda i: (nearest[i], -i))
         chosen.append(far)
         nearest = [min(d, distance(s, sets[far])) for d, s in zip(nearest, sets, strict=True)]
+        nearest[far] = -1.0  # not again, also where all that is left looks alike
     return sorted(chosen)
 
 
@@ -111,10 +115,15 @@ def call_of(info: Any) -> Callable[..., Any]:
 
 
 def fresh_arguments(sample: Any) -> tuple[Any, tuple, dict[str, Any]]:
-    """A deep copy, so that an in-place op cannot disturb the next run; strides and shared storage are kept."""
-    given = (sample.input, sample.args, sample.kwargs)
-    leaves = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor) and x.layout != torch.strided]
-    return copy.deepcopy(given, {id(x): x.clone() for x in leaves})  # sparse tensors do not know how to be deep-copied
+    """A deep copy, so that an in-place op cannot disturb the next run; strides and shared storage are kept. Tensors that
+    want gradients become leaves."""
+    given = tree_map(_leaf, (sample.input, sample.args, sample.kwargs))
+    sparse = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor) and x.layout != torch.strided]
+    return copy.deepcopy(given, {id(x): x.clone() for x in sparse})  # these do not know how to be deep-copied
+
+
+def _leaf(x: Any) -> Any:
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
 def describe(sample: Any) -> str:
@@ -151,15 +160,72 @@ def mismatch(got: Any, expected: Any, *, values: bool) -> str:
     return ""
 
 
-def as_exact(call: Callable[..., Any], sample: Any, got: Any, expected: Any) -> bool:
+@dataclass(frozen=True)
+class Case:
+    """One sample of an op. What is compared is its results and its arguments after the call; for `backward`, results that
+    depend on the inputs and the gradients of these for fixed random cotangents."""
+
+    call: Callable[..., Any]
+    sample: Any
+    backward: bool
+
+    @staticmethod
+    def of(info: Any, sample: Any, *, backward: bool) -> Case:
+        """The case of an entry's sample."""
+        return Case(call_of(info), sample, backward)
+
+    def compared(self, call: Callable[..., Any], given: tuple[Any, tuple, dict[str, Any]]) -> Any:
+        """Run `call` (the op itself, or compiled) on arguments; what eager and compiled must agree on."""
+        seed()
+        results = call(*given)
+        if not self.backward:
+            return [results, given]
+        # where a result is defined up to a sign or a phase only, the database gives the function of it that is unique
+        results = tree_leaves(self.sample.output_process_fn_grad(results))
+        outs = [x for x in results if isinstance(x, torch.Tensor) and x.requires_grad]
+        inputs = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if not outs or not inputs:
+            raise NotDifferentiable("no result depends on an input that wants a gradient")
+        fixed = torch.Generator().manual_seed(SEED)
+        cotangents = [torch.randn(x.shape, generator=fixed, dtype=x.dtype) for x in outs]
+        # a gradient of None is one of zeros
+        gradients = torch.autograd.grad(outs, inputs, cotangents, allow_unused=True, materialize_grads=True)
+        return [[x.detach() for x in outs], gradients]
+
+    def eager(self) -> Any:
+        """What eager gives."""
+        return self.compared(self.call, fresh_arguments(self.sample))
+
+    def compiled(self, backend: str, *, fullgraph: bool = True) -> tuple[Any, dict[str, Any]]:
+        """(what the compiled call gives, coverage with runs); raises what compiling or running raises."""
+        torch._dynamo.reset()
+        with observe(backend) as seen:
+            compiled = torch.compile(self.call, backend=seen.backend, fullgraph=fullgraph)
+            got = self.compared(compiled, fresh_arguments(self.sample))
+            return got, coverage(seen.graphs)
+
+    def exactly(self) -> Any:
+        """The same computation in float64."""
+        return self.compared(self.call, tree_map(_wide, fresh_arguments(self.sample)))
+
+
+class NotDifferentiable(Exception):
+    """Eager gives nothing that can be differentiated."""
+
+
+def _wide(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor) or x.dtype != DTYPE:
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
+
+
+def as_exact(case: Case, got: Any, expected: Any) -> bool:
     """Whether every result is as near to the same computation in float64 as eager's, by its largest error.
 
     For values that `assert_close` refuses because they cancelled: there eager's own last digits are noise.
     """
-    wide = tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.dtype == DTYPE else x, fresh_arguments(sample))
-    seed()
     try:
-        exact = [call(*wide), wide]
+        exact = case.exactly()
     except Exception:  # the op has no float64 form, so nothing speaks for the result
         return False
     for a, b, e in zip(*(tree_leaves(x) for x in (got, expected, exact)), strict=True):
@@ -179,94 +245,160 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}"[:300]
 
 
-def run_compiled(call: Callable[..., Any], sample: Any, backend: str) -> tuple[Any, Any, dict[str, Any]]:
-    """(result, arguments after the call, coverage with runs); raises what compiling or running raises."""
-    torch._dynamo.reset()
-    given = fresh_arguments(sample)
-    with observe(backend) as seen:
-        seed()
-        got = torch.compile(call, backend=seen.backend, fullgraph=True)(*given)
-        return got, given, coverage(seen.graphs)
-
-
-def classify(info: Any, sample: Any, backend: str) -> dict[str, Any]:
+def classify(info: Any, sample: Any, backend: str, *, backward: bool = False) -> dict[str, Any]:
     """Class, reason and counts of one sample; see `op_db.py` for the classes."""
-    call, given = call_of(info), fresh_arguments(sample)
-    seed()
+    case = Case.of(info, sample, backward=backward)
+    if backward and not info.supports_autograd:
+        return {"class": "not differentiable", "reason": "the database says so"}
     try:
-        expected = call(*given)
+        expected = case.eager()
+    except NotDifferentiable as why:
+        return {"class": "not differentiable", "reason": str(why)}
     except Exception as error:  # some ops of the database need a GPU
-        return {"class": "not reached", "layer": "eager", "reason": f"eager raises {first_line(error)}"}
-    values = info.name not in UNDEFINED_VALUES
+        return {"class": "eager raises", "reason": first_line(error)}
     try:
-        got, after, counts = run_compiled(call, sample, backend)
+        got, counts = case.compiled(backend)
+        broken = None
     except Exception as error:  # a backend may raise anything; which layer raised is found out next
-        return _failure(call, sample, backend, error)
-    why = mismatch([got, after], [expected, given], values=values)
+        failure = _failure(case, backend, error)
+        if failure["class"] == "raises":
+            return failure
+        try:  # Dynamo may take it in pieces, as it does where the user does not ask for one graph
+            got, counts = case.compiled(backend, fullgraph=False)
+        except Exception:
+            return failure
+        broken = failure
+    return _judged(info, case, backend, got, expected, counts, broken)
+
+
+def _judged(
+    info: Any, case: Case, backend: str, got: Any, expected: Any, counts: dict[str, Any], broken: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The record of a sample that ran. `broken` is the record of its refusal as one graph."""
+    values = info.name not in UNDEFINED_VALUES
+    why = mismatch(got, expected, values=values)
     record = {k: counts[k] for k in ("graphs", "runs", "generated", "library", "fallback", "reasons")}
     if why:
-        again = fresh_arguments(sample)
-        seed()
-        if mismatch([call(*again), again], [expected, given], values=True):
+        if mismatch(case.eager(), expected, values=True):
             record["values"], why = "not compared: eager differs from itself", ""
     elif not values:
         record["values"] = f"not compared: {UNDEFINED_VALUES[info.name]}"
-    if why and values and as_exact(call, sample, [got, after], [expected, given]):
+    if why and values and as_exact(case, got, expected):
         record["values"], why = f"close, not equal; no further from float64 than eager: {info.name}", ""
     if why:
-        return record | {"class": "silently wrong", "reason": why, "layer": _wrong_layer(call, sample, expected, given)}
+        return record | {"class": "silently wrong", "reason": why, "layer": _wrong_layer(case, expected)}
+    if case.backward and backend == "plait" and not counts["backward runs"]:
+        record["gradients"] = "by autograd alone"  # results are views of inputs, which torch replays in front of autograd
     if not counts["runs"]:
-        return record | {"class": "not reached", "reason": "dynamo left nothing to compile", "layer": "dynamo"}
+        return record | (broken or {"class": "not reached", "layer": "dynamo", "reason": "dynamo left nothing to compile"})
     if backend != "plait":
         return record | {"class": "ran"}
+    if broken:
+        return record | {"class": "fallback", "reason": f"in pieces, with eager between them: {broken['reason']}"[:300]}
     kind = "fallback" if counts["fallback"] else "library" if counts["library"] else "generated"
     return record | {"class": kind, "reason": "; ".join(counts["reasons"])[:300]}
 
 
-def _failure(call: Callable[..., Any], sample: Any, backend: str, error: Exception) -> dict[str, Any]:
+def _failure(case: Case, backend: str, error: Exception) -> dict[str, Any]:
     """Raises in plait, or not reached because Dynamo or AOTAutograd raise without plait too."""
     for layer, stand_in in (("dynamo", "eager"), ("aot", "aot_eager")):
         if backend == stand_in:
             break
         try:
-            run_compiled(call, sample, stand_in)
+            case.compiled(stand_in)
         except Exception as same:
             return {"class": "not reached", "layer": layer, "reason": first_line(same)}
     return {"class": "raises", "layer": backend, "reason": first_line(error)}
 
 
-def _wrong_layer(call: Callable[..., Any], sample: Any, expected: Any, given: Any) -> str:
+def _wrong_layer(case: Case, expected: Any) -> str:
     """ "torch" when AOTAutograd's decompositions and functionalisation alone give a wrong answer too, else "backend"."""
     try:
-        got, after, _ = run_compiled(call, sample, "aot_eager")
+        got, _ = case.compiled("aot_eager")
     except Exception:  # then they give no answer, and the wrong one is the backend's own
         return "backend"
-    return "torch" if mismatch([got, after], [expected, given], values=True) else "backend"
+    return "torch" if mismatch(got, expected, values=True) else "backend"
 
 
-def serve(backend: str) -> None:
+class _Lowered(Exception):
+    """Raised in place of Inductor's code generation."""
+
+
+@contextlib.contextmanager
+def lowering_only() -> Iterator[list[Any]]:
+    """Let Inductor lower graphs and stop before it generates code; yields the operations of every graph lowered."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    operations: list[Any] = []
+
+    def stop(graph: Any) -> Any:
+        operations.append(list(graph.operations))
+        raise _Lowered
+
+    with (
+        config.patch(force_disable_caches=True, compile_threads=1),
+        mock.patch.object(GraphLowering, "compile_to_module", stop),
+    ):
+        yield operations
+
+
+def classify_lowering(info: Any, sample: Any) -> dict[str, Any]:
+    """Whether Inductor lowers a sample without an ATen fallback (templates and libraries for matmuls and convolutions are
+    none): generated, else fallback with the kernels, or not reached."""
+    case = Case.of(info, sample, backward=False)
+    try:
+        case.eager()
+    except Exception as error:
+        return {"class": "eager raises", "reason": first_line(error)}
+    with lowering_only() as graphs:
+        try:
+            _, counts = case.compiled("inductor")
+        except Exception as error:
+            if not graphs:
+                return {"class": "not reached", "layer": "dynamo", "reason": first_line(error)}
+        else:
+            if not counts["runs"]:
+                return {"class": "not reached", "layer": "dynamo", "reason": "dynamo left nothing to compile"}
+    kernels = [x for operations in graphs for x in operations if _is_fallback(x)]
+    names = sorted({str(getattr(x, "op_overload", None) or type(x).__name__) for x in kernels})
+    return {"class": "fallback" if names else "generated", "reason": "; ".join(names)}
+
+
+def _is_fallback(operation: Any) -> bool:
+    from torch._inductor import ir
+
+    return isinstance(operation, ir.FallbackKernel) or "Fallback" in type(operation).__name__
+
+
+def serve(backend: str, mode: str) -> None:
     """Answer tasks until standard input ends."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     known = entries()
+    backward = mode == "backward"
     for line in sys.stdin:
         task = json.loads(line)
         info = known[task["op"]]
-        found = samples(info)
-        plan = list(range(len(found))) if task["every"] else most_different(found, MOST_DIFFERENT)
+        found = samples(info, backward=backward)
+        plan = list(range(len(found))) if task["every"] else most_different(found, task["most"])
         print(json.dumps({"plan": plan}), file=out)
         for i in plan:
             if i in task["skip"]:
                 continue
             print(json.dumps({"start": i}), file=out)
             start = time.perf_counter()
-            record = {"op": task["op"], "sample": i, "arguments": describe(found[i]), **classify(info, found[i], backend)}
+            record = {"op": task["op"], "sample": i, "arguments": describe(found[i])}
+            if mode == "lowering":
+                record |= classify_lowering(info, found[i])
+            else:
+                record |= classify(info, found[i], backend, backward=backward)
             record["seconds"] = round(time.perf_counter() - start, 3)
             print(json.dumps({"record": record}), file=out)
         print(json.dumps({"done": task["op"]}), file=out)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:3])

@@ -36,14 +36,16 @@ class GraphRecord(Protocol):
     """One graph that the backend compiled: its coverage (None for peers) and how often it ran."""
 
     coverage: CoverageLike | None
+    kind: str
     runs: int
 
 
 @dataclass
 class PeerGraph:
-    """A graph that a peer compiled."""
+    """A graph that a peer compiled; the forward and the backward part count as one."""
 
     coverage: None = None
+    kind: str = "forward"
     runs: int = 0
 
 
@@ -93,13 +95,14 @@ def _counting(name: str, seen: Seen) -> Callable[..., Any]:
 
 def coverage(graphs: list[GraphRecord]) -> dict[str, Any]:
     """Sum over the graphs that ran: nodes by what runs them, and the reasons where it is no generated kernel, counted."""
-    total: dict[str, Any] = {"graphs": 0, "runs": 0} | dict.fromkeys(KINDS, 0)
+    total: dict[str, Any] = {"graphs": 0, "runs": 0, "backward runs": 0} | dict.fromkeys(KINDS, 0)
     reasons: Counter[str] = Counter()
     for g in graphs:
         if not g.runs:
             continue
         total["graphs"] += 1
         total["runs"] += g.runs
+        total["backward runs"] += g.runs if g.kind == "backward" else 0
         if g.coverage is None:
             continue
         for kind in KINDS:

@@ -17,12 +17,13 @@ import sympy
 from ..ir import Dim, Graph, Node, ScalarType, TensorType, Value, dim
 from ..ir.types import type_symbols
 from ..runtime.panels import Panels
-from . import activations, library, pointwise  # noqa: F401 (the first and the last register their lowerings)
+from . import activations, library, pointwise, special  # noqa: F401 (all but the second register their lowerings)
 from .allow import Allow, always
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
 from .matmul import Chooser, Matmul, matmul_of
+from .ordered import Ordered, Scan, Scatter, ordered
 from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
 from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
@@ -44,14 +45,16 @@ class Memory:
 
 @dataclass(eq=False)
 class Unit:
-    """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input). A matmul is a
-    unit whose elements the template provides; what it reads besides its operands belongs to the epilogue."""
+    """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input; a scatter's: of
+    what is scattered). A matmul is a unit whose elements the template provides; what it reads besides its operands belongs
+    to the epilogue. An `ordered` unit is alone in its kernel."""
 
     value: Value
     node: Node
     domain: tuple[Dim, ...]
     reduce: ReduceSpec | None = None
     matmul: Matmul | None = None
+    ordered: Ordered | None = None
     reads: list[tuple[Value, Index]] = field(default_factory=list)
     symbols: tuple[sympy.Symbol, ...] = ()
 
@@ -140,7 +143,9 @@ class Analysis:
             if found is None:
                 found = matmul_of(node)
             if found is None:
-                return "no kernel lowering"
+                found = ordered(node)
+            if found is None:
+                return library.NO_KERNEL
             if isinstance(found, str):
                 return found
         for v in (*node.inputs, *node.results):
@@ -148,13 +153,30 @@ class Analysis:
                 if isinstance(v.type, ScalarType) and v.type.kind == "int" and v.type.expr is not None:
                     continue
                 return f"operand {v.type} is no tensor"
+            if v.type.dtype.is_complex:
+                return "complex numbers: kernels hold real ones"
             if dtype_name(v.type.dtype) not in DTYPES:
                 return f"dtype {dtype_name(v.type.dtype)}"
             if v.type.device != self.device:
                 return f"device {v.type.device}"
         if node.token is not None:
             return "it has an effect"
+        if name == "aten.as_strided.default" and not self._fills_its_memory(node):
+            return "it addresses memory that it was not given as a value"
         return library.refusal(node) or (None if self.allow("generate", node.op.name, node) else HELD_BACK)
+
+    def _fills_its_memory(self, node: Node) -> bool:
+        """Whether the source of an as_strided is computed here, row-major and whole, and the result lies inside it: then
+        positions in memory are positions in the value."""
+        source = node["self"]
+        producer = self.graph.producers.get(source)
+        if producer is None or producer.op.name in SPLITS or producer.op.has("view") or producer.op.name in INDEX_MAPS:
+            return False
+        numbers = (*source.tensor.shape, *node["size"], *node["stride"], node["storage_offset"] or 0)
+        if not all(type(n) is int for n in numbers) or not source.tensor.is_contiguous or 0 in node["size"]:
+            return False
+        last = sum((n - 1) * s for n, s in zip(node["size"], node["stride"], strict=True)) + (node["storage_offset"] or 0)
+        return last < source.tensor.numel
 
     # -- where values live --------------------------------------------------------------------------------------------
 
@@ -207,13 +229,19 @@ class Analysis:
         return True
 
     def _compute(self, v: Value, node: Node, wanted: set[Value]) -> None:
-        spec, made = reduction(node), matmul_of(node)
+        spec, made, alone = reduction(node), matmul_of(node), ordered(node)
         if isinstance(spec, ReduceSpec):
             self.units[v] = Unit(v, node, node.args[0].tensor.shape, reduce=spec)
             self._in_memory(v)
             return
         if isinstance(made, Matmul):
             self.units[v] = Unit(v, node, v.tensor.shape, matmul=made)
+            self._in_memory(v)
+            return
+        if alone is not None:
+            assert not isinstance(alone, str), "a node without a kernel is a call"
+            domain = alone.domain if isinstance(alone, Scatter) else v.tensor.shape
+            self.units[v] = Unit(v, node, domain, ordered=alone)
             self._in_memory(v)
             return
         weight = 0 if node.op.name in INDEX_MAPS or node.op.name in SPLITS else 1 if node.op.name in CHEAP else _HEAVY
@@ -302,7 +330,12 @@ class Analysis:
         probe = Evaluator(self, Body())
         probe.leaf = lambda v, index: _record(probe, unit.reads, v, index)
         index = tuple(0 if n == 1 and type(n) is int else s for n, s in zip(unit.domain, unit.symbols, strict=True))
-        probe.evaluate(unit, index)
+        if isinstance(unit.ordered, Scatter):
+            base = tuple(sympy.Symbol(f"e{i}", integer=True, nonnegative=True) for i in range(unit.value.tensor.rank))
+            probe.read(unit.node.args[0], base)
+            probe.scattered(unit, unit.ordered, index)
+        else:
+            probe.evaluate(unit, index)
         self.checks_rows = self.checks_rows or probe.checked
 
     def resolve(self, value: Value) -> Memory:
@@ -354,13 +387,21 @@ class Evaluator:
         return self.body.cast(POINTWISE[node.op.name](at), dtype_name(value.tensor.dtype))
 
     def evaluate(self, unit: Unit, index: Index) -> str:
-        """A unit's value at `index` of its domain; for reductions the element that is accumulated."""
+        """A unit's value at `index` of its domain; for reductions and scans the element that is accumulated."""
         if unit.matmul is not None:
             return self.body.cast(unit.matmul.element(self, unit.node, index), dtype_name(unit.value.tensor.dtype))
+        if isinstance(unit.ordered, Scan):
+            return self.body.cast(self.body.up(self.read(unit.node.args[0], index)), unit.ordered.dtype)
         if unit.reduce is None:
             return self.compute(unit.value, unit.node, index)
         source = TensorType(unit.domain, unit.node.args[0].tensor.dtype)
         return unit.reduce.map(At(self.body, unit.node, index, source, self.read, self.guard, self.bounds))
+
+    def scattered(self, unit: Unit, made: Scatter, index: Index) -> tuple[Index, str]:
+        """Where the point `index` of a scatter writes, and what."""
+        domain = TensorType(unit.domain, unit.value.tensor.dtype)
+        at = At(self.body, unit.node, index, domain, self.read, self.guard, self.bounds)
+        return made.place(at), self.body.cast(made.element(at), dtype_name(unit.value.tensor.dtype))
 
     @contextmanager
     def guard(self, mask: str) -> Iterator[None]:

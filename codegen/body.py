@@ -186,6 +186,15 @@ class Body:
         """Update an accumulator in the current scope."""
         self.scopes[-1].stmts.append(K.Accumulate(acc, value, index))
 
+    def current(self, acc: str, dtype: str) -> str:
+        """What an accumulator holds at this point, as `dtype`."""
+        name = f"x{self.count}"
+        self.count += 1
+        self.scopes[-1].stmts.append(K.Compute(name, dtype, "cast", (acc,)))
+        self.dtype[name] = dtype
+        self.depth[name] = len(self.scopes) - 1
+        return name
+
     def given(self, name: str, dtype: str) -> str:
         """A scalar that the surrounding template defines."""
         self.dtype[name] = dtype

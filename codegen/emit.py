@@ -31,7 +31,7 @@ _RECOMPUTE = 4  # an elementwise value of at most this weight is computed again 
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """Loops of one kernel: outer axes then reduced ones, each outermost first; `vector` is the axis over SIMD lanes."""
 
     outer: tuple[Axis, ...]
@@ -49,10 +49,10 @@ class Emitted:
     buffers: tuple[Value, ...]
 
 
-class _GroupBody(Evaluator):
+class GroupBody(Evaluator):
     """Emits one group, for one choice of loops."""
 
-    def __init__(self, analysis: Analysis, group: Group, stored: set[Value], order: _Order, status: Value | None) -> None:
+    def __init__(self, analysis: Analysis, group: Group, stored: set[Value], order: Order, status: Value | None) -> None:
         super().__init__(analysis, Body())
         self.status = status
         self.leaf = self.load
@@ -359,7 +359,7 @@ def _collapse(axes: list[Axis], strides: _Strides, names: dict[sympy.Symbol, Any
     return tuple(done)
 
 
-def _choose(group: Group, strides: _Strides) -> _Order:
+def _choose(group: Group, strides: _Strides) -> Order:
     outer = [a for i, a in enumerate(group.axes) if i not in group.reduced]
     reduced = [a for i, a in enumerate(group.axes) if i in group.reduced]
     arg = any(u.reduce is not None and u.reduce.value_dtype for u in group.units)
@@ -375,7 +375,7 @@ def _choose(group: Group, strides: _Strides) -> _Order:
             vector = outer_axes[-1].symbol
     elif outer_axes:
         vector = outer_axes[-1].symbol
-    return _Order(outer_axes, reduced_axes, vector, names, _few_long_rows(group, outer_axes, reduced_axes))
+    return Order(outer_axes, reduced_axes, vector, names, _few_long_rows(group, outer_axes, reduced_axes))
 
 
 def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...]) -> bool:
@@ -395,20 +395,26 @@ def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, .
 def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> Emitted:
     """The kernel of a group. `stored` are the values that others read from memory, `status` is the word that it sets where a
     row id is out of range."""
-    plain = _Order(
+    plain = Order(
         tuple(a for i, a in enumerate(group.axes) if i not in group.reduced),
         tuple(a for i, a in enumerate(group.axes) if i in group.reduced),
         None,
         {},
     )
-    draft = _GroupBody(analysis, group, stored, plain, status)
+    draft = GroupBody(analysis, group, stored, plain, status)
     draft.emit()
     order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes))
-    final = _GroupBody(analysis, group, stored, order, status)
+    final = GroupBody(analysis, group, stored, order, status)
     final.emit()
+    return finished(final)
+
+
+def finished(body: GroupBody) -> Emitted:
+    """The kernel that has been emitted, named after its ops and its text."""
+    group = body.group
     label = "_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40]
-    kernel = final.body.kernel("", tuple(dict.fromkeys(_origin(u) for u in group.units)))
-    names = {name: value for value, name in final.params.items()}
+    kernel = body.body.kernel("", tuple(dict.fromkeys(_origin(u) for u in group.units)))
+    names = {name: value for value, name in body.params.items()}
     digest = hashlib.sha256(repr((kernel.buffers, kernel.sizes, kernel.body)).encode()).hexdigest()[:12]
     kernel = replace(kernel, name=f"{label}_{digest}")
     return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers))
@@ -421,8 +427,8 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
     assert unit is not None and unit.matmul is not None
     made = unit.matmul
     axes = _matmul_axes(unit, group)
-    order = _Order((), (), None, axes)
-    body = _GroupBody(analysis, group, stored, order, status)
+    order = Order((), (), None, axes)
+    body = GroupBody(analysis, group, stored, order, status)
     body.body.scopes[0].axes.update((T.M, T.N, T.B0))
     body.emit_points()
     kernel = body.body.kernel("epilogue")

@@ -48,12 +48,24 @@ def _mean(b: Builder, x: Value, dims: tuple[int, ...], keepdim: bool) -> Value:
     return _divide_by_count(b, total, _count(x, dims))
 
 
-def _some_elements(m: Match) -> Reason | None:
-    return Reason("a maximum over no elements") if m.node["self"].tensor.numel == 0 else None
+def _nothing(b: Builder, like: Value) -> Value:
+    """A result without elements."""
+    kind = like.tensor
+    return b.call("aten.full.default", kind.shape, 0, dtype=kind.dtype, device=torch.device(kind.device))
+
+
+def _no_elements(m: Match, b: Builder) -> Value:
+    return _nothing(b, m.node.out)
+
+
+def _is_empty(m: Match) -> Reason | None:
+    return None if m.node.out.tensor.numel == 0 else Reason("it has elements")
 
 
 def _softmax(m: Match, b: Builder) -> Value:
     node = m.node
+    if node.out.tensor.numel == 0:
+        return _nothing(b, node.out)
     x, dim = _up(b, node["self"]), node["dim"]
     top = b.call("aten.amax.default", x, (dim,), True)
     power = b.call("aten.exp.default", b.call("aten.sub.Tensor", x, top))
@@ -63,6 +75,8 @@ def _softmax(m: Match, b: Builder) -> Value:
 
 def _log_softmax(m: Match, b: Builder) -> Value:
     node = m.node
+    if node.out.tensor.numel == 0:
+        return _nothing(b, node.out)
     x, dim = _up(b, node["self"]), node["dim"]
     top = b.call("aten.amax.default", x, (dim,), True)
     shifted = b.call("aten.sub.Tensor", x, top)
@@ -284,16 +298,18 @@ def _max_dim(values: str, indices: str) -> Any:
     def build(m: Match, b: Builder) -> Any:
         node = m.node
         x, dim, keepdim = node["self"], node["dim"], node["keepdim"]
-        return b.call(values, x, (dim,), keepdim), b.call(indices, x, dim, keepdim)
+        if not x.tensor.rank:
+            first = b.call("aten.full.default", (), 0, dtype=torch.int64, device=torch.device(x.tensor.device))
+            return b.call("aten.clone.default", x), first
+        counted = _to(b, x, torch.uint8) if x.tensor.dtype is torch.bool else x  # torch has no argmax of bools
+        return b.call(values, x, (dim,), keepdim), b.call(indices, counted, dim, keepdim)
 
     return build
 
 
 def _not_empty(m: Match) -> Reason | None:
     x = m.node["self"].tensor
-    if x.rank == 0:
-        return Reason("a scalar has no dimension to reduce")
-    n = x.shape[m.node["dim"] % x.rank]
+    n = x.shape[m.node["dim"] % x.rank] if x.rank else 1
     return Reason("torch refuses a maximum over no elements") if isinstance(n, int) and n == 0 else None
 
 
@@ -354,8 +370,9 @@ def _rule(op: str, build: Any, check: Any = None) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    _rule("aten._softmax.default", _softmax, _some_elements),
-    _rule("aten._log_softmax.default", _log_softmax, _some_elements),
+    _rule("aten.as_strided.default", _no_elements, _is_empty),
+    _rule("aten._softmax.default", _softmax),
+    _rule("aten._log_softmax.default", _log_softmax),
     _rule("aten._softmax_backward_data.default", _softmax_backward),
     _rule("aten._log_softmax_backward_data.default", _log_softmax_backward),
     _rule("aten.mean.dim", _mean_op),

@@ -129,7 +129,8 @@ class Grouping:
     # -- fusion -------------------------------------------------------------------------------------------------------
 
     def _add_unit(self, unit: Unit) -> None:
-        for item in () if unit.value in self.last else self._candidates(unit):
+        alone = unit.value in self.last or unit.ordered is not None
+        for item in () if alone else self._candidates(unit):
             group = self.items[item]
             assert isinstance(group, Group)
             fit = self._fit(unit, group)
@@ -167,7 +168,7 @@ class Grouping:
     def _fit(self, unit: Unit, group: Group) -> _Fit | None:
         if len(group.units) >= _MAX_UNITS or group.reads + len(unit.reads) > _MAX_READS:
             return None
-        if any(u.value in self.last for u in group.units):
+        if any(u.value in self.last or u.ordered is not None for u in group.units):
             return None
         if not group.reduced and any(u.reduce is not None for u in group.units):
             return None  # it reduces dimensions of size 1 only, and has no loop to share

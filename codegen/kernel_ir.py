@@ -6,7 +6,8 @@ ids) names of integer scalars computed earlier in the same scope. The same tree 
 Triton (`codegen/triton`); printers make no decisions that change what is computed.
 
 Scalars are SSA names, unique in a kernel. A name is visible in its own loop body, after its definition, and in loops
-nested there. An accumulator (`Acc`) is declared in a scope, updated in loops nested in that scope, and read after them.
+nested there. An accumulator (`Acc`) is declared in a scope, updated in loops nested in that scope, and read after them; in
+a serial loop that is not a vector loop its running value may be read too.
 Dtypes are torch names without the prefix (`"float32"`, `"bfloat16"`, `"int64"`, `"bool"`).
 """
 
@@ -92,6 +93,8 @@ COMPUTE_OPS: dict[str, int] = {
     # where(cond: bool, a, b); cast converts to `dtype` (float -> int truncates, -> bool is != 0)
     "where": 3,
     "cast": 1,
+    # the same bits as a number of another dtype of the same size (int32 and float32, int64 and float64)
+    "bitcast": 1,
 }
 
 

@@ -215,6 +215,20 @@ def _fmax(at: At) -> str:
     return at.op("where", at.op("isnan", a), b, at.op("where", at.op("isnan", b), a, best))
 
 
+@lowers("aten.hypot.default")
+def _hypot(at: At) -> str:
+    x, y = at.op("abs", at.operand(at["self"])), at.op("abs", at.operand(at["other"]))
+    infinite = at.op("or", at.op("isinf", x), at.op("isinf", y))
+    if at.dtype == "float32":  # squares of float32 neither overflow in float64 nor lose digits
+        x, y = at.body.cast(x, "float64"), at.body.cast(y, "float64")
+        root = at.body.cast(at.op("sqrt", at.op("add", at.op("mul", x, x), at.op("mul", y, y))), at.dtype)
+    else:
+        long, short = at.op("maximum", x, y), at.op("minimum", x, y)
+        ratio = at.op("div", short, at.op("where", at.op("eq", long, at.const(0)), at.const(1), long))
+        root = at.op("mul", long, at.op("sqrt", at.op("add", at.const(1), at.op("mul", ratio, ratio))))
+    return at.op("where", infinite, at.const(math.inf), root)
+
+
 @lowers("aten.heaviside.default")
 def _heaviside(at: At) -> str:
     x, at_zero = at.operand(at["self"]), at.operand(at["values"])
@@ -232,13 +246,66 @@ def _xlogy(at: At) -> str:
     return at.op("where", at.op("isnan", y), y, guarded)
 
 
-@lowers("aten.copysign.Tensor", "aten.copysign.Scalar")
+def _bits(at: At, x: str) -> str:
+    """A float's bits as an integer; negative where the sign bit is set."""
+    return at.op("bitcast", x, dtype="int64" if at.body.dtype[x] == "float64" else "int32")
+
+
+def _sign_bit(at: At, x: str) -> str:
+    bits = _bits(at, x)
+    return at.op("lt", bits, at.body.const(0, at.body.dtype[bits]))
+
+
+@lowers("aten.signbit.default", cheap=True)
+def _signbit(at: At) -> str:
+    x = at.body.up(at.load(at["self"]))
+    if at.body.dtype[x] in ("float32", "float64"):
+        return _sign_bit(at, x)
+    return at.const(False, BOOL) if at.body.dtype[x] == BOOL else at.op("lt", x, at.body.const(0, at.body.dtype[x]))
+
+
+@lowers("aten.copysign.Tensor", "aten.copysign.Scalar", cheap=True)
 def _copysign(at: At) -> str:
-    x, y = at.op("abs", at.operand(at["self"])), at.operand(at["other"])
-    zero = at.const(0)
-    # the sign of a zero shows in its reciprocal
-    negative = at.op("or", at.op("lt", y, zero), at.op("lt", at.op("reciprocal", y), zero))
-    return at.op("where", negative, at.op("neg", x), x)
+    x = at.op("abs", at.operand(at["self"]))
+    return at.op("where", _sign_bit(at, at.operand(at["other"])), at.op("neg", x), x)
+
+
+@lowers("aten.nextafter.default")
+def _nextafter(at: At) -> str:
+    x, y = at.operand(at["self"]), at.operand(at["other"])
+    bits = _bits(at, x)
+    integer = at.body.dtype[bits]
+    one, zero = at.body.const(1, integer), at.const(0)
+    # among the bits of numbers of one sign, the next integer is the next number away from zero
+    away = at.op("eq", at.op("lt", x, y), at.op("gt", x, zero))
+    step = at.op("bitcast", at.op("where", away, at.op("add", bits, one), at.op("sub", bits, one)), dtype=at.dtype)
+    least = at.op("bitcast", one, dtype=at.dtype)
+    first = at.op("where", at.op("gt", y, zero), least, at.op("neg", least))
+    result = at.op("where", at.op("eq", x, y), y, at.op("where", at.op("eq", x, zero), first, step))
+    unordered = at.op("or", at.op("isnan", x), at.op("isnan", y))
+    return at.op("where", unordered, at.const(math.nan), result)
+
+
+@lowers("aten.frexp.Tensor")
+def _frexp(at: At) -> str:
+    """The mantissa in [1/2, 1), or (the int32 result) the exponent of 2 that goes with it."""
+    x = at.body.up(at.load(at["self"]))
+    dtype = at.body.dtype[x]
+    width, middle, lift = (52, 1022, 54) if dtype == "float64" else (23, 126, 25)
+    mask = (2 * middle + 3) << width
+    # a number below the smallest normal one is scaled into the normal range first
+    tiny = at.op("lt", at.op("abs", x), at.body.const(2.0 ** (1 - middle), dtype))
+    bits = _bits(at, at.op("where", tiny, at.op("mul", x, at.body.const(2.0**lift, dtype)), x))
+    integer = at.body.dtype[bits]
+    field = at.op("shr", at.op("and", bits, at.body.const(mask, integer)), at.body.const(width, integer))
+    plain = at.op("or", at.op("eq", x, at.body.const(0, dtype)), at.op("eq", field, at.body.const(mask >> width, integer)))
+    if at.out.dtype is torch.int32:
+        shift = at.op("where", tiny, at.body.const(middle + lift, integer), at.body.const(middle, integer))
+        return at.op("where", plain, at.body.const(0, integer), at.op("sub", field, shift))
+    rest = at.op("and", bits, at.body.const(~mask, integer))
+    return at.op(
+        "where", plain, x, at.op("bitcast", at.op("or", rest, at.body.const(middle << width, integer)), dtype=dtype)
+    )
 
 
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
@@ -311,6 +378,13 @@ def _zeros(at: At) -> str:
 @lowers("aten.ones.default", "aten.ones_like.default", "aten.new_ones.default", cheap=True)
 def _ones(at: At) -> str:
     return at.const(1)
+
+
+@lowers("aten.empty.memory_format", "aten.empty_strided.default", "aten.new_empty.default",
+        "aten.new_empty_strided.default", "aten.empty_like.default", cheap=True)  # fmt: skip
+def _empty(at: At) -> str:
+    # any value is right; a constant is never loaded, and the same at every run
+    return at.const(0)
 
 
 @lowers("prims.iota.default", cheap=True)

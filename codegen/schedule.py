@@ -12,6 +12,7 @@ from ..runtime import ops as runtime_ops
 from .allow import Allow, always
 from .analysis import Analysis
 from .emit import emit, emit_matmul
+from .emit_ordered import emit_ordered
 from .expand import expand
 from .groups import Group, Grouping
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
@@ -146,7 +147,8 @@ def _kernel_item(
 ) -> KernelItem:
     if group.matmul is not None:
         return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
-    made = emit(analysis, group, stored, status)
+    alone = group.units[0].ordered is not None
+    made = emit_ordered(analysis, group, status) if alone else emit(analysis, group, stored, status)
     own = {u.value for u in group.units}  # what a kernel writes and then reads again it does not read from before
     access = tuple("write" if v in own else b.access for v, b in zip(made.buffers, made.kernel.buffers, strict=True))
     return KernelItem(made.kernel.name, made.buffers, access, made.kernel.sizes, nodes, made.kernel)

@@ -238,6 +238,15 @@ def _unfold(at: At) -> Index:
     return (*at.index[:d], at.index[d] * at["step"] + at.index[-1], *at.index[d + 1 : -1])
 
 
+@index_map("aten.as_strided.default")
+def _as_strided(at: At) -> Index:
+    """Only of a source that fills its memory in row-major order, which `Analysis` sees to."""
+    position: Any = at["storage_offset"] or 0
+    for i, stride in zip(at.index, at["stride"], strict=True):
+        position = position + i * stride
+    return tuple(unravel(position, _source(at).shape))
+
+
 @index_map("aten.repeat.default")
 def _repeat(at: At) -> Index:
     source = _source(at)
@@ -343,7 +352,9 @@ def _pad(at: At) -> str:
         if before == 0 and after == 0:
             continue
         index[d] = at.index[d] - before
-        grows_left, grows_right = before != 0, after != 0
+        grows_left, grows_right = before > 0, after > 0
+        if not (grows_left or grows_right):
+            continue  # negative padding crops
         test = _inside(at, index[d], 0 if grows_left else None, source.shape[d] if grows_right else None)
         mask = test if mask is None else at.op("and", mask, test)
     if mask is None:
@@ -370,6 +381,17 @@ def _slice_scatter(at: At) -> str:
     return at.op("where", test, inner, at.operand(at["self"]))
 
 
+@lowers("aten.diagonal_scatter.default")
+def _diagonal_scatter(at: At) -> str:
+    rank = len(at.index)
+    a, b, offset = at["dim1"] % rank, at["dim2"] % rank, at["offset"]
+    here = at.op("eq", at.body.index(at.index[b] - at.index[a]), at.body.const(offset, INT64))
+    along = at.index[a] if offset >= 0 else at.index[b]
+    index = (*(i for d, i in enumerate(at.index) if d not in (a, b)), along)
+    inner = at.body.cast(at.body.up(at.masked(at["src"], index, here)), at.dtype)
+    return at.op("where", here, inner, at.operand(at["self"]))
+
+
 @lowers("aten.select_scatter.default")
 def _select_scatter(at: At) -> str:
     d = at["dim"] % len(at.index)
@@ -379,7 +401,7 @@ def _select_scatter(at: At) -> str:
     return at.op("where", here, inner, at.operand(at["self"]))
 
 
-def _row(at: At, value: Value, index: Index, size: Any, *, wrap: bool) -> Any:
+def row_index(at: At, value: Value, index: Index, size: Any, *, wrap: bool) -> Any:
     """A row id read from an integer tensor, checked against `size`; negative ids count from the end where `wrap`."""
     row = at.body.cast(at.load(value, index), INT64)
     if wrap:
@@ -390,7 +412,7 @@ def _row(at: At, value: Value, index: Index, size: Any, *, wrap: bool) -> Any:
 
 @lowers("aten.embedding.default")
 def _embedding(at: At) -> str:
-    row = _row(at, at["indices"], at.index[:-1], at["weight"].tensor.shape[0], wrap=False)
+    row = row_index(at, at["indices"], at.index[:-1], at["weight"].tensor.shape[0], wrap=False)
     return at.load(at["weight"], (row, at.index[-1]))
 
 
@@ -401,18 +423,20 @@ def _index_select(at: At) -> str:
         return at.load(at["self"], ())
     d = at["dim"] % source.rank
     ids = at["index"]
-    row = _row(at, ids, (at.index[d],) if ids.tensor.rank else (), source.shape[d], wrap=False)
+    row = row_index(at, ids, (at.index[d],) if ids.tensor.rank else (), source.shape[d], wrap=False)
     return at.load(at["self"], (*at.index[:d], row, *at.index[d + 1 :]))
 
 
 @lowers("aten.gather.default")
 def _gather(at: At) -> str:
     source = _source(at)
+    if at.out.numel == 0:  # then the index may have any rank
+        return at.const(0)
     if source.rank == 0:
         return at.load(at["self"], ())
     d = at["dim"] % source.rank
     ids = at["index"]
-    row = _row(at, ids, at.index if ids.tensor.rank else (), source.shape[d], wrap=False)
+    row = row_index(at, ids, at.index if ids.tensor.rank else (), source.shape[d], wrap=False)
     return at.load(at["self"], (*at.index[:d], row, *at.index[d + 1 :]) if at.index else (row,))
 
 
@@ -431,10 +455,10 @@ def _index(at: At) -> str:
         if k < len(indices) and indices[k] is not None:
             shape = indices[k].tensor.shape
             own = tuple(0 if n == 1 else i for n, i in zip(shape, broadcast[rank - len(shape) :], strict=True))
-            out.append(_row(at, indices[k], own, source.shape[k], wrap=True))
+            out.append(row_index(at, indices[k], own, source.shape[k], wrap=True))
         else:
             out.append(next(rest))
     return at.load(at["self"], tuple(out))
 
 
-__all__ = ["INDEX_MAPS", "MAPS", "SPLITS", "part_of_split", "reshape_index", "tidy", "unravel"]
+__all__ = ["INDEX_MAPS", "MAPS", "SPLITS", "part_of_split", "reshape_index", "row_index", "tidy", "unravel"]

@@ -7,6 +7,7 @@ library's kernel; it is decomposed further where its parts are elementwise, view
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -38,15 +39,14 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "elementwise": ("silu", "gelu"),
     # one store of the changed part into a copy; as index arithmetic it would touch every element with a branch
     "partial writes": ("select_scatter", "slice_scatter"),
-    # the library sorts or owns rows; index_put(accumulate=True) on CPU adds serially
-    "accumulating scatters": ("embedding_dense_backward", "index_add"),
+    # the library sorts or owns rows
+    "accumulating scatters": ("embedding_dense_backward",),
     # interpolation and pooling: gathers with several taps, which the library vectorises over channels (torch itself opens
     # interpolation by scale factors into gathers before this table is asked)
     "sampling": (
         "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
         "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
-        "_upsample_nearest_exact3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "max_unpool2d", "max_unpool3d", "im2col",
-        "col2im", "grid_sampler_2d",
+        "_upsample_nearest_exact3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "im2col", "col2im", "grid_sampler_2d",
     ),
     # their parts would draw other numbers than eager does for the same seed
     "random": ("bernoulli", "rrelu_with_noise", "rrelu_with_noise_functional", "native_dropout", "normal", "uniform"),
@@ -120,12 +120,161 @@ def unbind(self: Tensor, dim: int = 0) -> list[Tensor]:
     return [aten.select.int(self, dim, i) for i in range(self.shape[dim])]
 
 
+def empty_permuted(size: list[int], physical_layout: list[int], **options: Any) -> Tensor:
+    """Memory in another order of dimensions: empty in that order, seen through a permutation."""
+    place = [physical_layout.index(d) for d in range(len(size))]
+    return torch.empty([size[d] for d in physical_layout], **options).permute(place)
+
+
+def narrow_copy(self: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """A slice, copied."""
+    return self.narrow(dim, start, length).clone(memory_format=torch.contiguous_format)
+
+
+def view_copy(self: Tensor, size: list[int]) -> Tensor:
+    """A view, copied."""
+    return self.view(size).clone(memory_format=torch.contiguous_format)
+
+
+def angle(self: Tensor) -> Tensor:
+    """Of real numbers: pi where negative, else 0."""
+    if self.is_complex():
+        return NotImplemented
+    x = self if self.is_floating_point() else self.to(torch.get_default_dtype())
+    zero, half_turn = (torch.full((), v, dtype=x.dtype, device=x.device) for v in (0.0, math.pi))
+    return torch.where(x.isnan(), x, torch.where(x < 0, half_turn, zero))
+
+
+def ldexp(self: Tensor, other: Tensor) -> Tensor:
+    """self * 2**other, rounded where torch rounds it."""
+    return self * torch.pow(2.0, other)
+
+
+# -- scatters -----------------------------------------------------------------------------------------------------------
+
+
+def _of_rows(op: OpOverload, *tensors: int) -> Callable[..., Any]:
+    """`op` on tensors without dimensions, whose positions are `tensors`, as if they had one of size 1."""
+
+    def opened(*args: Any, **options: Any) -> Any:
+        if args[0].dim() > 1 or all(args[k].dim() for k in tensors):
+            return NotImplemented
+        lifted = [a.reshape(-1) if k in tensors else a for k, a in enumerate(args)]
+        return op(*lifted, **options).reshape(args[0].shape)
+
+    return opened
+
+
+#: What an element starts from where a scatter does not include the element itself.
+_START: dict[str, Callable[[torch.dtype], float]] = {
+    "sum": lambda dtype: 0,
+    "mean": lambda dtype: 0,
+    "prod": lambda dtype: 1,
+    "amax": lambda dtype: -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min,
+    "amin": lambda dtype: math.inf if dtype.is_floating_point else torch.iinfo(dtype).max,
+}
+
+
+def scatter_reduce(
+    self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:  # fmt: skip
+    """Opened where there is more to it than one ordered scatter: without `self`, what is hit starts afresh; a mean divides
+    a sum by a count."""
+    if self.dtype.is_complex or self.dtype is torch.bool:
+        return NotImplemented
+    if not (self.dim() and index.dim()):
+        parts = (self.reshape(-1), dim, index.reshape(-1), src.reshape(-1), reduce)
+        return torch.scatter_reduce(*parts, include_self=include_self).reshape(self.shape)
+    if include_self and reduce != "mean":
+        return NotImplemented
+    start = self if include_self else self.scatter(dim, index, _START[reduce](self.dtype))
+    if reduce != "mean":
+        return aten.scatter_reduce.two(start, dim, index, src, reduce)
+    ones = torch.ones_like(src)
+    count = (torch.ones_like(self) if include_self else torch.zeros_like(self)).scatter_add(dim, index, ones)
+    total, count = start.scatter_add(dim, index, src), count.clamp(min=1)
+    return total / count if self.dtype.is_floating_point else torch.div(total, count, rounding_mode="floor")
+
+
+def index_reduce(
+    self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:  # fmt: skip
+    """scatter_reduce with one index for whole slices."""
+    if self.dim() == 0 or source.dim() != self.dim():
+        parts = (self.reshape(-1), dim, index.reshape(-1), source.reshape(-1), reduce)
+        return (
+            torch.index_reduce(*parts, include_self=include_self).reshape(self.shape) if self.dim() < 2 else NotImplemented
+        )
+    shape = [1] * self.dim()
+    shape[dim % self.dim()] = index.numel()
+    spread = index.to(torch.int64).reshape(shape).expand(source.shape)
+    return torch.scatter_reduce(self, dim, spread, source, reduce, include_self=include_self)
+
+
+def index_put(self: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
+    """One mask and one value: a choice, element by element. Any other mask picks sizes that are known only at run time."""
+    used = [k for k, t in enumerate(indices) if t is not None]
+    mask = indices[used[0]] if len(used) == 1 else None
+    if mask is None or mask.dtype is not torch.bool or values.numel() != 1:
+        return NotImplemented
+    behind = self.dim() - used[0] - mask.dim()
+    spread = mask.reshape([1] * used[0] + list(mask.shape) + [1] * behind)
+    value = values.reshape(())
+    return torch.where(spread, self + value if accumulate else value, self)
+
+
+def masked_scatter(self: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """The n-th element under the mask is the n-th of `source`: a running count of the mask, and a gather."""
+    if source.numel() == 0:
+        return NotImplemented
+    mask, self = torch.broadcast_tensors(mask, self)
+    position = mask.reshape(-1).to(torch.int64).cumsum(0) - 1  # -1 before the first, the last element: not chosen
+    return torch.where(mask, source.reshape(-1)[position].reshape(self.shape), self)
+
+
+def put(self: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    """index_put by the position in row-major order."""
+    flat = self.reshape(-1).index_put([index.reshape(-1)], source.reshape(-1), accumulate)
+    return flat.reshape(self.shape)
+
+
+def max_unpool(self: Tensor, indices: Tensor, output_size: list[int], *_: Any) -> Tensor:
+    """A scatter into zeros, one row for each image and channel."""
+    lead = self.shape[: self.dim() - len(output_size)]
+    if self.numel() == 0 or 0 in output_size:
+        return self.new_zeros([*lead, *output_size])
+    rows = math.prod(lead)
+    zeros = self.new_zeros([rows, math.prod(output_size)])
+    filled = zeros.scatter(1, indices.reshape(rows, -1), self.reshape(rows, -1))
+    return filled.view([*lead, *output_size])
+
+
 #: Decompositions of plait's own.
 OWN: dict[str, Callable[..., Any]] = {
     "nll_loss_backward.default": nll_loss_backward,
     "repeat.default": repeat,
     "split_with_sizes.default": split_with_sizes,
     "take.default": take,
+    "empty_permuted.default": empty_permuted,
+    "narrow_copy.default": narrow_copy,
+    "view_copy.default": view_copy,
+    "angle.default": angle,
+    "ldexp.Tensor": ldexp,
+    "scatter.src": _of_rows(aten.scatter.src, 0, 2, 3),
+    "scatter.value": _of_rows(aten.scatter.value, 0, 2),
+    "scatter.reduce": _of_rows(aten.scatter.reduce, 0, 2, 3),
+    "scatter.value_reduce": _of_rows(aten.scatter.value_reduce, 0, 2),
+    "scatter_add.default": _of_rows(aten.scatter_add.default, 0, 2, 3),
+    "index_add.default": _of_rows(aten.index_add.default, 0, 2, 3),
+    "cumsum.default": _of_rows(aten.cumsum.default, 0),
+    "cumprod.default": _of_rows(aten.cumprod.default, 0),
+    "scatter_reduce.two": scatter_reduce,
+    "index_reduce.default": index_reduce,
+    "index_put.default": index_put,
+    "masked_scatter.default": masked_scatter,
+    "put.default": put,
+    "max_unpool2d.default": max_unpool,
+    "max_unpool3d.default": max_unpool,
     "unbind.int": unbind,
 }
 

@@ -129,6 +129,8 @@ def _check_slice_cat(m: Match) -> Reason | None:
 
 
 def _check_view_of_full(m: Match) -> Reason | None:
+    if number_of(m, m.node.inputs[0]) is None:
+        return Reason("it is filled with a complex number, or with one that is not known")
     return None if m.node.out.tensor.is_contiguous else Reason("the view is not contiguous")
 
 

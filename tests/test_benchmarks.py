@@ -160,6 +160,30 @@ class TestOpDatabase:
         assert found["by sample"] == {"generated": 2, "fallback": 1, "silently wrong": 1}
         assert "| silently wrong | 1 | 1 |" in op_db.table(found)
 
+    def test_the_figures_are_shares_of_ops(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        kinds = {"a": "generated", "b": "fallback", "c": "silently wrong", "d": "not differentiable", "e": "library"}
+        kinds["f"] = "eager raises"
+        found = op_db.summary({"op": op, "sample": 0, "class": kind} for op, kind in kinds.items())
+        monkeypatch.setattr(op_db, "LOWERED", tmp_path / "lowered.json")
+        op_db.LOWERED.write_text(json.dumps({"without fallback": ["a", "b", "e", "unknown"]}))
+        assert op_db.figures(found, "forward") == {
+            "forward: ops right": "3 of 4 (75.0%)",
+            "without fallback, of the ops that Inductor lowers without one": "2 of 3 (66.7%)",
+            "silently wrong": "1",
+        }
+        assert "without fallback" not in " ".join(op_db.figures(found, "backward"))
+
+    @pytest.mark.slow
+    def test_gradients_through_a_real_process(self, tmp_path: Path) -> None:
+        options = {"mode": "backward", "ops": "^(abs|argmax)$", "shards": 1}
+        records = op_db.run("aot_eager", **options, stem=tmp_path / "out")
+        assert {(r["op"], r["class"]) for r in records} == {("abs", "ran"), ("argmax", "not differentiable")}
+
+    @pytest.mark.slow
+    def test_inductor_is_asked_without_compiling(self, tmp_path: Path) -> None:
+        records = op_db.run("inductor", mode="lowering", ops="^(abs|linalg\\.svd)$", shards=1, stem=tmp_path / "out")
+        assert {(r["op"], r["class"]) for r in records} == {("abs", "generated"), ("linalg.svd", "fallback")}
+
     @pytest.mark.slow
     def test_one_op_through_a_real_process(self, tmp_path: Path) -> None:
         records = op_db.run("aot_eager", ops="^empty_permuted$", shards=1, stem=tmp_path / "out")

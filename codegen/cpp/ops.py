@@ -98,6 +98,8 @@ def compute_text(
         return f"{args[0]} / {args[1]}"
     if op == "cast":
         return f"cast<{CTYPE[dtype]}>({args[0]})"
+    if op == "bitcast":
+        return f"bitcast<{CTYPE[dtype]}>({args[0]})"
     if op == "where":
         kinds = ["bool", dtype, dtype]
     else:

@@ -51,6 +51,8 @@ def compute_text(kernel: str, op: str, dtype: str, out: str, args: list[str]) ->
         return f"tl.where({', '.join(args)})"
     if op == "cast":
         return cast_text(a, dtype, out)
+    if op == "bitcast":
+        return f"{a}.to({TL_DTYPE[out]}, bitcast=True)"
     text: str | None = None
     if dtype == "bool":
         text = f"{a} {_BOOL_INFIX[op]} {b}" if op in _BOOL_INFIX else {"not": f"~{a}"}.get(op)

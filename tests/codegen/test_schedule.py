@@ -317,12 +317,39 @@ def test_bfloat16_rounds_where_eager_rounds():
 def test_what_cannot_be_generated_says_why():
     graph = parse_graph("""def f(x: "c64[4]", y: "f32[4]"):
         a = aten.mul.Tensor(x, x)
-        b = aten.cumsum.default(y, 0)
+        b = aten.logcumsumexp.default(y, 0)
         return (a, b)
     """)
     reasons = dict(compile_graph(graph).coverage.reasons)
     assert "complex" in reasons["aten.mul.Tensor"]
-    assert reasons["aten.cumsum.default"] == "no kernel lowering"
+    assert "scan of pairs" in reasons["aten.logcumsumexp.default"]
+
+
+def test_results_without_elements_and_scalars_need_no_library():
+    for text, inputs in (
+        ('def f(x: "f32[0,3]"):\n    y = aten._softmax.default(x, 1, False)\n    return (y,)\n', (rand(0, 3),)),
+        ('def f(x: "f32[0,3]"):\n    a = aten.exp.default(x)\n    y = aten.as_strided.default(a, (0, 2), (2, 1), 0)\n'
+         "    return (y,)\n", (rand(0, 3),)),
+        ('def f(x: "f32[4,5]", i: "i64[0]"):\n    y = aten.gather.default(x, 1, i)\n    return (y,)\n',
+         (rand(4, 5), torch.empty(0, dtype=torch.int64))),
+        ('def f(x: "f32[]"):\n    y, i = aten.max.dim(x, 0, False)\n    return (y, i)\n', (rand(),)),
+        ('def f(x: "bool[4,5]"):\n    y, i = aten.max.dim(x, 1, False)\n    return (y, i)\n', (rand(4, 5) > 0,)),
+        ('def f(x: "f32[4,5]"):\n    y = aten.constant_pad_nd.default(x, (-1, 2, 3, -2), 1.5)\n    return (y,)\n',
+         (rand(4, 5),)),
+        ('def f(x: "f32[4,5]", s: "f32[3]"):\n    y = aten.diagonal_scatter.default(x, s, 2)\n    return (y,)\n',
+         (rand(4, 5), rand(3))),
+        ('def f(x: "f32[4,5]", s: "f32[2]"):\n    y = aten.diagonal_scatter.default(x, s, -2)\n    return (y,)\n',
+         (rand(4, 5), rand(2))),
+    ):  # fmt: skip
+        assert not calls(run(text, *inputs))
+
+
+def test_memory_is_addressed_only_inside_a_value_that_is_computed_here():
+    head = 'def f(x: "f32[3,3]"):\n    a = aten.mul.Tensor(x, 2.0)\n'
+    inside = run(head + "    y = aten.as_strided.default(a, (2, 2), (1, 3), 1)\n    return (y,)\n", rand(3, 3))
+    assert not calls(inside)
+    of_input = run(head + "    y = aten.as_strided.default(x, (2, 2), (1, 3), 1)\n    return (y, a)\n", rand(3, 3))
+    assert "memory" in dict(of_input.coverage.reasons)["aten.as_strided.default"]
 
 
 def test_effects_keep_their_order():

@@ -135,7 +135,17 @@ def test_fma_and_where_have_three_operands(triton_checker) -> None:
 
 def test_every_op_is_tested() -> None:
     tables = (UNARY, BINARY, COMPARE, TESTS, BITS, SHIFTS, INTEGER, INTEGER_UNARY)
-    assert set().union(*tables) | {"fma", "where", "cast"} == set(COMPUTE_OPS)
+    assert set().union(*tables) | {"fma", "where", "cast", "bitcast"} == set(COMPUTE_OPS)
+
+
+@pytest.mark.parametrize(("source", "target"), [("float32", "int32"), ("int64", "float64")])
+def test_bitcast_keeps_the_bits(source: str, target: str, triton_checker) -> None:
+    body = (Load("a", source, "x", AT), Compute("b", target, "bitcast", ("a",)), Store("out", AT, "b"))
+    buffers = (Buffer("x", source, "read"), Buffer("out", target, "write"))
+    kernel = Kernel(f"bits_{source}", buffers, (N,), (Loop(AT, N, body, "parallel", True),))
+    x = torch.tensor(SPECIAL, dtype=torch.float64).to(getattr(torch, source if "float" in source else target))
+    x = x if "float" in source else x.view(torch.int64)
+    triton_checker.verify_kernel(kernel, {"x": x}, {"N": len(x)}, {"out": x.view(getattr(torch, target))}, rtol=0, atol=0)
 
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")

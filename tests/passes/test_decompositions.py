@@ -42,6 +42,7 @@ def x(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
+SPREAD = torch.randint(0, 8, (8, 10), generator=torch.Generator().manual_seed(0))
 TARGET = torch.tensor([1, 9, 0, -100, 3, 3, 7, 2])
 
 
@@ -67,11 +68,27 @@ TARGET = torch.tensor([1, 9, 0, -100, 3, 3, 7, 2])
         (lambda a: a.norm(dim=1) + torch.linalg.vector_norm(a, 1, 1), (x(8, 10),), "vector_norm"),
         (lambda a: F.smooth_l1_loss(a, a.flip(0)) + F.mse_loss(a, a * 2) + F.huber_loss(a, a * 3), (x(8, 10),), "_loss"),
         (lambda a: torch.softmax(a, 1).log() + torch.log_softmax(a, 0), (x(8, 10),), "_backward_data"),
+        (lambda a, i: a.scatter_reduce(0, i, a * 2, "mean"), (x(8, 10), SPREAD), "scatter_reduce"),
+        (lambda a, i: a.index_reduce(0, i[:, 0], a * 2, "mean"), (x(8, 10).detach(), SPREAD), "index_reduce"),
+        (lambda a, i: a.index_reduce(0, i[:, 0], a * 2, "prod"), (x(8, 10).detach(), SPREAD), "index_reduce"),
+        (lambda a: a.masked_scatter(a[:, :1] > 0, a * 2), (x(8, 10).detach(),), "masked_scatter"),
+        (lambda a, i: a.put(i[0], a[1], True), (x(8, 10), SPREAD), "aten.put"),
+        (lambda a: torch.index_put(a, [a[:, 0] > 0], torch.tensor(3.0)), (x(8, 10),), "index_put"),
+        (lambda a: F.max_unpool2d(*F.max_pool2d(a, 2, return_indices=True), 2), (x(2, 3, 4, 4),), "max_unpool"),
+        (lambda a, i: torch.ldexp(a, i) + a.angle(), (x(8, 10), SPREAD), "ldexp"),
+        (lambda a: torch.empty_permuted((8, 10), (1, 0)).fill_(1.0) + a, (x(8, 10),), "empty_permuted"),
     ],
 )
 def test_broken_up(fn: Callable[..., Any], args: tuple[torch.Tensor, ...], without: str):
     ops = ops_of(fn, *args)
     assert not [name for name in ops if without in name], ops
+
+
+@pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "amin", "mean"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_scatters_that_leave_out_the_element_itself(reduce: str, kind: torch.dtype):
+    a, source = (x(8, 10).detach() * 9).to(kind), (x(8, 10).detach() * 20).to(kind)
+    ops_of(lambda a, i, s: a.scatter_reduce(0, i, s, reduce, include_self=False), a, SPREAD, source)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,9 @@ REFUSES = [
      wrap("v = aten.cat.default((a, x), 0); b = aten.slice.Tensor(v, 0, 1, 3)")),
     ("view-full", "not contiguous",
      wrap("u = aten.full.default((2, 6), 2.0); v = aten.slice.Tensor(u, 1, 0, 3); b = aten.add.Tensor(a, v)")),
+    ("view-full", "a complex number",
+     wrap("u = aten.full.default((6,), 2.0, dtype=torch.complex64); v = aten.view.default(u, (2, 3)); "
+          "w = aten.view_as_real.default(v); z = aten.select.int(w, 2, 0); b = aten.add.Tensor(a, z)")),
     ("cast-cast", "moves the tensor or changes its layout",
      wrap("v = aten._to_copy.default(a, dtype=torch.float64, memory_format=torch.contiguous_format); "
           "b = aten._to_copy.default(v, dtype=torch.float32)")),

@@ -1,0 +1,70 @@
+"""Kernels of scatters and scans: parallel over what is independent, serial over what happens in order."""
+
+from __future__ import annotations
+
+import sympy
+
+from ..ir import Value
+from .analysis import Analysis, Unit
+from .body import dtype_name
+from .emit import Emitted, GroupBody, Order, finished
+from .groups import Axis, Group
+from .ordered import Scan, Scatter
+from .views import unravel
+
+
+def emit_ordered(analysis: Analysis, group: Group, status: Value | None) -> Emitted:
+    """The kernel of a group whose one unit is a scatter or a scan; parameters as of `emit`."""
+    unit = group.units[0]
+    made = unit.ordered
+    assert made is not None
+    body = _OrderedBody(analysis, group, {unit.value}, _loops(group, unit), status)
+    body.body.pinned.add(body.param(analysis.memory[unit.value].root))
+    if isinstance(made, Scatter):
+        body.scatter(unit, made)
+    else:
+        body.scan(unit, made)
+    return finished(body)
+
+
+def _loops(group: Group, unit: Unit) -> Order:
+    """Parallel axes outside, ordered ones inside. Lanes lie along the last dimension only: along any other, every access
+    would be a gather, and one after the other is faster."""
+    made = unit.ordered
+    ordered = set(made.serial if isinstance(made, Scatter) else (made.dim,) if made is not None else ())
+    index = group.form[unit.value]
+    inside = {index[d] for d in ordered}
+    outer: tuple[Axis, ...] = tuple(a for a in group.axes if a.symbol not in inside)
+    inner: tuple[Axis, ...] = tuple(a for a in group.axes if a.symbol in inside)
+    vector = outer[-1].symbol if outer and outer[-1] is group.axes[-1] else None
+    return Order(outer, inner, vector, {})
+
+
+class _OrderedBody(GroupBody):
+    def scatter(self, unit: Unit, made: Scatter) -> None:
+        """Copy what is scattered into, then write point after point."""
+        out, source = unit.value, unit.node.args[0]
+        dtype, buffer = dtype_name(out.tensor.dtype), self.param(self.analysis.memory[out].root)
+        numel = out.tensor.numel
+        if numel != 0:  # dividing a position by sizes of zero would mean nothing
+            flat = sympy.Symbol("c", integer=True, nonnegative=True)
+            with self.body.loop(flat, numel, kind="parallel", vector=True):
+                index = tuple(unravel(flat, out.tensor.shape))
+                self.body.store(buffer, dtype, self.address(out, index), self.read(source, index))
+        with self.loops(self.order.outer, "parallel"), self.loops(self.order.reduced, "serial"):
+            place, value = self.scattered(unit, made, self.form[out])
+            address = self.address(out, place)
+            if made.merge is not None:
+                value = self.body.op(made.merge, self.body.load(buffer, dtype, address), value, dtype=dtype)
+            self.body.store(buffer, dtype, address, value)
+
+    def scan(self, unit: Unit, made: Scan) -> None:
+        """Store the running value at every step."""
+        out = unit.value
+        dtype, buffer = dtype_name(out.tensor.dtype), self.param(self.analysis.memory[out].root)
+        with self.loops(self.order.outer, "parallel"):
+            acc = self.body.accumulator(made.op, made.dtype)
+            with self.loops(self.order.reduced, "serial"):
+                index = self.form[out]
+                self.body.accumulate(acc, self.evaluate(unit, index))
+                self.body.store(buffer, dtype, self.address(out, index), self.body.current(acc, dtype))
