@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,12 +27,16 @@ _CHUNK = 4096  # elements of one partial sum over SIMD lanes: bounds the roundin
 _SERIAL_CHUNK = 128  # the same where one accumulator takes all elements in turn
 _MANY_ROWS = 16
 _SERIAL_LIMIT = 1 << 15  # elements that one core reduces about as fast as two can be woken for
+ROW_BYTES = 1 << 17  # of rows that one iteration keeps on the stack between its phases: they stay in a core's own cache
+_CORE_CACHE = 1 << 20
+_SHARED_CACHE = 1 << 24  # what a few cores can count on of the last cache
 _RECOMPUTE = 4  # an elementwise value of at most this weight is computed again in a later phase rather than kept
 
 
 @dataclass(frozen=True)
 class _Order:
-    """Loops of one kernel: outer axes then reduced ones, each outermost first; `vector` is the axis over SIMD lanes."""
+    """Loops of one kernel: outer axes then reduced ones, each outermost first; `vector` is the axis over SIMD lanes, None in
+    the draft that only shows how memory is addressed."""
 
     outer: tuple[Axis, ...]
     reduced: tuple[Axis, ...]
@@ -52,9 +56,18 @@ class Emitted:
 class _GroupBody(Evaluator):
     """Emits one group, for one choice of loops."""
 
-    def __init__(self, analysis: Analysis, group: Group, stored: set[Value], order: _Order, status: Value | None) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        group: Group,
+        stored: set[Value],
+        order: _Order,
+        status: Value | None,
+        streamed: frozenset[Value] = frozenset(),
+    ) -> None:
         super().__init__(analysis, Body())
         self.status = status
+        self.streamed = streamed
         self.leaf = self.load
         self.group = group
         self.stored = stored
@@ -68,8 +81,12 @@ class _GroupBody(Evaluator):
         self.now = 0
         self.inside = False
         self.spilled = self._spilled()
+        self.resident = self._resident()
+        self.rows: dict[Value, str] = {}  # arrays of the resident values
+        self.position = _linear(order.reduced)
         for v in self.spilled:
-            self.body.pinned.add(self.param(analysis.memory[v].root))
+            if v not in self.resident:
+                self.body.pinned.add(self.param(analysis.memory[v].root))
 
     def at(self, index: Index) -> Index:
         return tuple(substitute(i, dict(self.order.names)) for i in index)
@@ -97,6 +114,16 @@ class _GroupBody(Evaluator):
                         found.add(v)
         return found
 
+    def _resident(self) -> list[Value]:
+        """Spilled values of which an iteration keeps its own row in an array, rather than all rows in memory."""
+        extents = [axis.extent for axis in self.order.reduced]
+        along_row = any(axis.symbol == self.order.vector for axis in self.order.reduced)
+        if self.analysis.target.kind != "cpu" or not along_row or not all(isinstance(n, int) for n in extents):
+            return []
+        found = [u.value for u in self.group.units if u.value in self.spilled]
+        row = product(extents) * sum(v.tensor.dtype.itemsize for v in found)
+        return found if row <= ROW_BYTES else []
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def load(self, value: Value, index: Index) -> str:
@@ -107,6 +134,8 @@ class _GroupBody(Evaluator):
             return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index), self.mask)
         if value in self.group.outer:
             return self.scalars[value]
+        if value in self.rows and self.group.phase[value] < self.now:
+            return self.body.load(self.rows[value], dtype_name(value.tensor.dtype), self.position)
         if value in self.spilled and self.group.phase[value] < self.now:
             root = self.analysis.memory[value].root
             return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index))
@@ -144,6 +173,8 @@ class _GroupBody(Evaluator):
             self._split_reduction()
             return
         with self.loops(self.order.outer, "parallel"):
+            row = product(axis.extent for axis in self.order.reduced)
+            self.rows = {v: self.body.array(dtype_name(v.tensor.dtype), row) for v in self.resident}
             for phase in range(max(group.phase.values()) + 2):
                 self.now, self.kept = phase, {}
                 self._outer_units(phase)
@@ -172,9 +203,13 @@ class _GroupBody(Evaluator):
 
     def _store(self, unit: Unit, value: str) -> None:
         v = unit.value
-        if v in self.stored or v in self.spilled:
+        dtype = dtype_name(v.tensor.dtype)
+        if v in self.rows:
+            self.body.store(self.rows[v], dtype, self.position, value)
+        if v in self.stored or (v in self.spilled and v not in self.rows):
             root = self.analysis.memory[v].root
-            self.body.store(self.param(root), dtype_name(v.tensor.dtype), self.address(v, self.place[v]), value)
+            stream = v in self.streamed and (v not in self.spilled or v in self.rows)
+            self.body.store(self.param(root), dtype, self.address(v, self.place[v]), value, stream=stream)
 
     def _phase_loop(self, work: list[Unit]) -> None:
         reductions = [u for u in work if u.reduce is not None]
@@ -241,7 +276,7 @@ class _GroupBody(Evaluator):
 
     def _is_long(self, axes: tuple[Axis, ...]) -> bool:
         total = product(axis.extent for axis in axes)
-        return not isinstance(total, int) or total > 2 * self.chunk
+        return self.order.vector is not None and (not isinstance(total, int) or total > 2 * self.chunk)
 
     def _chunked(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
         """The reduced loops with partial sums of their own for every chunk of the innermost one."""
@@ -249,10 +284,17 @@ class _GroupBody(Evaluator):
         chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
         extent = sympy.sympify(last.extent)
         chunks = FloorDiv(extent + self.chunk - 1, sympy.Integer(self.chunk))
-        with self.loops(tuple(lead), "serial"), self.body.loop(chunk, chunks):
+        with ExitStack() as stack:
+            stack.enter_context(self.loops(tuple(lead), "serial"))
+            if chunks != 1:
+                stack.enter_context(self.body.loop(chunk, chunks))
             sums = [u for u in work if u.reduce is not None and u.reduce.op == "sum"]
             parts = {**accs, **{u.value: self._accumulator(u) for u in sums}}
-            self._chunk_points(work, parts, chunk, last, extent)
+            if chunks != 1:
+                self._chunk_points(work, parts, chunk, last, extent)
+            else:
+                with self.loops((last,), "serial"):
+                    self._point(work, parts)
             for u in sums:
                 self.body.accumulate(accs[u.value], parts[u.value])
 
@@ -261,14 +303,15 @@ class _GroupBody(Evaluator):
     ) -> None:
         """The points of one chunk of the innermost reduced loop."""
         inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
-        saved = self.form, self.place
+        saved = self.form, self.place, self.position
         names = {last.symbol: chunk * self.chunk + inner}
         self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
         self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
+        self.position = substitute(self.position, names)
         vector = last.symbol == self.order.vector
         with self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk), vector=vector):
             self._point(work, accs)
-        self.form, self.place = saved
+        self.form, self.place, self.position = saved
 
     def _point(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
         for u in work:
@@ -286,6 +329,14 @@ class _GroupBody(Evaluator):
         for d in unit.reduce.dims:
             total = total * unit.domain[d] + self.form[unit.value][d]
         return self.body.index(total)
+
+
+def _linear(axes: Sequence[Axis]) -> Any:
+    """Row-major position of an iteration among those of `axes`."""
+    total: Any = 0
+    for axis in axes:
+        total = total * axis.extent + axis.symbol
+    return total
 
 
 # -- choosing loops -----------------------------------------------------------------------------------------------------
@@ -332,10 +383,13 @@ class _Strides:
         known = [abs(int(s)) if s.is_Integer else 1 << 40 for s in strides if s != 0]
         return max(known) if known else 0.5 if strides else 0
 
-    def contiguous(self, symbol: sympy.Symbol) -> int:
-        """How many accesses are contiguous along the axis, minus how many are strided."""
+    def contiguous(self, symbol: sympy.Symbol, reduced: Sequence[Axis]) -> int:
+        """How many accesses are contiguous along the axis, minus how many are strided. Those that do not move along the
+        `reduced` axes happen once for many others and do not count."""
         score = 0
         for row, st in self.table:
+            if not any(row[axis.symbol] != 0 for axis in reduced):
+                continue
             c = row[symbol]
             score += (2 if st else 1) * (1 if c == 1 else 0 if c == 0 else -1)
         return score
@@ -371,7 +425,7 @@ def _choose(group: Group, strides: _Strides) -> _Order:
     vector: sympy.Symbol | None = None
     if reduced_axes:
         vector = reduced_axes[-1].symbol
-        if outer_axes and strides.contiguous(outer_axes[-1].symbol) > strides.contiguous(vector):
+        if outer_axes and strides.contiguous(outer_axes[-1].symbol, reduced) > strides.contiguous(vector, reduced):
             vector = outer_axes[-1].symbol
     elif outer_axes:
         vector = outer_axes[-1].symbol
@@ -392,6 +446,34 @@ def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, .
     return plain and not (full_later or reduce_later or early_outer)
 
 
+def _streamed(group: Group, draft: _GroupBody) -> frozenset[Value]:
+    """Values that have left the caches before anyone reads them, or nearly so.
+
+    Storing them past the caches saves fetching the lines that they overwrite, and keeps in the caches what the kernel reads.
+    A result of the graph is read later than what the next kernel waits for, so less traffic is enough.
+    """
+    analysis = draft.analysis
+    if analysis.target.kind != "cpu":
+        return frozenset()
+    points = product(axis.extent for axis in group.axes)
+    moved = {v: _static_bytes(v, points) for v in draft.params if v in draft.stored or v not in draft.spilled}
+    traffic = sum(moved.values())
+    results = {analysis.memory[v].root for v in analysis.graph.results if v in analysis.memory}
+    return frozenset(
+        v
+        for v, size in moved.items()
+        if size >= _CORE_CACHE and traffic >= (_SHARED_CACHE if v in results else 2 * _SHARED_CACHE)
+    )
+
+
+def _static_bytes(v: Value, points: Dim) -> int:
+    """Bytes of `v` that a kernel of so many points touches; 0 where the size is not known."""
+    elements = v.tensor.numel
+    if isinstance(points, int) and isinstance(elements, int):
+        elements = min(points, elements)
+    return elements * v.tensor.dtype.itemsize if isinstance(elements, int) else 0
+
+
 def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> Emitted:
     """The kernel of a group. `stored` are the values that others read from memory, `status` is the word that it sets where a
     row id is out of range."""
@@ -404,7 +486,7 @@ def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | N
     draft = _GroupBody(analysis, group, stored, plain, status)
     draft.emit()
     order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes))
-    final = _GroupBody(analysis, group, stored, order, status)
+    final = _GroupBody(analysis, group, stored, order, status, _streamed(group, draft))
     final.emit()
     label = "_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40]
     kernel = final.body.kernel("", tuple(dict.fromkeys(_origin(u) for u in group.units)))

@@ -169,13 +169,24 @@ class Accumulate:
 
 @dataclass(frozen=True)
 class Store:
-    """`buffer[index] = value`; the scalar's dtype equals the buffer's. `atomic` adds instead (float32, float64, ints)."""
+    """`buffer[index] = value`; the scalar's dtype equals the buffer's. `atomic` adds instead (float32, float64, ints).
+    `stream` says that the element will not be read while it could still be in a cache."""
 
     buffer: str
     index: sympy.Expr
     value: str
     mask: str | None = None
     atomic: bool = False
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Array:
+    """Declare a private array of `extent` elements in a scope; loads and stores name it like a buffer. CPUs only."""
+
+    name: str
+    dtype: str
+    extent: int
 
 
 @dataclass(frozen=True)
@@ -195,7 +206,7 @@ class Loop:
     vector: bool = False
 
 
-Stmt = Const | Index | Load | Compute | Acc | Accumulate | Store | Loop
+Stmt = Const | Index | Load | Compute | Acc | Accumulate | Store | Array | Loop
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,39 @@ template <class T, class L> PLAIT_FN void store(T* p, vec<T, L::width> x, L lane
   else store_first(p, x, lanes.n);
 }
 
+// Stores past the caches, a register at a time and only to an address that is a multiple of its size: the line that is
+// overwritten need not be fetched. They are ordered with other stores by `streams_done`.
+#if defined(__SSE2__) && !defined(__SANITIZE_ADDRESS__)
+template <int Bytes> struct float_bits { typedef float type __attribute__((vector_size(Bytes))); };
+template <class T, int N> PLAIT_FN void stream_lanes(T* p, vec<T, N> x) {
+  if constexpr (same<T, bool>) stream_lanes(reinterpret_cast<uint8_t*>(p), vec<uint8_t, N>(convert<uint8_t>(x.m & 1)));
+  else if constexpr (is_half<T>) stream_lanes(reinterpret_cast<uint16_t*>(p), x.bits);
+  else if constexpr (!whole<T, N>) stream_lanes(p, x.lo), stream_lanes(p + N / 2, x.hi);
+  else {
+    using F = typename float_bits<sizeof x.v>::type;
+    float* const to = reinterpret_cast<float*>(p);
+    if constexpr (sizeof x.v == 16) __builtin_ia32_movntps(to, F(x.v));
+#if defined(__AVX__)
+    if constexpr (sizeof x.v == 32) __builtin_ia32_movntps256(to, F(x.v));
+#endif
+#if defined(__AVX512F__)
+    if constexpr (sizeof x.v == 64) __builtin_ia32_movntps512(to, F(x.v));
+#endif
+  }
+}
+template <class T, class L> PLAIT_FN void stream(T* p, vec<T, L::width> x, L lanes) {
+  constexpr int bytes = L::width * sizeof(T);
+  if constexpr (L::full && bytes >= 16) {
+    if (reinterpret_cast<uintptr_t>(p) % (bytes < REGISTER_BYTES ? bytes : REGISTER_BYTES) == 0) return stream_lanes(p, x);
+  }
+  store(p, x, lanes);
+}
+PLAIT_FN void streams_done() { __builtin_ia32_sfence(); }
+#else
+template <class T, class L> PLAIT_FN void stream(T* p, vec<T, L::width> x, L lanes) { store(p, x, lanes); }
+PLAIT_FN void streams_done() {}
+#endif
+
 // p[at[lane]]; dead lanes give 0
 template <class T, class L> PLAIT_FN vec<T, L::width> gather(const T* p, vec<int64_t, L::width> at, L lanes) {
   int64_t offset[L::width];

@@ -83,6 +83,83 @@ def test_softmax_of_infinities_and_nan_is_torchs():
     )
 
 
+def source(compiled: CompiledGraph) -> str:
+    return "".join(compiled.sources.values())
+
+
+def test_softmax_keeps_a_row_of_powers_to_itself():
+    text = """def f(x: "f32[33,{n}]"):
+        s = aten._softmax.default(x, 1, False)
+        return (s,)
+    """
+    kept = run(text.format(n=70), rand(33, 70))
+    assert "float r0[70]" in source(kept) and kept.plan.arena == 0
+    long = run(text.format(n=40000), rand(33, 40000))  # a row that is too long for the stack
+    assert " r0[" not in source(long) and long.plan.arena
+
+
+def test_a_value_that_is_returned_and_read_again_is_kept_and_stored():
+    compiled = run(
+        """def f(x: "f32[5,33]"):
+        a = aten.exp.default(x)
+        s = aten.sum.dim_IntList(a, (1,), True)
+        y = aten.div.Tensor(a, s)
+        return (a, y)
+    """,
+        rand(5, 33),
+    )
+    assert launches(compiled) == 1 and "float r0[33]" in source(compiled)
+
+
+@pytest.mark.parametrize(("rows", "columns", "streams"), [(4096, 1024, True), (4099, 1023, True), (512, 512, False)])
+def test_results_that_leave_the_caches_are_stored_past_them(rows: int, columns: int, streams: bool):
+    text = f"""def f(x: "f32[{rows},{columns}]", w: "f32[{columns}]"):
+        a = aten.mul.Tensor(x, w)
+        s = aten.amax.default(a, (1,), True)
+        y = aten.sub.Tensor(a, s)
+        return (y,)
+    """
+    compiled = run(text, rand(rows, columns), rand(columns, seed=1), exact=True)
+    assert ("stream(" in source(compiled)) == streams
+
+
+def test_a_table_counts_only_with_the_rows_that_are_read():
+    compiled = run(
+        """def f(t: "f32[9000,1024]", i: "i64[512]"):
+        y = aten.embedding.default(t, i)
+        return (y,)
+    """,
+        rand(9000, 1024),
+        torch.arange(512) * 17,
+        exact=True,
+    )
+    assert "stream(" not in source(compiled)
+
+
+def test_long_rows_are_reduced_along_the_row():
+    compiled = run(
+        """def f(x: "f32[40,9000]"):
+        m = aten.amax.default(x, (1,))
+        s = aten.sum.dim_IntList(x, (1,))
+        return (m, s)
+    """,
+        rand(40, 9000).abs(),
+    )
+    assert launches(compiled) == 1 and "strided" not in source(compiled)
+
+
+def test_channel_statistics_walk_planes_as_one_loop():
+    compiled = run(
+        """def f(x: "f32[4,24,30,50]"):
+        v, m = aten.var_mean.correction(x, (0, 2, 3), correction=0, keepdim=True)
+        y = aten.sub.Tensor(x, m)
+        return (v, y)
+    """,
+        rand(4, 24, 30, 50),
+    )
+    assert launches(compiled) == 1 and "1500, [&]" in source(compiled)
+
+
 def test_residual_and_layer_norm_are_one_kernel():
     compiled = run(
         """def f(x: "f32[2,7,48]", y: "f32[2,7,48]", w: "f32[48]", b: "f32[48]"):
