@@ -28,6 +28,18 @@ def compute_dtype(dtype: str) -> str:
     return FLOAT32 if dtype in ("bfloat16", "float16") else dtype
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Two loops over a part of a plane, at most `height` rows and `width` columns."""
+
+    row: sympy.Symbol
+    column: sympy.Symbol
+    rows: sympy.Expr
+    columns: sympy.Expr
+    height: int
+    width: int
+
+
 @dataclass
 class _Scope:
     axes: set[sympy.Symbol]
@@ -174,6 +186,25 @@ class Body:
         self.arrays.add(name)
         self.scopes[-1].stmts.append(K.Array(name, dtype, extent))
         return name
+
+    def block(self, tile: Tile, buffer: str, dtype: str, index: sympy.Expr) -> str | None:
+        """An element of a transposed copy of `tile`, made outside its loops, which are the innermost two; None where they
+        compute what the index reads."""
+        depth = len(self.scopes) - 3
+        if self._depth_of_index(index.subs({tile.row: 0, tile.column: 0})) > depth:
+            return None
+        key = ("block", buffer, index)
+        if (name := self._find(key)) is None:
+            name = f"r{len(self.arrays)}"
+            self.arrays.add(name)
+            self.buffer(buffer, dtype, "read")
+            self.note_sizes(index)
+            made = K.Block(
+                name, dtype, buffer, index, tile.row, tile.column, tile.rows, tile.columns, tile.height, tile.width
+            )
+            self.scopes[depth].stmts.append(made)
+            self.scopes[depth].memo[key] = name
+        return self.load(name, dtype, tile.row * tile.width + tile.column)
 
     def store(
         self, buffer: str, dtype: str, index: Any, value: str, mask: str | None = None, *, stream: bool = False

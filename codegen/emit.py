@@ -16,7 +16,7 @@ from ..ir import Dim, TensorType, Value, dim
 from ..ir.types import product
 from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
-from .body import Body, Index, dtype_name
+from .body import Body, Index, Tile, dtype_name
 from .groups import Axis, Group, substitute
 from .items import KernelItem
 from .matmul import matmul_source, size_arguments, workspace
@@ -28,6 +28,7 @@ _SERIAL_CHUNK = 128  # the same where one accumulator takes all elements in turn
 _MANY_ROWS = 16
 _SERIAL_LIMIT = 1 << 15  # elements that one core reduces about as fast as two can be woken for
 ROW_BYTES = 1 << 17  # of rows that one iteration keeps on the stack between its phases: they stay in a core's own cache
+_TILE_ROWS, _TILE_COLUMNS = 32, 128  # of transposed reads: a few cache lines each way, all in a core's first cache
 _CORE_CACHE = 1 << 20
 _SHARED_CACHE = 1 << 24  # what a few cores can count on of the last cache
 _RECOMPUTE = 4  # an elementwise value of at most this weight is computed again in a later phase rather than kept
@@ -42,6 +43,7 @@ class _Order:
     reduced: tuple[Axis, ...]
     vector: sympy.Symbol | None
     names: Mapping[sympy.Symbol, Any]  # axes of the group in terms of these loops
+    tiled: Axis | None = None  # an outer loop that is tiled with the vector loop: some load is contiguous along it alone
     split: bool = False  # reduce in chunks side by side, then combine: for few rows of many elements
 
 
@@ -84,6 +86,7 @@ class _GroupBody(Evaluator):
         self.resident = self._resident()
         self.rows: dict[Value, str] = {}  # arrays of the resident values
         self.position = _linear(order.reduced)
+        self.tile: Tile | None = None  # the innermost loops of a tiled nest
         for v in self.spilled:
             if v not in self.resident:
                 self.body.pinned.add(self.param(analysis.memory[v].root))
@@ -130,8 +133,11 @@ class _GroupBody(Evaluator):
         """An element of a value: a register of this kernel, or memory."""
         unit = self.units.get(value)
         if unit is None:
-            root = self.analysis.memory[value].root
-            return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index), self.mask)
+            buffer, dtype = self.param(self.analysis.memory[value].root), dtype_name(value.tensor.dtype)
+            address = self.address(value, index)
+            if (transposed := self._transposed(buffer, dtype, address)) is not None:
+                return transposed
+            return self.body.load(buffer, dtype, address, self.mask)
         if value in self.group.outer:
             return self.scalars[value]
         if value in self.rows and self.group.phase[value] < self.now:
@@ -140,6 +146,15 @@ class _GroupBody(Evaluator):
             root = self.analysis.memory[value].root
             return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index))
         return self.full(unit)
+
+    def _transposed(self, buffer: str, dtype: str, address: Any) -> str | None:
+        """The element at `address` from a transposed tile; None where it is better read from memory."""
+        if self.tile is None or self.mask is not None:
+            return None
+        address = sympy.expand(address)
+        if address.coeff(self.tile.row) != 1 or not _is_strided(address, self.tile.row, self.tile.column):
+            return None
+        return self.body.block(self.tile, buffer, dtype, address)
 
     def full(self, unit: Unit) -> str:
         """The value of a full unit at the current point, computed once per phase."""
@@ -172,6 +187,9 @@ class _GroupBody(Evaluator):
         if self.order.split:
             self._split_reduction()
             return
+        if self.order.tiled is not None:
+            self._tiles(self.order.tiled)
+            return
         with self.loops(self.order.outer, "parallel"):
             row = product(axis.extent for axis in self.order.reduced)
             self.rows = {v: self.body.array(dtype_name(v.tensor.dtype), row) for v in self.resident}
@@ -181,6 +199,32 @@ class _GroupBody(Evaluator):
                 work = [u for u in group.units if self._runs_in(u, phase)]
                 if work:
                     self._phase_loop(work)
+
+    def _tiles(self, rows: Axis) -> None:
+        """A nest without reductions in tiles over the axis `rows` and the innermost one."""
+        *lead, columns = [a for a in self.order.outer if a != rows]
+        work = [u for u in self.group.units if self._runs_in(u, 0)]
+        (row_tile, row, height), (column_tile, column, width) = _cut(rows, _TILE_ROWS), _cut(columns, _TILE_COLUMNS)
+        self.tile = Tile(row, column, height, width, _TILE_ROWS, _TILE_COLUMNS)
+        with ExitStack() as stack:
+            stack.enter_context(self.loops(tuple(lead), "parallel"))
+            for axis, tile, size in ((rows, row_tile, _TILE_ROWS), (columns, column_tile, _TILE_COLUMNS)):
+                stack.enter_context(self.body.loop(tile, _chunks(axis, size), kind="parallel"))
+            moved = {rows.symbol: row_tile * _TILE_ROWS + row, columns.symbol: column_tile * _TILE_COLUMNS + column}
+            stack.enter_context(self._moved(moved))
+            stack.enter_context(self.body.loop(row, height))
+            stack.enter_context(self.body.loop(column, width, vector=True))
+            self._point(work, {})
+
+    @contextmanager
+    def _moved(self, names: dict[sympy.Symbol, Any]) -> Iterator[None]:
+        """Inside, axes are what `names` says."""
+        saved = self.form, self.place, self.position
+        self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
+        self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
+        self.position = substitute(self.position, names)
+        yield
+        self.form, self.place, self.position = saved
 
     def emit_points(self) -> None:
         """The statements of one point, without loops: a template's epilogue."""
@@ -303,15 +347,12 @@ class _GroupBody(Evaluator):
     ) -> None:
         """The points of one chunk of the innermost reduced loop."""
         inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
-        saved = self.form, self.place, self.position
-        names = {last.symbol: chunk * self.chunk + inner}
-        self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
-        self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
-        self.position = substitute(self.position, names)
         vector = last.symbol == self.order.vector
-        with self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk), vector=vector):
+        with (
+            self._moved({last.symbol: chunk * self.chunk + inner}),
+            self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk), vector=vector),
+        ):
             self._point(work, accs)
-        self.form, self.place, self.position = saved
 
     def _point(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
         for u in work:
@@ -329,6 +370,18 @@ class _GroupBody(Evaluator):
         for d in unit.reduce.dims:
             total = total * unit.domain[d] + self.form[unit.value][d]
         return self.body.index(total)
+
+
+def _chunks(axis: Axis, size: int) -> sympy.Expr:
+    """How many parts of `size` iterations a loop has."""
+    return FloorDiv(sympy.sympify(axis.extent) + size - 1, sympy.Integer(size))
+
+
+def _cut(axis: Axis, size: int) -> tuple[sympy.Symbol, sympy.Symbol, sympy.Expr]:
+    """(the loop over parts of `axis`, the loop inside a part, its extent)."""
+    part, inner = (sympy.Symbol(f"{axis.symbol.name}{suffix}", integer=True, nonnegative=True) for suffix in "ce")
+    extent = sympy.sympify(axis.extent)
+    return part, inner, sympy.Integer(size) if extent % size == 0 else sympy.Min(size, extent - part * size)
 
 
 def _linear(axes: Sequence[Axis]) -> Any:
@@ -394,11 +447,24 @@ class _Strides:
             score += (2 if st else 1) * (1 if c == 1 else 0 if c == 0 else -1)
         return score
 
+    def transposes(self, axis: Axis, vector: sympy.Symbol) -> bool:
+        """True where some load is contiguous along `axis` and strided along the `vector` axis."""
+        loads = [address for address, st in self.accesses if not st and {axis.symbol, vector}.isdisjoint(self.fixed)]
+        expanded = map(sympy.expand, loads)
+        return any(a.coeff(axis.symbol) == 1 and _is_strided(a, axis.symbol, vector) for a in expanded)
+
     def collapsible(self, a: Axis, b: Axis) -> bool:
         """True where loops over `a` then `b` address memory like one loop over their product."""
         if a.symbol in self.fixed or b.symbol in self.fixed:
             return False
         return all(sympy.expand(row[a.symbol] - row[b.symbol] * b.extent) == 0 for row, _ in self.table)
+
+
+def _is_strided(address: sympy.Expr, along: sympy.Symbol, vector: sympy.Symbol) -> bool:
+    """True where the (expanded) address is affine in both axes, its stride along the `vector` axis neither 0 nor 1."""
+    stride = address.coeff(vector)
+    rest = address - along * address.coeff(along) - vector * stride
+    return stride not in (0, 1) and not {along, vector} & (rest.free_symbols | stride.free_symbols)
 
 
 def _collapse(axes: list[Axis], strides: _Strides, names: dict[sympy.Symbol, Any]) -> tuple[Axis, ...]:
@@ -413,7 +479,7 @@ def _collapse(axes: list[Axis], strides: _Strides, names: dict[sympy.Symbol, Any
     return tuple(done)
 
 
-def _choose(group: Group, strides: _Strides) -> _Order:
+def _choose(group: Group, strides: _Strides, *, cpu: bool) -> _Order:
     outer = [a for i, a in enumerate(group.axes) if i not in group.reduced]
     reduced = [a for i, a in enumerate(group.axes) if i in group.reduced]
     arg = any(u.reduce is not None and u.reduce.value_dtype for u in group.units)
@@ -429,7 +495,12 @@ def _choose(group: Group, strides: _Strides) -> _Order:
             vector = outer_axes[-1].symbol
     elif outer_axes:
         vector = outer_axes[-1].symbol
-    return _Order(outer_axes, reduced_axes, vector, names, _few_long_rows(group, outer_axes, reduced_axes))
+    tiled = None
+    if not reduced_axes and vector is not None and cpu:
+        long = [a for a in outer_axes[:-1] if not (isinstance(a.extent, int) and a.extent < _TILE_ROWS // 4)]
+        tiled = next((a for a in reversed(long) if strides.transposes(a, vector)), None)
+    split = _few_long_rows(group, outer_axes, reduced_axes)
+    return _Order(outer_axes, reduced_axes, vector, names, tiled, split)
 
 
 def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...]) -> bool:
@@ -485,7 +556,8 @@ def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | N
     )
     draft = _GroupBody(analysis, group, stored, plain, status)
     draft.emit()
-    order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes))
+    cpu = analysis.target.kind == "cpu"
+    order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes), cpu=cpu)
     final = _GroupBody(analysis, group, stored, order, status, _streamed(group, draft))
     final.emit()
     label = "_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40]

@@ -190,6 +190,26 @@ class Array:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Declare a private array and fill it: `name[row * width + column] = buffer[index]` for row < rows, column < columns.
+
+    The array has `height` rows of `width` elements; what is not filled is undefined. The index has stride 1 along
+    `row` and another one along `column`: memory is read along rows and transposed. CPUs only.
+    """
+
+    name: str
+    dtype: str
+    buffer: str
+    index: sympy.Expr
+    row: sympy.Symbol
+    column: sympy.Symbol
+    rows: sympy.Expr
+    columns: sympy.Expr
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Loop:
     """`for axis in range(extent): body`.
 
@@ -206,7 +226,7 @@ class Loop:
     vector: bool = False
 
 
-Stmt = Const | Index | Load | Compute | Acc | Accumulate | Store | Array | Loop
+Stmt = Const | Index | Load | Compute | Acc | Accumulate | Store | Array | Block | Loop
 
 
 @dataclass(frozen=True)

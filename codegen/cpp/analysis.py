@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import sympy
 
-from ..kernel_ir import Acc, Accumulate, Array, Compute, Const, Index, Kernel, Load, Loop, Stmt, walk
+from ..kernel_ir import Acc, Accumulate, Array, Block, Compute, Const, Index, Kernel, Load, Loop, Stmt, walk
 from .index import symbols_of
 from .ops import HEAVY, HEAVY_WEIGHT, identifier
 
@@ -20,7 +20,7 @@ def names(kernel: Kernel) -> set[str]:
         match stmt:
             case Loop(axis):
                 found.append(axis.name)
-            case Const(name) | Index(name) | Load(name) | Compute(name) | Acc(name) | Array(name):
+            case Const(name) | Index(name) | Load(name) | Compute(name) | Acc(name) | Array(name) | Block(name):
                 found.append(name)
     return {identifier(n) for n in found}
 

@@ -13,7 +13,22 @@ from dataclasses import dataclass
 import sympy
 
 from ...errors import InvalidKernel
-from ..kernel_ir import COMPUTE_OPS, Acc, Accumulate, Array, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
+from ..kernel_ir import (
+    COMPUTE_OPS,
+    Acc,
+    Accumulate,
+    Array,
+    Block,
+    Compute,
+    Const,
+    Index,
+    Kernel,
+    Load,
+    Loop,
+    Stmt,
+    Store,
+    walk,
+)
 from .analysis import UNKNOWN_EXTENT, is_column, is_light, names, varying, work
 from .index import Affine, affine, index_text, symbols_of
 from .ops import ARG_OPS, CTYPE, REDUCER, compute_text, identifier, literal
@@ -229,12 +244,23 @@ class _Printer:
             case Array(name, dtype, extent):
                 self.pointer[name] = identifier(name)
                 self.line(f"alignas({_CACHE_LINE}) {CTYPE[dtype]} {self.pointer[name]}[{extent}];")
+            case Block():
+                self.block(stmt)
             case Loop():
                 self.loop(stmt)
 
     def body(self, body: tuple[Stmt, ...]) -> None:
         for stmt in body:
             self.stmt(stmt)
+
+    def block(self, block: Block) -> None:
+        corner = block.index.subs({block.row: 0, block.column: 0})
+        stride = sympy.expand(block.index).coeff(block.column)
+        self.pointer[block.name] = identifier(block.name)
+        name, first = self.pointer[block.name], self.offset(block.buffer, corner)
+        self.line(f"alignas({_CACHE_LINE}) {CTYPE[block.dtype]} {name}[{block.height} * {block.width}];")
+        extents = f"{self.text(block.rows)}, {self.text(block.columns)}"
+        self.line(f"transpose<{block.width}>({name}, {first}, {self.text(stride)}, {extents});")
 
     def load(self, load: Load) -> None:
         base, mask = self.pointer[load.buffer], load.mask

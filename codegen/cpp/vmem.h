@@ -212,6 +212,44 @@ template <class T, class L> PLAIT_FN void store_strided(T* p, int64_t stride, ve
   for (int l = 0; l < lanes.n; l++) p[l * stride] = tile[l];
 }
 
+// block[r * Width + c] = p[c * stride + r] for r < rows and c < columns: read along r and transposed in registers.
+// Step d of log2(N) swaps the bits d of row and lane: the lanes of row r that have it with those of row r + d that have not.
+#if __GNUC__ >= 12
+template <int D, class T, int N, int... I> PLAIT_FN void swap_parts(vec<T, N>& a, vec<T, N>& b, indices<I...>) {
+  const vec<T, N> x = a, y = b;
+  a = __builtin_shufflevector(x.v, y.v, (I & D ? I - D + N : I)...);
+  b = __builtin_shufflevector(x.v, y.v, (I & D ? I + N : I + D)...);
+}
+template <int D, class T, int N> PLAIT_FN void transpose_lanes(vec<T, N> (&rows)[N]) {
+  for (int r = 0; r < N; r++)
+    if (!(r & D)) swap_parts<D>(rows[r], rows[r + D], iota_of<N>{});
+  if constexpr (D > 1) transpose_lanes<D / 2>(rows);
+}
+template <class T> constexpr bool can_transpose = whole<T, W> && !is_half<T> && !same<T, bool> && sizeof(T) == 4;
+#else
+template <class T> constexpr bool can_transpose = false;
+#endif
+template <int Width, class T>
+PLAIT_FN void transpose(T* block, const T* p, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += W) {
+    for (int64_t r = 0; r < rows; r += W) {
+      const T* const from = p + c * stride + r;
+      T* const to = block + r * Width + c;
+      if constexpr (can_transpose<T>) {
+        if (c + W <= columns && r + W <= rows) {
+          vec<T> tile[W];
+          for (int l = 0; l < W; l++) tile[l] = from_lanes<T, W>(from + l * stride);
+          transpose_lanes<W / 2>(tile);
+          for (int l = 0; l < W; l++) to_lanes(to + l * Width, tile[l]);
+          continue;
+        }
+      }
+      for (int64_t l = 0; l < W && c + l < columns; l++)
+        for (int64_t k = 0; k < W && r + k < rows; k++) to[k * Width + l] = from[l * stride + k];
+    }
+  }
+}
+
 // Masked forms: a lane whose mask is false reads nothing (and gives `other`), or writes nothing.
 template <class T, class L>
 PLAIT_FN vec<T, L::width> load_if(vec<bool, L::width> mask, const T* p, L lanes, T other) {

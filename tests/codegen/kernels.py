@@ -16,6 +16,7 @@ from plait.codegen.kernel_ir import (
     Acc,
     Accumulate,
     Array,
+    Block,
     Buffer,
     Compute,
     Const,
@@ -626,6 +627,37 @@ NORMALISE_ROWS = KernelCase(
     grids((0, 3), (1, 1), (4, 19)),
 )  # fmt: skip
 
+_HEIGHT, _WIDTH = sympy.Min(16, M - K * 16), sympy.Min(32, N - L * 32)
+TILED = KernelCase(
+    "tiled",
+    Kernel(
+        "tiled",
+        (*reads("x"), *writes("out")),
+        (M, N),
+        (
+            parallel(
+                K, FloorDiv(M + 15, 16),
+                parallel(
+                    L, FloorDiv(N + 31, 32),
+                    Block("t", F32, "x", (L * 32 + J) * M + K * 16 + I, I, J, _HEIGHT, _WIDTH, 16, 32),
+                    serial(
+                        I, _HEIGHT,
+                        serial(
+                            J, _WIDTH,
+                            load("a", "t", I * 32 + J), op("b", "add", "a", "a"),
+                            store("out", (K * 16 + I) * N + L * 32 + J, "b"),
+                            vector=True,
+                        ),
+                    ),
+                ),
+            ),
+        ),
+    ),
+    lambda s, g: {"x": normal(g, s["N"], s["M"])},
+    lambda x, s: {"out": (2 * x["x"]).t().contiguous()},
+    grids((0, 3), (1, 1), (16, 32), (37, 70)),
+)  # fmt: skip
+
 KEPT_ROW = KernelCase(
     "kept_row",
     Kernel(
@@ -813,4 +845,4 @@ CASES = (
     SOFTMAX, LAYER_NORM, COLUMN_SUM, BLOCK_SUM, TOTAL, ARGMAX, FOLDS, WINDOW_MAX, NORMALISE_ROWS, SCAN,
     EMBEDDING, SCATTER, SEGMENT_SUM, TRIANGLE,
 )  # fmt: skip
-CPU_CASES = (*CASES, KEPT_ROW)
+CPU_CASES = (*CASES, KEPT_ROW, TILED)

@@ -160,6 +160,51 @@ def test_channel_statistics_walk_planes_as_one_loop():
     assert launches(compiled) == 1 and "1500, [&]" in source(compiled)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "i64"])
+@pytest.mark.parametrize(("n", "m"), [(128, 256), (33, 150), (5, 3)])
+def test_transposed_reads_go_through_tiles(dtype: str, n: int, m: int):
+    x, y = rand(n, m).mul(9), rand(m, n, seed=1).mul(9)
+    kind = {"f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64}[dtype]
+    compiled = run(
+        f"""graph(level="tensor", symbols={{"s0": (2, None, 8), "s1": (2, None, 8)}})
+def f(x: "{dtype}[s0,s1]", y: "{dtype}[s1,s0]"):
+        t = aten.permute.default(y, (1, 0))
+        a = aten.add.Tensor(x, t)
+        return (a,)
+    """,
+        x.to(kind),
+        y.to(kind),
+        exact=True,
+    )
+    assert "transpose<" in source(compiled)
+
+
+def test_planes_are_transposed_one_by_one():
+    compiled = run(
+        """def f(x: "f32[3,40,2,70]"):
+        t = aten.permute.default(x, (0, 3, 2, 1))
+        c = aten.clone.default(t, memory_format=torch.contiguous_format)
+        return (c,)
+    """,
+        rand(3, 40, 2, 70),
+        exact=True,
+    )
+    assert launches(compiled) == 1 and "transpose<" in source(compiled)
+
+
+def test_a_short_axis_is_not_tiled():
+    compiled = run(
+        """def f(x: "f32[200,3]"):
+        t = aten.permute.default(x, (1, 0))
+        c = aten.clone.default(t, memory_format=torch.contiguous_format)
+        return (c,)
+    """,
+        rand(200, 3),
+        exact=True,
+    )
+    assert "transpose<" not in source(compiled)
+
+
 def test_residual_and_layer_norm_are_one_kernel():
     compiled = run(
         """def f(x: "f32[2,7,48]", y: "f32[2,7,48]", w: "f32[48]", b: "f32[48]"):
