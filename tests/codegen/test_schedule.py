@@ -205,6 +205,22 @@ def test_a_short_axis_is_not_tiled():
     assert "transpose<" not in source(compiled)
 
 
+def test_column_sums_join_each_other_where_they_cannot_join_the_rows():
+    compiled = run(
+        """def f(g: "f32[40,64]", x: "f32[40,64]"):
+        r = aten.sum.dim_IntList(g, (1,), True)
+        y = aten.sub.Tensor(g, r)
+        b = aten.sum.dim_IntList(g, (0,))
+        p = aten.mul.Tensor(g, x)
+        w = aten.sum.dim_IntList(p, (0,))
+        return (y, b, w)
+    """,
+        rand(40, 64),
+        rand(40, 64, seed=1),
+    )
+    assert launches(compiled) == 2
+
+
 def test_residual_and_layer_norm_are_one_kernel():
     compiled = run(
         """def f(x: "f32[2,7,48]", y: "f32[2,7,48]", w: "f32[48]", b: "f32[48]"):
