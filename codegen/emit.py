@@ -44,15 +44,16 @@ class _Order:
     vector: sympy.Symbol | None
     names: Mapping[sympy.Symbol, Any]  # axes of the group in terms of these loops
     tiled: Axis | None = None  # an outer loop that is tiled with the vector loop: some load is contiguous along it alone
-    split: bool = False  # reduce in chunks side by side, then combine: for few rows of many elements
+    split: bool = False  # reduce in chunks side by side, then combine
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """A kernel, and the values bound to its parameters, in order."""
+    """A kernel, the values bound to its parameters, in order, and those of them that it alone writes and reads."""
 
     kernel: K.Kernel
     buffers: tuple[Value, ...]
+    scratch: frozenset[Value]
 
 
 class _GroupBody(Evaluator):
@@ -80,6 +81,7 @@ class _GroupBody(Evaluator):
         self.scalars: dict[Value, str] = {}
         self.kept: dict[Value, str] = {}
         self.params: dict[Value, str] = {}
+        self.scratch: set[Value] = set()
         self.now = 0
         self.inside = False
         self.spilled = self._spilled()
@@ -305,6 +307,7 @@ class _GroupBody(Evaluator):
         """A scratch buffer for the partial results of a reduction."""
         assert unit.reduce is not None
         scratch = Value(TensorType((elements,), getattr(torch, unit.reduce.dtype), self.analysis.device), "partial")
+        self.scratch.add(scratch)
         name = self.param(scratch)
         self.body.pinned.add(name)
         return name
@@ -499,16 +502,19 @@ def _choose(group: Group, strides: _Strides, *, cpu: bool) -> _Order:
     if not reduced_axes and vector is not None and cpu:
         long = [a for a in outer_axes[:-1] if not (isinstance(a.extent, int) and a.extent < _TILE_ROWS // 4)]
         tiled = next((a for a in reversed(long) if strides.transposes(a, vector)), None)
-    split = _few_long_rows(group, outer_axes, reduced_axes)
+    split = _is_split(group, outer_axes, reduced_axes, vector)
     return _Order(outer_axes, reduced_axes, vector, names, tiled, split)
 
 
-def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...]) -> bool:
-    """True where a reduction has too few rows to keep the cores busy, and a form that can be combined from chunks."""
+def _is_split(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...], vector: sympy.Symbol | None) -> bool:
+    """True where a reduction has too few rows to keep the cores busy, or goes down columns of more rows than a core's cache
+    holds (chunks of rows are read in the order of memory), and a form that can be combined from chunks."""
     rows = product(axis.extent for axis in outer)
-    if len(reduced) != 1 or not isinstance(rows, int) or rows >= _MANY_ROWS:
+    if len(reduced) != 1 or not isinstance(rows, int) or not isinstance(reduced[0].extent, int):
         return False
-    if not isinstance(reduced[0].extent, int) or reduced[0].extent * rows <= _SERIAL_LIMIT:
+    elements = reduced[0].extent * rows
+    down = vector != reduced[0].symbol and elements > _CORE_CACHE and reduced[0].extent > 2 * _SERIAL_CHUNK
+    if not down and (rows >= _MANY_ROWS or elements <= _SERIAL_LIMIT):
         return False
     full_later = any(group.phase[u.value] > 0 and u.value not in group.outer for u in group.units)
     reduce_later = any(group.phase[u.value] > 0 and u.reduce is not None for u in group.units)
@@ -565,7 +571,7 @@ def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | N
     names = {name: value for value, name in final.params.items()}
     digest = hashlib.sha256(repr((kernel.buffers, kernel.sizes, kernel.body)).encode()).hexdigest()[:12]
     kernel = replace(kernel, name=f"{label}_{digest}")
-    return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers))
+    return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers), frozenset(final.scratch))
 
 
 def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> KernelItem:

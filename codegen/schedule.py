@@ -142,7 +142,9 @@ def _kernel_item(analysis: Analysis, group: Group, stored: set[Value], status: V
     if group.matmul is not None:
         return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
     made = emit(analysis, group, stored, status)
-    own = {u.value for u in group.units}  # what a kernel writes and then reads again it does not read from before
+    own = made.scratch | {
+        u.value for u in group.units
+    }  # what a kernel writes and then reads again it does not read from before
     access = tuple("write" if v in own else b.access for v, b in zip(made.buffers, made.kernel.buffers, strict=True))
     return KernelItem(made.kernel.name, made.buffers, access, made.kernel.sizes, nodes, made.kernel)
 

@@ -221,6 +221,18 @@ def test_column_sums_join_each_other_where_they_cannot_join_the_rows():
     assert launches(compiled) == 2
 
 
+def test_long_columns_are_summed_in_chunks_of_rows():
+    compiled = run(
+        """def f(x: "f32[9000,130]"):
+        s = aten.sum.dim_IntList(x, (0,))
+        m = aten.amax.default(x, (0,))
+        return (s, m)
+    """,
+        rand(9000, 130).abs(),
+    )
+    assert launches(compiled) == 1 and compiled.plan.arena == 2 * 71 * 130 * 4 // 64 * 64 + 64
+
+
 def test_residual_and_layer_norm_are_one_kernel():
     compiled = run(
         """def f(x: "f32[2,7,48]", y: "f32[2,7,48]", w: "f32[48]", b: "f32[48]"):
