@@ -193,7 +193,7 @@ class _GroupBody(Evaluator):
             self._tiles(self.order.tiled)
             return
         with self.loops(self.order.outer, "parallel"):
-            row = product(axis.extent for axis in self.order.reduced)
+            row: Any = product(axis.extent for axis in self.order.reduced)  # a number where anything is resident
             self.rows = {v: self.body.array(dtype_name(v.tensor.dtype), row) for v in self.resident}
             for phase in range(max(group.phase.values()) + 2):
                 self.now, self.kept = phase, {}
