@@ -1,4 +1,4 @@
-"""Fused micro-benchmarks: what a fusing compiler should win on. All float32, all memory-bound on purpose."""
+"""Fused micro-benchmarks: what a fusing compiler should win on. float32 unless the name says otherwise; memory-bound."""
 
 from __future__ import annotations
 
@@ -75,6 +75,54 @@ def transposed_chain(x: Tensor, y: Tensor, row: Tensor, column: Tensor) -> Tenso
     return torch.tanh((x + y.t()) * row + column).mul(0.5).clamp(-0.4, 0.4)
 
 
+def geglu(gate_up: Tensor) -> Tensor:
+    up, gate = gate_up.chunk(2, -1)
+    return up * F.gelu(gate)
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, 32, weight, bias))
+
+
+def smoothed_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, label_smoothing=0.1)
+
+
+def softmax_backward(grad: Tensor, probabilities: Tensor, mask: Tensor) -> Tensor:
+    grad = grad * mask
+    return (grad - (grad * probabilities).sum(-1, keepdim=True)) * probabilities * 0.125
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    shape = list(x.shape[-1:])
+    return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, weight, weight, [True, True, True])
+
+
+def adamw_list(*tensors: Tensor) -> list[Tensor]:
+    """One step over a list of parameters, gradients and both moments of each."""
+    done: list[Tensor] = []
+    for p, grad, m, v in zip(*(tensors[k::4] for k in range(4)), strict=True):
+        m, v = torch.lerp(m, grad, 0.1), v * 0.999 + grad * grad * 0.001
+        done += [p * (1 - 1e-3 * 0.01) - 1e-3 * m / (v.sqrt() + 1e-8), m, v]
+    return done
+
+
+def embedding_norm(ids: Tensor, words: Tensor, positions: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(F.embedding(ids, words) + positions, words.shape[-1:], weight, bias)
+
+
+def bf16_residual_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + y
+    wide = total.float()
+    return total, (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+
+def _adamw_tensors(n: int) -> list[Tensor]:
+    """Weights and biases of a few layers of width 512; `n` scales the rows of the weights."""
+    shapes = [shape for _ in range(4) for shape in ((n, 512), (512,), (512, n), (n,))]
+    return [_randn(*shape, seed=k).abs() for shape in shapes for k in range(4)]
+
+
 MICROS = (
     Micro("bias gelu", bias_gelu, lambda n: [_randn(n, 1024), _randn(1024, seed=1)], 4096),
     Micro("layer norm", layer_norm, lambda n: [_randn(n, 1024), _randn(1024, seed=1), _randn(1024, seed=2)], 4096),
@@ -91,5 +139,34 @@ MICROS = (
         transposed_chain,
         lambda n: [_randn(n, 2048), _randn(2048, n, seed=1), _randn(2048, seed=2), _randn(n, 1, seed=3)],
         2048,
+    ),
+    Micro("geglu", geglu, lambda n: [_randn(n, 4096)], 1024),
+    Micro("group norm silu", group_norm_silu, lambda n: [_randn(n, 320, 32, 32), _randn(320), _randn(320, seed=1)], 8),
+    Micro("smoothed loss", smoothed_loss, lambda n: [_randn(n, 8192), torch.arange(n) % 8192], 512),
+    Micro(
+        "softmax backward",
+        softmax_backward,
+        lambda n: [_randn(n, 12, 128, 128), _randn(n, 12, 128, 128, seed=1).softmax(-1), _randn(n, 1, 1, 128, seed=2)],
+        16,
+    ),
+    Micro(
+        "layer norm backward",
+        layer_norm_backward,
+        lambda n: [_randn(n, 1024), _randn(n, 1024, seed=1), _randn(1024), _randn(n, 1), _randn(n, 1, seed=1).abs()],
+        4096,
+    ),
+    Micro("adamw list", adamw_list, _adamw_tensors, 2048),
+    Micro(
+        "embedding norm",
+        embedding_norm,
+        lambda n: [torch.arange(n * 512).reshape(n, 512) * 7919 % 30000, _randn(30000, 768), _randn(512, 768, seed=1),
+                   _randn(768), _randn(768, seed=1)],
+        8,
+    ),
+    Micro(
+        "bf16 residual norm",
+        bf16_residual_norm,
+        lambda n: [_randn(n, 2048).bfloat16(), _randn(n, 2048, seed=1).bfloat16(), _randn(2048).bfloat16()],
+        4096,
     ),
 )  # fmt: skip

@@ -28,6 +28,18 @@ def compute_dtype(dtype: str) -> str:
     return FLOAT32 if dtype in ("bfloat16", "float16") else dtype
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Two loops over a part of a plane, at most `height` rows and `width` columns."""
+
+    row: sympy.Symbol
+    column: sympy.Symbol
+    rows: sympy.Expr
+    columns: sympy.Expr
+    height: int
+    width: int
+
+
 @dataclass
 class _Scope:
     axes: set[sympy.Symbol]
@@ -43,6 +55,7 @@ class Body:
         self.dtype: dict[str, str] = {}
         self.depth: dict[str, int] = {}
         self.buffers: dict[str, K.Buffer] = {}
+        self.arrays: set[str] = set()
         self.sizes: dict[sympy.Symbol, None] = {}
         self.pinned: set[str] = set()  # buffers that this kernel writes: their loads stay where they are
         self.count = 0
@@ -69,8 +82,10 @@ class Body:
         return symbol.name in self.depth or any(symbol in s.axes for s in self.scopes)
 
     def buffer(self, name: str, dtype: str, access: str) -> str:
-        """Declare a buffer parameter; reading and writing one name makes it read_write."""
+        """Declare a buffer parameter, unless it is an array; reading and writing one name makes it read_write."""
         known = self.buffers.get(name)
+        if name in self.arrays:
+            return name
         if known is None:
             self.buffers[name] = K.Buffer(name, dtype, access)
         elif known.access != access:
@@ -139,7 +154,7 @@ class Body:
         if found is not None:
             return found
         depth = max(self._depth_of_index(index), self.depth.get(mask, 0) if mask else 0)
-        if buffer in self.pinned:
+        if buffer in self.pinned or buffer in self.arrays:
             depth = len(self.scopes) - 1
         return self._emit(key, depth, dtype, lambda n: K.Load(n, dtype, buffer, index, mask, other))
 
@@ -165,13 +180,41 @@ class Body:
         """`value` in the dtype that arithmetic on it uses."""
         return self.cast(value, compute_dtype(self.dtype[value]))
 
-    def store(self, buffer: str, dtype: str, index: Any, value: str, mask: str | None = None, atomic: bool = False) -> None:
+    def array(self, dtype: str, extent: int) -> str:
+        """Declare a private array in the current scope."""
+        name = f"r{len(self.arrays)}"
+        self.arrays.add(name)
+        self.scopes[-1].stmts.append(K.Array(name, dtype, extent))
+        return name
+
+    def block(self, tile: Tile, buffer: str, dtype: str, index: sympy.Expr) -> str | None:
+        """An element of a transposed copy of `tile`, made outside its loops, which are the innermost two; None where they
+        compute what the index reads."""
+        depth = len(self.scopes) - 3
+        if self._depth_of_index(index.subs({tile.row: 0, tile.column: 0})) > depth:
+            return None
+        key = ("block", buffer, index)
+        if (name := self._find(key)) is None:
+            name = f"r{len(self.arrays)}"
+            self.arrays.add(name)
+            self.buffer(buffer, dtype, "read")
+            self.note_sizes(index)
+            made = K.Block(
+                name, dtype, buffer, index, tile.row, tile.column, tile.rows, tile.columns, tile.height, tile.width
+            )
+            self.scopes[depth].stmts.append(made)
+            self.scopes[depth].memo[key] = name
+        return self.load(name, dtype, tile.row * tile.width + tile.column)
+
+    def store(
+        self, buffer: str, dtype: str, index: Any, value: str, mask: str | None = None, *, stream: bool = False
+    ) -> None:
         """Write `value` (cast to the buffer's dtype) in the current scope."""
         index = sympy.sympify(index)
         self.buffer(buffer, dtype, "write")
         self.note_sizes(index)
         value = self.cast(value, dtype)
-        self.scopes[-1].stmts.append(K.Store(buffer, index, value, mask, atomic))
+        self.scopes[-1].stmts.append(K.Store(buffer, index, value, mask, stream=stream))
 
     def accumulator(self, op: str, dtype: str, value_dtype: str | None = None) -> str:
         """Declare an accumulator in the current scope."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from ..ir import Dim, TensorType, Value, dim
 from ..ir.types import product
 from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
-from .body import Body, Index, dtype_name
+from .body import Body, Index, Tile, dtype_name
 from .groups import Axis, Group, substitute
 from .items import KernelItem
 from .matmul import matmul_source, size_arguments, workspace
@@ -27,34 +27,50 @@ _CHUNK = 4096  # elements of one partial sum over SIMD lanes: bounds the roundin
 _SERIAL_CHUNK = 128  # the same where one accumulator takes all elements in turn
 _MANY_ROWS = 16
 _SERIAL_LIMIT = 1 << 15  # elements that one core reduces about as fast as two can be woken for
+ROW_BYTES = 1 << 17  # of rows that one iteration keeps on the stack between its phases: they stay in a core's own cache
+_TILE_ROWS, _TILE_COLUMNS = 32, 128  # of transposed reads: a few cache lines each way, all in a core's first cache
+_CORE_CACHE = 1 << 20
+_SHARED_CACHE = 1 << 24  # what a few cores can count on of the last cache
 _RECOMPUTE = 4  # an elementwise value of at most this weight is computed again in a later phase rather than kept
 
 
 @dataclass(frozen=True)
 class Order:
-    """Loops of one kernel: outer axes then reduced ones, each outermost first; `vector` is the axis over SIMD lanes."""
+    """Loops of one kernel: outer axes then reduced ones, each outermost first; `vector` is the axis over SIMD lanes, None in
+    the draft that only shows how memory is addressed."""
 
     outer: tuple[Axis, ...]
     reduced: tuple[Axis, ...]
     vector: sympy.Symbol | None
     names: Mapping[sympy.Symbol, Any]  # axes of the group in terms of these loops
-    split: bool = False  # reduce in chunks side by side, then combine: for few rows of many elements
+    tiled: Axis | None = None  # an outer loop that is tiled with the vector loop: some load is contiguous along it alone
+    split: bool = False  # reduce in chunks side by side, then combine
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """A kernel, and the values bound to its parameters, in order."""
+    """A kernel, the values bound to its parameters, in order, and those of them that it alone writes and reads."""
 
     kernel: K.Kernel
     buffers: tuple[Value, ...]
+    scratch: frozenset[Value]
 
 
 class GroupBody(Evaluator):
     """Emits one group, for one choice of loops."""
 
-    def __init__(self, analysis: Analysis, group: Group, stored: set[Value], order: Order, status: Value | None) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        group: Group,
+        stored: set[Value],
+        order: Order,
+        status: Value | None,
+        streamed: frozenset[Value] = frozenset(),
+    ) -> None:
         super().__init__(analysis, Body())
         self.status = status
+        self.streamed = streamed
         self.leaf = self.load
         self.group = group
         self.stored = stored
@@ -65,11 +81,17 @@ class GroupBody(Evaluator):
         self.scalars: dict[Value, str] = {}
         self.kept: dict[Value, str] = {}
         self.params: dict[Value, str] = {}
+        self.scratch: set[Value] = set()
         self.now = 0
         self.inside = False
         self.spilled = self._spilled()
+        self.resident = self._resident()
+        self.rows: dict[Value, str] = {}  # arrays of the resident values
+        self.position = _linear(order.reduced)
+        self.tile: Tile | None = None  # the innermost loops of a tiled nest
         for v in self.spilled:
-            self.body.pinned.add(self.param(analysis.memory[v].root))
+            if v not in self.resident:
+                self.body.pinned.add(self.param(analysis.memory[v].root))
 
     def at(self, index: Index) -> Index:
         return tuple(substitute(i, dict(self.order.names)) for i in index)
@@ -97,20 +119,44 @@ class GroupBody(Evaluator):
                         found[v] = None
         return found
 
+    def _resident(self) -> list[Value]:
+        """Spilled values of which an iteration keeps its own row in an array, rather than all rows in memory."""
+        extents = [axis.extent for axis in self.order.reduced]
+        along_row = any(axis.symbol == self.order.vector for axis in self.order.reduced)
+        if self.analysis.target.kind != "cpu" or not along_row or not all(isinstance(n, int) for n in extents):
+            return []
+        found = [u.value for u in self.group.units if u.value in self.spilled]
+        row = product(extents) * sum(v.tensor.dtype.itemsize for v in found)
+        return found if row <= ROW_BYTES else []
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def load(self, value: Value, index: Index) -> str:
         """An element of a value: a register of this kernel, or memory."""
         unit = self.units.get(value)
         if unit is None:
-            root = self.analysis.memory[value].root
-            return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index), self.mask)
+            buffer, dtype = self.param(self.analysis.memory[value].root), dtype_name(value.tensor.dtype)
+            address = self.address(value, index)
+            if (transposed := self._transposed(buffer, dtype, address)) is not None:
+                return transposed
+            return self.body.load(buffer, dtype, address, self.mask)
         if value in self.group.outer:
             return self.scalars[value]
+        if value in self.rows and self.group.phase[value] < self.now:
+            return self.body.load(self.rows[value], dtype_name(value.tensor.dtype), self.position)
         if value in self.spilled and self.group.phase[value] < self.now:
             root = self.analysis.memory[value].root
             return self.body.load(self.param(root), dtype_name(value.tensor.dtype), self.address(value, index))
         return self.full(unit)
+
+    def _transposed(self, buffer: str, dtype: str, address: Any) -> str | None:
+        """The element at `address` from a transposed tile; None where it is better read from memory."""
+        if self.tile is None or self.mask is not None:
+            return None
+        address = sympy.expand(address)
+        if address.coeff(self.tile.row) != 1 or not _is_strided(address, self.tile.row, self.tile.column):
+            return None
+        return self.body.block(self.tile, buffer, dtype, address)
 
     def full(self, unit: Unit) -> str:
         """The value of a full unit at the current point, computed once per phase."""
@@ -143,13 +189,44 @@ class GroupBody(Evaluator):
         if self.order.split:
             self._split_reduction()
             return
+        if self.order.tiled is not None:
+            self._tiles(self.order.tiled)
+            return
         with self.loops(self.order.outer, "parallel"):
+            row: Any = product(axis.extent for axis in self.order.reduced)  # a number where anything is resident
+            self.rows = {v: self.body.array(dtype_name(v.tensor.dtype), row) for v in self.resident}
             for phase in range(max(group.phase.values()) + 2):
                 self.now, self.kept = phase, {}
                 self._outer_units(phase)
                 work = [u for u in group.units if self._runs_in(u, phase)]
                 if work:
                     self._phase_loop(work)
+
+    def _tiles(self, rows: Axis) -> None:
+        """A nest without reductions in tiles over the axis `rows` and the innermost one."""
+        *lead, columns = [a for a in self.order.outer if a != rows]
+        work = [u for u in self.group.units if self._runs_in(u, 0)]
+        (row_tile, row, height), (column_tile, column, width) = _cut(rows, _TILE_ROWS), _cut(columns, _TILE_COLUMNS)
+        self.tile = Tile(row, column, height, width, _TILE_ROWS, _TILE_COLUMNS)
+        with ExitStack() as stack:
+            stack.enter_context(self.loops(tuple(lead), "parallel"))
+            for axis, tile, size in ((rows, row_tile, _TILE_ROWS), (columns, column_tile, _TILE_COLUMNS)):
+                stack.enter_context(self.body.loop(tile, _chunks(axis, size), kind="parallel"))
+            moved = {rows.symbol: row_tile * _TILE_ROWS + row, columns.symbol: column_tile * _TILE_COLUMNS + column}
+            stack.enter_context(self._moved(moved))
+            stack.enter_context(self.body.loop(row, height))
+            stack.enter_context(self.body.loop(column, width, vector=True))
+            self._point(work, {})
+
+    @contextmanager
+    def _moved(self, names: dict[sympy.Symbol, Any]) -> Iterator[None]:
+        """Inside, axes are what `names` says."""
+        saved = self.form, self.place, self.position
+        self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
+        self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
+        self.position = substitute(self.position, names)
+        yield
+        self.form, self.place, self.position = saved
 
     def emit_points(self) -> None:
         """The statements of one point, without loops: a template's epilogue."""
@@ -172,9 +249,13 @@ class GroupBody(Evaluator):
 
     def _store(self, unit: Unit, value: str) -> None:
         v = unit.value
-        if v in self.stored or v in self.spilled:
+        dtype = dtype_name(v.tensor.dtype)
+        if v in self.rows:
+            self.body.store(self.rows[v], dtype, self.position, value)
+        if v in self.stored or (v in self.spilled and v not in self.rows):
             root = self.analysis.memory[v].root
-            self.body.store(self.param(root), dtype_name(v.tensor.dtype), self.address(v, self.place[v]), value)
+            stream = v in self.streamed and (v not in self.spilled or v in self.rows)
+            self.body.store(self.param(root), dtype, self.address(v, self.place[v]), value, stream=stream)
 
     def _phase_loop(self, work: list[Unit]) -> None:
         reductions = [u for u in work if u.reduce is not None]
@@ -226,6 +307,7 @@ class GroupBody(Evaluator):
         """A scratch buffer for the partial results of a reduction."""
         assert unit.reduce is not None
         scratch = Value(TensorType((elements,), getattr(torch, unit.reduce.dtype), self.analysis.device), "partial")
+        self.scratch.add(scratch)
         name = self.param(scratch)
         self.body.pinned.add(name)
         return name
@@ -241,7 +323,7 @@ class GroupBody(Evaluator):
 
     def _is_long(self, axes: tuple[Axis, ...]) -> bool:
         total = product(axis.extent for axis in axes)
-        return not isinstance(total, int) or total > 2 * self.chunk
+        return self.order.vector is not None and (not isinstance(total, int) or total > 2 * self.chunk)
 
     def _chunked(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
         """The reduced loops with partial sums of their own for every chunk of the innermost one."""
@@ -249,10 +331,17 @@ class GroupBody(Evaluator):
         chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
         extent = sympy.sympify(last.extent)
         chunks = FloorDiv(extent + self.chunk - 1, sympy.Integer(self.chunk))
-        with self.loops(tuple(lead), "serial"), self.body.loop(chunk, chunks):
+        with ExitStack() as stack:
+            stack.enter_context(self.loops(tuple(lead), "serial"))
+            if chunks != 1:
+                stack.enter_context(self.body.loop(chunk, chunks))
             sums = [u for u in work if u.reduce is not None and u.reduce.op == "sum"]
             parts = {**accs, **{u.value: self._accumulator(u) for u in sums}}
-            self._chunk_points(work, parts, chunk, last, extent)
+            if chunks != 1:
+                self._chunk_points(work, parts, chunk, last, extent)
+            else:
+                with self.loops((last,), "serial"):
+                    self._point(work, parts)
             for u in sums:
                 self.body.accumulate(accs[u.value], parts[u.value])
 
@@ -261,14 +350,12 @@ class GroupBody(Evaluator):
     ) -> None:
         """The points of one chunk of the innermost reduced loop."""
         inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
-        saved = self.form, self.place
-        names = {last.symbol: chunk * self.chunk + inner}
-        self.form = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.form.items()}
-        self.place = {v: tuple(substitute(i, names) for i in ix) for v, ix in self.place.items()}
         vector = last.symbol == self.order.vector
-        with self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk), vector=vector):
+        with (
+            self._moved({last.symbol: chunk * self.chunk + inner}),
+            self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk), vector=vector),
+        ):
             self._point(work, accs)
-        self.form, self.place = saved
 
     def _point(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
         for u in work:
@@ -286,6 +373,26 @@ class GroupBody(Evaluator):
         for d in unit.reduce.dims:
             total = total * unit.domain[d] + self.form[unit.value][d]
         return self.body.index(total)
+
+
+def _chunks(axis: Axis, size: int) -> sympy.Expr:
+    """How many parts of `size` iterations a loop has."""
+    return FloorDiv(sympy.sympify(axis.extent) + size - 1, sympy.Integer(size))
+
+
+def _cut(axis: Axis, size: int) -> tuple[sympy.Symbol, sympy.Symbol, sympy.Expr]:
+    """(the loop over parts of `axis`, the loop inside a part, its extent)."""
+    part, inner = (sympy.Symbol(f"{axis.symbol.name}{suffix}", integer=True, nonnegative=True) for suffix in "ce")
+    extent = sympy.sympify(axis.extent)
+    return part, inner, sympy.Integer(size) if extent % size == 0 else sympy.Min(size, extent - part * size)
+
+
+def _linear(axes: Sequence[Axis]) -> Any:
+    """Row-major position of an iteration among those of `axes`."""
+    total: Any = 0
+    for axis in axes:
+        total = total * axis.extent + axis.symbol
+    return total
 
 
 # -- choosing loops -----------------------------------------------------------------------------------------------------
@@ -332,19 +439,35 @@ class _Strides:
         known = [abs(int(s)) if s.is_Integer else 1 << 40 for s in strides if s != 0]
         return max(known) if known else 0.5 if strides else 0
 
-    def contiguous(self, symbol: sympy.Symbol) -> int:
-        """How many accesses are contiguous along the axis, minus how many are strided."""
+    def contiguous(self, symbol: sympy.Symbol, reduced: Sequence[Axis]) -> int:
+        """How many accesses are contiguous along the axis, minus how many are strided. Those that do not move along the
+        `reduced` axes happen once for many others and do not count."""
         score = 0
         for row, st in self.table:
+            if not any(row[axis.symbol] != 0 for axis in reduced):
+                continue
             c = row[symbol]
             score += (2 if st else 1) * (1 if c == 1 else 0 if c == 0 else -1)
         return score
+
+    def transposes(self, axis: Axis, vector: sympy.Symbol) -> bool:
+        """True where some load is contiguous along `axis` and strided along the `vector` axis."""
+        loads = [address for address, st in self.accesses if not st and {axis.symbol, vector}.isdisjoint(self.fixed)]
+        expanded = map(sympy.expand, loads)
+        return any(a.coeff(axis.symbol) == 1 and _is_strided(a, axis.symbol, vector) for a in expanded)
 
     def collapsible(self, a: Axis, b: Axis) -> bool:
         """True where loops over `a` then `b` address memory like one loop over their product."""
         if a.symbol in self.fixed or b.symbol in self.fixed:
             return False
         return all(sympy.expand(row[a.symbol] - row[b.symbol] * b.extent) == 0 for row, _ in self.table)
+
+
+def _is_strided(address: sympy.Expr, along: sympy.Symbol, vector: sympy.Symbol) -> bool:
+    """True where the (expanded) address is affine in both axes, its stride along the `vector` axis neither 0 nor 1."""
+    stride = address.coeff(vector)
+    rest = address - along * address.coeff(along) - vector * stride
+    return stride not in (0, 1) and not {along, vector} & (rest.free_symbols | stride.free_symbols)
 
 
 def _collapse(axes: list[Axis], strides: _Strides, names: dict[sympy.Symbol, Any]) -> tuple[Axis, ...]:
@@ -359,7 +482,7 @@ def _collapse(axes: list[Axis], strides: _Strides, names: dict[sympy.Symbol, Any
     return tuple(done)
 
 
-def _choose(group: Group, strides: _Strides) -> Order:
+def _choose(group: Group, strides: _Strides, *, cpu: bool) -> Order:
     outer = [a for i, a in enumerate(group.axes) if i not in group.reduced]
     reduced = [a for i, a in enumerate(group.axes) if i in group.reduced]
     arg = any(u.reduce is not None and u.reduce.value_dtype for u in group.units)
@@ -371,25 +494,61 @@ def _choose(group: Group, strides: _Strides) -> Order:
     vector: sympy.Symbol | None = None
     if reduced_axes:
         vector = reduced_axes[-1].symbol
-        if outer_axes and strides.contiguous(outer_axes[-1].symbol) > strides.contiguous(vector):
+        if outer_axes and strides.contiguous(outer_axes[-1].symbol, reduced) > strides.contiguous(vector, reduced):
             vector = outer_axes[-1].symbol
     elif outer_axes:
         vector = outer_axes[-1].symbol
-    return Order(outer_axes, reduced_axes, vector, names, _few_long_rows(group, outer_axes, reduced_axes))
+    tiled = None
+    if not reduced_axes and vector is not None and cpu:
+        long = [a for a in outer_axes[:-1] if not (isinstance(a.extent, int) and a.extent < _TILE_ROWS // 4)]
+        tiled = next((a for a in reversed(long) if strides.transposes(a, vector)), None)
+    split = _is_split(group, outer_axes, reduced_axes, vector)
+    return Order(outer_axes, reduced_axes, vector, names, tiled, split)
 
 
-def _few_long_rows(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...]) -> bool:
-    """True where a reduction has too few rows to keep the cores busy, and a form that can be combined from chunks."""
+def _is_split(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...], vector: sympy.Symbol | None) -> bool:
+    """True where a reduction has too few rows to keep the cores busy, or goes down columns of more rows than a core's cache
+    holds (chunks of rows are read in the order of memory), and a form that can be combined from chunks."""
     rows = product(axis.extent for axis in outer)
-    if len(reduced) != 1 or not isinstance(rows, int) or rows >= _MANY_ROWS:
+    if len(reduced) != 1 or not isinstance(rows, int) or not isinstance(reduced[0].extent, int):
         return False
-    if not isinstance(reduced[0].extent, int) or reduced[0].extent * rows <= _SERIAL_LIMIT:
+    elements = reduced[0].extent * rows
+    down = vector != reduced[0].symbol and elements > _CORE_CACHE and reduced[0].extent > 2 * _SERIAL_CHUNK
+    if not down and (rows >= _MANY_ROWS or elements <= _SERIAL_LIMIT):
         return False
     full_later = any(group.phase[u.value] > 0 and u.value not in group.outer for u in group.units)
     reduce_later = any(group.phase[u.value] > 0 and u.reduce is not None for u in group.units)
     early_outer = any(group.phase[u.value] == 0 and u.reduce is None and u.value in group.outer for u in group.units)
     plain = all(u.reduce is None or u.reduce.value_dtype is None for u in group.units)
     return plain and not (full_later or reduce_later or early_outer)
+
+
+def _streamed(group: Group, draft: GroupBody) -> frozenset[Value]:
+    """Values that have left the caches before anyone reads them, or nearly so.
+
+    Storing them past the caches saves fetching the lines that they overwrite, and keeps in the caches what the kernel reads.
+    A result of the graph is read later than what the next kernel waits for, so less traffic is enough.
+    """
+    analysis = draft.analysis
+    if analysis.target.kind != "cpu":
+        return frozenset()
+    points = product(axis.extent for axis in group.axes)
+    moved = {v: _static_bytes(v, points) for v in draft.params if v in draft.stored or v not in draft.spilled}
+    traffic = sum(moved.values())
+    results = {analysis.memory[v].root for v in analysis.graph.results if v in analysis.memory}
+    return frozenset(
+        v
+        for v, size in moved.items()
+        if size >= _CORE_CACHE and traffic >= (_SHARED_CACHE if v in results else 2 * _SHARED_CACHE)
+    )
+
+
+def _static_bytes(v: Value, points: Dim) -> int:
+    """Bytes of `v` that a kernel of so many points touches; 0 where the size is not known."""
+    elements = v.tensor.numel
+    if isinstance(points, int) and isinstance(elements, int):
+        elements = min(points, elements)
+    return elements * v.tensor.dtype.itemsize if isinstance(elements, int) else 0
 
 
 def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> Emitted:
@@ -403,8 +562,9 @@ def emit(analysis: Analysis, group: Group, stored: set[Value], status: Value | N
     )
     draft = GroupBody(analysis, group, stored, plain, status)
     draft.emit()
-    order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes))
-    final = GroupBody(analysis, group, stored, order, status)
+    cpu = analysis.target.kind == "cpu"
+    order = _choose(group, _Strides(tuple(draft.body.scopes[0].stmts), group.axes), cpu=cpu)
+    final = GroupBody(analysis, group, stored, order, status, _streamed(group, draft))
     final.emit()
     return finished(final)
 
@@ -417,7 +577,7 @@ def finished(body: GroupBody) -> Emitted:
     names = {name: value for value, name in body.params.items()}
     digest = hashlib.sha256(repr((kernel.buffers, kernel.sizes, kernel.body)).encode()).hexdigest()[:12]
     kernel = replace(kernel, name=f"{label}_{digest}")
-    return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers))
+    return Emitted(kernel, tuple(names[b.name] for b in kernel.buffers), frozenset(body.scratch))
 
 
 def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> KernelItem:

@@ -22,6 +22,7 @@ from .views import tidy, unravel
 _MAX_UNITS = 32
 _MAX_READS = 48
 _MAX_PHASES = 6
+_MAX_SIBLINGS = 4  # groups that read the same value, tried in the order of the program
 _SERIAL_LIMIT = 1 << 15  # elements: above this a group keeps enough outer iterations for all cores
 _MIN_OUTER = 16
 
@@ -79,7 +80,7 @@ class Grouping:
         self.items: list[Group | Node] = []
         self.owner: dict[Value, int] = {}
         self.depends: list[int] = []  # per item: bitmask of all items it needs, directly or not
-        self.by_read: dict[tuple[Value, tuple[Dim, ...]], int] = {}
+        self.by_read: dict[tuple[Value, tuple[Dim, ...]], dict[int, None]] = {}
         self.tokens: dict[Value, int] = {}
         self.last = {v for _, v in analysis.graph.writes}  # copies onto inputs: after all readers, so never fused
         for node in analysis.graph.nodes:
@@ -152,9 +153,8 @@ class Grouping:
                 found[item] = None
         order = sorted(found, reverse=True)
         for v, _ in unit.reads:
-            sibling = self.by_read.get((self._root(v), self._shape_key(unit)))
-            if sibling is not None and sibling not in found:
-                order.append(sibling)
+            siblings = list(self.by_read.get((self._root(v), self._shape_key(unit)), ()))
+            order += [item for item in siblings[:_MAX_SIBLINGS] if item not in order]
         return order
 
     def _root(self, v: Value) -> Value:
@@ -245,7 +245,7 @@ class Grouping:
                 group.outer.add(value)
         self.owner[value] = group.id
         for v, _ in unit.reads:
-            self.by_read.setdefault((self._root(v), self._shape_key(unit)), group.id)
+            self.by_read.setdefault((self._root(v), self._shape_key(unit)), {})[group.id] = None
 
     def _open(self, unit: Unit) -> None:
         live = live_dims(unit.domain)

@@ -172,13 +172,44 @@ class Accumulate:
 
 @dataclass(frozen=True)
 class Store:
-    """`buffer[index] = value`; the scalar's dtype equals the buffer's. `atomic` adds instead (float32, float64, ints)."""
+    """`buffer[index] = value`; the scalar's dtype equals the buffer's. `atomic` adds instead (float32, float64, ints).
+    `stream` says that the element will not be read while it could still be in a cache."""
 
     buffer: str
     index: sympy.Expr
     value: str
     mask: str | None = None
     atomic: bool = False
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Array:
+    """Declare a private array of `extent` elements in a scope; loads and stores name it like a buffer. CPUs only."""
+
+    name: str
+    dtype: str
+    extent: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Declare a private array and fill it: `name[row * width + column] = buffer[index]` for row < rows, column < columns.
+
+    The array has `height` rows of `width` elements; what is not filled is undefined. The index has stride 1 along
+    `row` and another one along `column`: memory is read along rows and transposed. CPUs only.
+    """
+
+    name: str
+    dtype: str
+    buffer: str
+    index: sympy.Expr
+    row: sympy.Symbol
+    column: sympy.Symbol
+    rows: sympy.Expr
+    columns: sympy.Expr
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -198,7 +229,7 @@ class Loop:
     vector: bool = False
 
 
-Stmt = Const | Index | Load | Compute | Acc | Accumulate | Store | Loop
+Stmt = Const | Index | Load | Compute | Acc | Accumulate | Store | Array | Block | Loop
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ def _kernel_item(
         return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
     alone = group.units[0].ordered is not None
     made = emit_ordered(analysis, group, status) if alone else emit(analysis, group, stored, status)
-    own = {u.value for u in group.units}  # what a kernel writes and then reads again it does not read from before
+    # what a kernel writes and then reads again it does not read from before
+    own = made.scratch | {u.value for u in group.units}
     access = tuple("write" if v in own else b.access for v, b in zip(made.buffers, made.kernel.buffers, strict=True))
     return KernelItem(made.kernel.name, made.buffers, access, made.kernel.sizes, nodes, made.kernel)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sympy
 
-from ..kernel_ir import Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, walk
+from ..kernel_ir import Acc, Accumulate, Array, Block, Compute, Const, Index, Kernel, Load, Loop, Stmt, walk
 from .index import symbols_of
 from .ops import HEAVY, HEAVY_WEIGHT, identifier
 
@@ -18,7 +20,7 @@ def names(kernel: Kernel) -> set[str]:
         match stmt:
             case Loop(axis):
                 found.append(axis.name)
-            case Const(name) | Index(name) | Load(name) | Compute(name) | Acc(name):
+            case Const(name) | Index(name) | Load(name) | Compute(name) | Acc(name) | Array(name) | Block(name):
                 found.append(name)
     return {identifier(n) for n in found}
 
@@ -63,14 +65,24 @@ def is_column(body: tuple[Stmt, ...]) -> bool:
     return bool(inner) and light and sum(1 for _ in walk(body)) <= 16
 
 
-def work(body: tuple[Stmt, ...]) -> sympy.Expr:
-    """Scalar statements that one run of `body` executes, as an expression over sizes."""
+def work(body: tuple[Stmt, ...], around: Mapping[sympy.Symbol, sympy.Expr] | None = None) -> sympy.Expr:
+    """Scalar statements that one run of `body` executes, as an expression over sizes; `around` are the extents of the loops
+    that it lies in."""
+    around = around or {}
     total: sympy.Expr = sympy.Integer(0)
     for stmt in body:
         if isinstance(stmt, Loop):
-            inner = work(stmt.body)
-            extent = stmt.extent
+            extent = _most(stmt.extent, around)
+            inner = work(stmt.body, {**around, stmt.axis: extent})
             total += (extent * inner) if extent.is_Integer or extent.is_Symbol else sympy.Mul(extent, inner, evaluate=False)
         else:
             total += HEAVY_WEIGHT if isinstance(stmt, Compute) and stmt.op in HEAVY else 1
     return total
+
+
+def _most(extent: sympy.Expr, around: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
+    """The iterations of a loop whose extent grows or shrinks along the loops around it, where there are most."""
+    moving = [axis for axis in around if axis in symbols_of(extent)]
+    if not moving:
+        return extent
+    return sympy.Max(extent.subs(dict.fromkeys(moving, sympy.Integer(0))), extent.subs({a: around[a] for a in moving}))

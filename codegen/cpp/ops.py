@@ -37,10 +37,10 @@ _KEYWORDS = (
     "template this throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor"
 )
 _HELPERS = (  # what printed text itself uses of the headers and of its own frame
-    "accumulate accumulate_arg accumulate_lanes All Any Arg at atomic_add atomic_scatter_if begin bf16 bufs end f16 fill "
-    "gather gather_if highest iota l lanes live load load_if load_strided lowest Max max_of Min min_of nthreads parallel "
-    "part per_lane plait PLAIT_BODY Prod reduce scatter scatter_if sizes store store_if store_strided Sum tile_count tiles "
-    "vec W WIDE"
+    "accumulate accumulate_arg accumulate_lanes All Any Arg at atomic_add atomic_scatter_if begin bf16 bufs end f16 "
+    "fill gather gather_if highest iota l lanes live load load_if load_strided lowest Max max_of Min min_of nthreads "
+    "parallel part per_lane plait PLAIT_BODY Prod reduce scatter scatter_if sizes store store_if store_strided stream "
+    "streams_done Sum tile_count tiles transpose vec W WIDE"
 )
 RESERVED = frozenset(_KEYWORDS.split()) | frozenset(_HELPERS.split()) | frozenset(COMPUTE_OPS) | frozenset(CTYPE.values())
 

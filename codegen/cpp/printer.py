@@ -13,12 +13,28 @@ from dataclasses import dataclass
 import sympy
 
 from ...errors import InvalidKernel
-from ..kernel_ir import COMPUTE_OPS, Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
+from ..kernel_ir import (
+    COMPUTE_OPS,
+    Acc,
+    Accumulate,
+    Array,
+    Block,
+    Compute,
+    Const,
+    Index,
+    Kernel,
+    Load,
+    Loop,
+    Stmt,
+    Store,
+    walk,
+)
 from .analysis import UNKNOWN_EXTENT, is_column, is_light, names, varying, work
 from .index import Affine, affine, index_text, symbols_of
 from .ops import ARG_OPS, CTYPE, REDUCER, compute_text, identifier, literal
 
 _PARTIALS = 4  # independent accumulators per lane in a light reduction; `tiles` and `reduce` in the headers know 1 and 4
+_CACHE_LINE = 64
 _TILES = 4  # tiles taken as one where columns are reduced
 
 
@@ -225,12 +241,26 @@ class _Printer:
                 self.accumulate(stmt)
             case Store():
                 self.store(stmt)
+            case Array(name, dtype, extent):
+                self.pointer[name] = identifier(name)
+                self.line(f"alignas({_CACHE_LINE}) {CTYPE[dtype]} {self.pointer[name]}[{extent}];")
+            case Block():
+                self.block(stmt)
             case Loop():
                 self.loop(stmt)
 
     def body(self, body: tuple[Stmt, ...]) -> None:
         for stmt in body:
             self.stmt(stmt)
+
+    def block(self, block: Block) -> None:
+        corner = block.index.subs({block.row: 0, block.column: 0})
+        stride = sympy.expand(block.index).coeff(block.column)
+        self.pointer[block.name] = identifier(block.name)
+        name, first = self.pointer[block.name], self.offset(block.buffer, corner)
+        self.line(f"alignas({_CACHE_LINE}) {CTYPE[block.dtype]} {name}[{block.height} * {block.width}];")
+        extents = f"{self.text(block.rows)}, {self.text(block.columns)}"
+        self.line(f"transpose<{block.width}>({name}, {first}, {self.text(stride)}, {extents});")
 
     def load(self, load: Load) -> None:
         base, mask = self.pointer[load.buffer], load.mask
@@ -277,7 +307,8 @@ class _Printer:
             at = self.offsets(store.value, store.index)
             self.line(f"scatter_if({self.spread(mask)}, {base}, {at}, {value}, lanes);")
         elif contiguous:
-            self.line(f"store({self.offset(store.buffer, store.index)}, {value}, lanes);")
+            how = "stream" if store.stream else "store"
+            self.line(f"{how}({self.offset(store.buffer, store.index)}, {value}, lanes);")
         elif step:
             stride = self.text(step[1])
             self.line(f"store_strided({self.offset(store.buffer, store.index)}, {stride}, {value}, lanes);")
@@ -386,8 +417,8 @@ class _Printer:
         for inner in nest:
             if inner.extent.free_symbols & self.axes:
                 raise InvalidKernel(kernel=self.kernel.name, why=f"the extent of parallel loop {inner.axis} is not uniform")
-        total = sympy.Mul(*(n.extent for n in nest))
-        weight = self.text(self.estimate(total * work(nest[-1].body)))
+        extents = {n.axis: n.extent for n in nest}
+        weight = self.text(self.estimate(sympy.Mul(*extents.values()) * work(nest[-1].body, extents)))
         counts = [self.units(nest[0])]
         for n in nest[1:]:
             counts.append(self.fresh(f"{n.axis.name}_count"))
@@ -398,6 +429,8 @@ class _Printer:
             self.span(nest[0], None, "begin", "end")
         else:
             self.collapsed(nest, counts)
+        if any(isinstance(s, Store) and s.stream for s in walk(loop.body)):
+            self.line("streams_done();")
         self.close("});")
 
     def collapsed(self, nest: list[Loop], counts: list[str]) -> None:
@@ -419,11 +452,9 @@ class _Printer:
         self.close()
 
     def estimate(self, work: sympy.Expr) -> sympy.Expr:
-        """`work` in sizes alone: an axis counts as its extent, a loaded extent as UNKNOWN_EXTENT iterations."""
-        extents = {s.axis: s.extent for s in walk(self.kernel.body) if isinstance(s, Loop)}
-        while inner := symbols_of(work) - set(self.kernel.sizes):
-            work = work.subs({s: extents.get(s, sympy.Integer(UNKNOWN_EXTENT)) for s in inner})
-        return work
+        """`work` in sizes alone: a loaded extent counts as UNKNOWN_EXTENT iterations."""
+        loaded = symbols_of(work) - set(self.kernel.sizes)
+        return work.subs(dict.fromkeys(loaded, sympy.Integer(UNKNOWN_EXTENT)))
 
     def units(self, loop: Loop) -> str:
         extent = self.text(loop.extent)

@@ -152,6 +152,39 @@ template <class T, class L> PLAIT_FN void store(T* p, vec<T, L::width> x, L lane
   else store_first(p, x, lanes.n);
 }
 
+// Stores past the caches, a register at a time and only to an address that is a multiple of its size: the line that is
+// overwritten need not be fetched. They are ordered with other stores by `streams_done`.
+#if defined(__SSE2__) && !defined(__SANITIZE_ADDRESS__)
+template <int Bytes> struct float_bits { typedef float type __attribute__((vector_size(Bytes))); };
+template <class T, int N> PLAIT_FN void stream_lanes(T* p, vec<T, N> x) {
+  if constexpr (same<T, bool>) stream_lanes(reinterpret_cast<uint8_t*>(p), vec<uint8_t, N>(convert<uint8_t>(x.m & 1)));
+  else if constexpr (is_half<T>) stream_lanes(reinterpret_cast<uint16_t*>(p), x.bits);
+  else if constexpr (!whole<T, N>) stream_lanes(p, x.lo), stream_lanes(p + N / 2, x.hi);
+  else {
+    using F = typename float_bits<sizeof x.v>::type;
+    float* const to = reinterpret_cast<float*>(p);
+    if constexpr (sizeof x.v == 16) __builtin_ia32_movntps(to, F(x.v));
+#if defined(__AVX__)
+    if constexpr (sizeof x.v == 32) __builtin_ia32_movntps256(to, F(x.v));
+#endif
+#if defined(__AVX512F__)
+    if constexpr (sizeof x.v == 64) __builtin_ia32_movntps512(to, F(x.v));
+#endif
+  }
+}
+template <class T, class L> PLAIT_FN void stream(T* p, vec<T, L::width> x, L lanes) {
+  constexpr int bytes = L::width * sizeof(T);
+  if constexpr (L::full && bytes >= 16) {
+    if (reinterpret_cast<uintptr_t>(p) % (bytes < REGISTER_BYTES ? bytes : REGISTER_BYTES) == 0) return stream_lanes(p, x);
+  }
+  store(p, x, lanes);
+}
+PLAIT_FN void streams_done() { __builtin_ia32_sfence(); }
+#else
+template <class T, class L> PLAIT_FN void stream(T* p, vec<T, L::width> x, L lanes) { store(p, x, lanes); }
+PLAIT_FN void streams_done() {}
+#endif
+
 // p[at[lane]]; dead lanes give 0
 template <class T, class L> PLAIT_FN vec<T, L::width> gather(const T* p, vec<int64_t, L::width> at, L lanes) {
   int64_t offset[L::width];
@@ -177,6 +210,44 @@ template <class T, class L> PLAIT_FN void store_strided(T* p, int64_t stride, ve
   T tile[L::width];
   to_lanes(tile, x);
   for (int l = 0; l < lanes.n; l++) p[l * stride] = tile[l];
+}
+
+// block[r * Width + c] = p[c * stride + r] for r < rows and c < columns: read along r and transposed in registers.
+// Step d of log2(N) swaps the bits d of row and lane: the lanes of row r that have it with those of row r + d that have not.
+#if __GNUC__ >= 12
+template <int D, class T, int N, int... I> PLAIT_FN void swap_parts(vec<T, N>& a, vec<T, N>& b, indices<I...>) {
+  const vec<T, N> x = a, y = b;
+  a = __builtin_shufflevector(x.v, y.v, (I & D ? I - D + N : I)...);
+  b = __builtin_shufflevector(x.v, y.v, (I & D ? I + N : I + D)...);
+}
+template <int D, class T, int N> PLAIT_FN void transpose_lanes(vec<T, N> (&rows)[N]) {
+  for (int r = 0; r < N; r++)
+    if (!(r & D)) swap_parts<D>(rows[r], rows[r + D], iota_of<N>{});
+  if constexpr (D > 1) transpose_lanes<D / 2>(rows);
+}
+template <class T> constexpr bool can_transpose = whole<T, W> && !is_half<T> && !same<T, bool> && sizeof(T) == 4;
+#else
+template <class T> constexpr bool can_transpose = false;
+#endif
+template <int Width, class T>
+PLAIT_FN void transpose(T* block, const T* p, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += W) {
+    for (int64_t r = 0; r < rows; r += W) {
+      const T* const from = p + c * stride + r;
+      T* const to = block + r * Width + c;
+      if constexpr (can_transpose<T>) {
+        if (c + W <= columns && r + W <= rows) {
+          vec<T> tile[W];
+          for (int l = 0; l < W; l++) tile[l] = from_lanes<T, W>(from + l * stride);
+          transpose_lanes<W / 2>(tile);
+          for (int l = 0; l < W; l++) to_lanes(to + l * Width, tile[l]);
+          continue;
+        }
+      }
+      for (int64_t l = 0; l < W && c + l < columns; l++)
+        for (int64_t k = 0; k < W && r + k < rows; k++) to[k * Width + l] = from[l * stride + k];
+    }
+  }
 }
 
 // Masked forms: a lane whose mask is false reads nothing (and gives `other`), or writes nothing.

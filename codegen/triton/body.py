@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 
 from ...errors import InvalidKernel
-from ..kernel_ir import Acc, Accumulate, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
+from ..kernel_ir import Acc, Accumulate, Array, Block, Compute, Const, Index, Kernel, Load, Loop, Stmt, Store, walk
 from .indices import Ranges, index_text
 from .ops import combine_text, compute_text, full_text, identifier, identity, literal, merge_text
 from .source import TL_DTYPE
@@ -183,6 +183,8 @@ class Body:
                 self.store(stmt)
             case Accumulate():
                 self.accumulate(stmt)
+            case Array(name) | Block(name):
+                raise InvalidKernel(kernel=self.kernel.name, why=f"{name} is an array, which only CPUs have")
 
     def load(self, load: Load) -> None:
         dims, conditions = self.masked(self.index(load.index)[1], load.mask)

@@ -15,6 +15,8 @@ import torch
 from plait.codegen.kernel_ir import (
     Acc,
     Accumulate,
+    Array,
+    Block,
     Buffer,
     Compute,
     Const,
@@ -195,13 +197,14 @@ CASTS = KernelCase(
             parallel(
                 I, N,
                 load("a", "x", I, "bfloat16"), op("f", "cast", "a"), op("g", "mul", "f", "f"),
-                op("h", "cast", "g", dtype="float16"), store("half", I, "h"),
+                op("h", "cast", "g", dtype="float16"), store("half", I, "h", stream=True),
                 load("c", "y", I, "int64"), op("cf", "cast", "c"), op("s", "add", "g", "cf"),
-                op("b", "cast", "s", dtype="bfloat16"), store("back", I, "b"),
-                op("n", "cast", "f", dtype="int8"), store("small", I, "n"),
-                op("t", "cast", "c", dtype="bool"), store("truth", I, "t"),
-                op("d", "cast", "a", dtype="float64"), store("double", I, "d"),
-                op("tn", "cast", "t", dtype="int64"), op("sum", "add", "tn", "c", dtype="int64"), store("count", I, "sum"),
+                op("b", "cast", "s", dtype="bfloat16"), store("back", I, "b", stream=True),
+                op("n", "cast", "f", dtype="int8"), store("small", I, "n", stream=True),
+                op("t", "cast", "c", dtype="bool"), store("truth", I, "t", stream=True),
+                op("d", "cast", "a", dtype="float64"), store("double", I, "d", stream=True),
+                op("tn", "cast", "t", dtype="int64"), op("sum", "add", "tn", "c", dtype="int64"),
+                store("count", I, "sum", stream=True),
                 vector=True,
             ),
         ),
@@ -624,6 +627,63 @@ NORMALISE_ROWS = KernelCase(
     grids((0, 3), (1, 1), (4, 19)),
 )  # fmt: skip
 
+_HEIGHT, _WIDTH = sympy.Min(16, M - K * 16), sympy.Min(32, N - L * 32)
+TILED = KernelCase(
+    "tiled",
+    Kernel(
+        "tiled",
+        (*reads("x"), *writes("out")),
+        (M, N),
+        (
+            parallel(
+                K, FloorDiv(M + 15, 16),
+                parallel(
+                    L, FloorDiv(N + 31, 32),
+                    Block("t", F32, "x", (L * 32 + J) * M + K * 16 + I, I, J, _HEIGHT, _WIDTH, 16, 32),
+                    serial(
+                        I, _HEIGHT,
+                        serial(
+                            J, _WIDTH,
+                            load("a", "t", I * 32 + J), op("b", "add", "a", "a"),
+                            store("out", (K * 16 + I) * N + L * 32 + J, "b"),
+                            vector=True,
+                        ),
+                    ),
+                ),
+            ),
+        ),
+    ),
+    lambda s, g: {"x": normal(g, s["N"], s["M"])},
+    lambda x, s: {"out": (2 * x["x"]).t().contiguous()},
+    grids((0, 3), (1, 1), (16, 32), (37, 70)),
+)  # fmt: skip
+
+KEPT_ROW = KernelCase(
+    "kept_row",
+    Kernel(
+        "kept_row",
+        (*reads("x"), *writes("out")),
+        (M,),
+        (
+            parallel(
+                I, M,
+                Array("row", F32, 70),
+                Acc("s", F32, "sum"),
+                serial(
+                    R, 70,
+                    load("a", "x", I * 70 + R), op("b", "mul", "a", "a"), store("row", R, "b"), Accumulate("s", "b"),
+                    vector=True,
+                ),
+                serial(J, 70, load("c", "row", J), op("q", "div", "c", "s"), store("out", I * 70 + J, "q", stream=True),
+                       vector=True),
+            ),
+        ),
+    ),
+    lambda s, g: {"x": whole(g, s["M"], 70, low=1).float()},
+    lambda x, s: {"out": x["x"].square() / x["x"].square().sum(1, keepdim=True)},
+    ({"M": 0}, {"M": 1}, {"M": 33}),
+)  # fmt: skip
+
 SCAN = KernelCase(
     "scan",
     Kernel(
@@ -785,3 +845,4 @@ CASES = (
     SOFTMAX, LAYER_NORM, COLUMN_SUM, BLOCK_SUM, TOTAL, ARGMAX, FOLDS, WINDOW_MAX, NORMALISE_ROWS, SCAN,
     EMBEDDING, SCATTER, SEGMENT_SUM, TRIANGLE,
 )  # fmt: skip
+CPU_CASES = (*CASES, KEPT_ROW, TILED)

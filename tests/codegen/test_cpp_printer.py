@@ -17,10 +17,11 @@ from plait.codegen.kernel_ir import Accumulate, Buffer, Compute, Index, Kernel, 
 from plait.errors import IndexNotPrintable, InvalidKernel
 
 from tests.codegen.cpp_run import EAGER_TO_FORK, bits, build_kernels, call, raw, start_of
-from tests.codegen.kernels import CASES, KernelCase
+from tests.codegen.kernels import CPU_CASES as CASES
+from tests.codegen.kernels import KernelCase
 
 EDGES = (15, 16, 17, 1000)  # around one tile, and many tiles with a remainder
-I, J = sympy.symbols("i j", integer=True)  # noqa: E741
+I, J, K = sympy.symbols("i j k", integer=True)  # noqa: E741
 N = sympy.Symbol("N", integer=True, nonnegative=True)
 
 
@@ -138,6 +139,14 @@ def test_index_with_a_function_that_is_no_integer_arithmetic_is_refused() -> Non
 def test_tree_that_breaks_a_rule_is_refused(body, why: str) -> None:
     with pytest.raises(InvalidKernel, match=why):
         print_kernel(elementwise(*body))
+
+
+def test_work_is_counted_where_an_extent_shrinks_along_a_loop_around_it() -> None:
+    """One long chunk: its loop's extent is 56 - 4096 * 0, which no other iteration may make negative."""
+    inner = Loop(J, sympy.Min(4096, 56 - 4096 * I), (Load("a", "float32", "x", J), Store("out", J, "a")))
+    chunks = Loop(I, sympy.Integer(1), (inner,))
+    text = print_kernel(Kernel("k", elementwise().buffers, (N,), (Loop(K, N, (chunks,), "parallel"),)))
+    assert "parallel(N, N * 112, nthreads" in text, text
 
 
 def test_parallel_extent_that_is_not_uniform_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +82,178 @@ def test_softmax_of_infinities_and_nan_is_torchs():
     """,
         x,
     )
+
+
+def source(compiled: CompiledGraph) -> str:
+    return "".join(compiled.sources.values())
+
+
+def test_softmax_keeps_a_row_of_powers_to_itself():
+    text = """def f(x: "f32[33,{n}]"):
+        s = aten._softmax.default(x, 1, False)
+        return (s,)
+    """
+    kept = run(text.format(n=70), rand(33, 70))
+    assert "float r0[70]" in source(kept) and kept.plan.arena == 0
+    long = run(text.format(n=40000), rand(33, 40000))  # a row that is too long for the stack
+    assert " r0[" not in source(long) and long.plan.arena
+
+
+def test_a_value_that_is_returned_and_read_again_is_kept_and_stored():
+    compiled = run(
+        """def f(x: "f32[5,33]"):
+        a = aten.exp.default(x)
+        s = aten.sum.dim_IntList(a, (1,), True)
+        y = aten.div.Tensor(a, s)
+        return (a, y)
+    """,
+        rand(5, 33),
+    )
+    assert launches(compiled) == 1 and "float r0[33]" in source(compiled)
+
+
+@pytest.mark.parametrize(("rows", "columns", "streams"), [(4096, 1024, True), (4099, 1023, True), (512, 512, False)])
+def test_results_that_leave_the_caches_are_stored_past_them(rows: int, columns: int, streams: bool):
+    text = f"""def f(x: "f32[{rows},{columns}]", w: "f32[{columns}]"):
+        a = aten.mul.Tensor(x, w)
+        s = aten.amax.default(a, (1,), True)
+        y = aten.sub.Tensor(a, s)
+        return (y,)
+    """
+    compiled = run(text, rand(rows, columns), rand(columns, seed=1), exact=True)
+    assert ("stream(" in source(compiled)) == streams
+
+
+def test_a_table_counts_only_with_the_rows_that_are_read():
+    compiled = run(
+        """def f(t: "f32[9000,1024]", i: "i64[512]"):
+        y = aten.embedding.default(t, i)
+        return (y,)
+    """,
+        rand(9000, 1024),
+        torch.arange(512) * 17,
+        exact=True,
+    )
+    assert "stream(" not in source(compiled)
+
+
+def test_long_rows_are_reduced_along_the_row():
+    compiled = run(
+        """def f(x: "f32[40,9000]"):
+        m = aten.amax.default(x, (1,))
+        s = aten.sum.dim_IntList(x, (1,))
+        return (m, s)
+    """,
+        rand(40, 9000).abs(),
+    )
+    assert launches(compiled) == 1 and "strided" not in source(compiled)
+
+
+def test_channel_statistics_walk_planes_as_one_loop():
+    compiled = run(
+        """def f(x: "f32[4,24,30,50]"):
+        v, m = aten.var_mean.correction(x, (0, 2, 3), correction=0, keepdim=True)
+        y = aten.sub.Tensor(x, m)
+        return (v, y)
+    """,
+        rand(4, 24, 30, 50),
+    )
+    assert launches(compiled) == 1 and "1500, [&]" in source(compiled)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "i64"])
+@pytest.mark.parametrize(("n", "m"), [(128, 256), (33, 150), (5, 3)])
+def test_transposed_reads_go_through_tiles(dtype: str, n: int, m: int):
+    x, y = rand(n, m).mul(9), rand(m, n, seed=1).mul(9)
+    kind = {"f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64}[dtype]
+    compiled = run(
+        f"""graph(level="tensor", symbols={{"s0": (2, None, 8), "s1": (2, None, 8)}})
+def f(x: "{dtype}[s0,s1]", y: "{dtype}[s1,s0]"):
+        t = aten.permute.default(y, (1, 0))
+        a = aten.add.Tensor(x, t)
+        return (a,)
+    """,
+        x.to(kind),
+        y.to(kind),
+        exact=True,
+    )
+    assert "transpose<" in source(compiled)
+
+
+def test_planes_are_transposed_one_by_one():
+    compiled = run(
+        """def f(x: "f32[3,40,2,70]"):
+        t = aten.permute.default(x, (0, 3, 2, 1))
+        c = aten.clone.default(t, memory_format=torch.contiguous_format)
+        return (c,)
+    """,
+        rand(3, 40, 2, 70),
+        exact=True,
+    )
+    assert launches(compiled) == 1 and "transpose<" in source(compiled)
+
+
+def test_a_short_axis_is_not_tiled():
+    compiled = run(
+        """def f(x: "f32[200,3]"):
+        t = aten.permute.default(x, (1, 0))
+        c = aten.clone.default(t, memory_format=torch.contiguous_format)
+        return (c,)
+    """,
+        rand(200, 3),
+        exact=True,
+    )
+    assert "transpose<" not in source(compiled)
+
+
+def test_column_sums_join_each_other_where_they_cannot_join_the_rows():
+    compiled = run(
+        """def f(g: "f32[40,64]", x: "f32[40,64]"):
+        r = aten.sum.dim_IntList(g, (1,), True)
+        y = aten.sub.Tensor(g, r)
+        b = aten.sum.dim_IntList(g, (0,))
+        p = aten.mul.Tensor(g, x)
+        w = aten.sum.dim_IntList(p, (0,))
+        return (y, b, w)
+    """,
+        rand(40, 64),
+        rand(40, 64, seed=1),
+    )
+    assert launches(compiled) == 2
+
+
+def test_long_columns_are_summed_in_chunks_of_rows():
+    compiled = run(
+        """def f(x: "f32[9000,130]"):
+        s = aten.sum.dim_IntList(x, (0,))
+        m = aten.amax.default(x, (0,))
+        return (s, m)
+    """,
+        rand(9000, 130).abs(),
+    )
+    assert launches(compiled) == 1 and compiled.plan.arena == 2 * 71 * 130 * 4 // 64 * 64 + 64
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            low, high = (int(x, 16) for x in head.split("-"))
+            inside = low <= address < high
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_large_results_ask_for_huge_pages():
+    graph = parse_graph("""def f(x: "f32[2048,2048]"):
+        y = aten.mul.Tensor(x, 2.0)
+        return (y,)
+    """)
+    (y,) = compile_graph(graph).executable(rand(2048, 2048))
+    assert "hg" in flags_of_mapping(y.data_ptr() + y.nbytes // 2)
 
 
 def test_residual_and_layer_norm_are_one_kernel():

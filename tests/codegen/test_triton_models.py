@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from plait.codegen import emit
 from plait.codegen.compile import compile_graph
 from plait.codegen.items import KernelItem
 from plait.codegen.kernel_ir import Kernel
@@ -30,6 +31,7 @@ SCALE = models.Scale(layers=1, width=4, image=16)
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[None]:
     monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(emit, "ROW_BYTES", 0)  # only kernels for CPUs keep rows in arrays
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

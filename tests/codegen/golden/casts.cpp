@@ -18,21 +18,22 @@ extern "C" void casts(void* const* bufs, const int64_t* sizes, int nthreads) {
       const vec<float> f = cast<float>(a);
       const vec<float> g = f * f;
       const vec<f16> h = cast<f16>(g);
-      store(half + i, h, lanes);
+      stream(half + i, h, lanes);
       const vec<int64_t> c = load(y + i, lanes);
       const vec<float> cf = cast<float>(c);
       const vec<float> s = g + cf;
       const vec<bf16> b = cast<bf16>(s);
-      store(back + i, b, lanes);
+      stream(back + i, b, lanes);
       const vec<int8_t> n = cast<int8_t>(f);
-      store(small + i, n, lanes);
+      stream(small + i, n, lanes);
       const vec<bool> t = cast<bool>(c);
-      store(truth + i, t, lanes);
+      stream(truth + i, t, lanes);
       const vec<double> d = cast<double>(a);
-      store(double_ + i, d, lanes);
+      stream(double_ + i, d, lanes);
       const vec<int64_t> tn = cast<int64_t>(t);
       const vec<int64_t> sum = tn + c;
-      store(count + i, sum, lanes);
+      stream(count + i, sum, lanes);
     });
+    streams_done();
   });
 }

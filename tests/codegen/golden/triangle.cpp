@@ -6,7 +6,7 @@ extern "C" void triangle(void* const* bufs, const int64_t* sizes, int nthreads) 
   const float* const x = static_cast<const float*>(bufs[0]);
   float* const out = static_cast<float*>(bufs[1]);
   const int64_t N = sizes[0];
-  parallel(N, (N * 2 + 4) * N, nthreads, [=](int64_t begin, int64_t end) PLAIT_BODY {
+  parallel(N, ((N + 1) * 2 + 2) * N, nthreads, [=](int64_t begin, int64_t end) PLAIT_BODY {
     for (int64_t i = begin; i < end; i++) {
       float top = lowest<float>();
       vec<float> top_lanes[4];
