@@ -34,6 +34,8 @@ FULL: dict[str, Scale] = {
     "vit": Scale(6, 384, 6, image=224),
     "t5": Scale(4, 384, 6, 8000),
     "resnet": Scale(4, 64, image=128),
+    "convnext": Scale(4, 48, image=128),
+    "unet": Scale(3, 64, image=64),
 }
 LENGTH = 64
 
@@ -135,7 +137,8 @@ def forward(name: str, backend: str, scale: Scale | None = None) -> Forward:
 def mark_dynamic(given: dict[str, torch.Tensor]) -> None:
     """Batch, and length where there is one, may change from call to call."""
     for x in given.values():
-        torch._dynamo.mark_dynamic(x, 0)
+        if x.ndim:
+            torch._dynamo.mark_dynamic(x, 0)
         if x.ndim == 2:
             torch._dynamo.mark_dynamic(x, 1)
 

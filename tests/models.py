@@ -1,8 +1,8 @@
 """Models for tests and benchmarks: random weights, any scale, inputs to match.
 
 `build(name, scale)` gives a module in eval mode and `example(name, scale, batch, length)` its keyword arguments. The
-transformers come from the `transformers` package (imported on use); the convolutional network and the small modules are
-plain torch. Dropout is off everywhere, so that training steps can be compared with eager's.
+transformers and the ConvNeXt come from the `transformers` package, the U-Net from `diffusers` (both imported on use); the
+residual network and the small modules are plain torch. Dropout is off everywhere, so that training steps can be compared with eager's.
 """
 
 from __future__ import annotations
@@ -154,6 +154,31 @@ def _resnet(s: Scale) -> nn.Module:
     return ResNet(s.layers, s.width)
 
 
+def _convnext(s: Scale) -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    sizes = [s.width * 2**i for i in range(s.layers)]
+    config = ConvNextConfig(
+        num_stages=s.layers, hidden_sizes=sizes, depths=[2] * s.layers, image_size=s.image, drop_path_rate=0.0, num_labels=10
+    )
+    return ConvNextForImageClassification(config)
+
+
+def _unet(s: Scale) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    plain, attentive = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+    return UNet2DModel(
+        sample_size=s.image,
+        layers_per_block=1,
+        block_out_channels=tuple(s.width * 2**i for i in range(s.layers)),
+        down_block_types=(plain[0],) * (s.layers - 1) + (attentive[0],),
+        up_block_types=(attentive[1],) + (plain[1],) * (s.layers - 1),
+        attention_head_dim=8,
+        norm_num_groups=min(s.width, 8),
+    )
+
+
 MODELS: dict[str, Callable[[Scale], nn.Module]] = {
     "bert": _bert,
     "gpt2": _gpt2,
@@ -161,7 +186,11 @@ MODELS: dict[str, Callable[[Scale], nn.Module]] = {
     "vit": _vit,
     "t5": _t5,
     "resnet": _resnet,
+    "convnext": _convnext,
+    "unet": _unet,
 }
+PICTURES = ("vit", "resnet", "convnext")
+"""Models that classify pictures."""
 
 
 def build(name: str, scale: Scale = SMALL, *, seed: int = 0) -> nn.Module:
@@ -174,9 +203,13 @@ def build(name: str, scale: Scale = SMALL, *, seed: int = 0) -> nn.Module:
 def example(
     name: str, scale: Scale = SMALL, batch: int = 2, length: int = 16, *, labels: bool = False, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Keyword arguments for one call: token ids and a mask with padding, or pictures. `labels` adds training targets."""
+    """Keyword arguments for one call: token ids and a mask with padding, pictures, or a noisy picture and its time step.
+    `labels` adds training targets."""
     g = torch.Generator().manual_seed(seed)
-    if name in ("vit", "resnet"):
+    if name == "unet":
+        made = {"sample": torch.randn(batch, 3, scale.image, scale.image, generator=g), "timestep": torch.tensor(7)}
+        return made | ({"labels": torch.randn(batch, 3, scale.image, scale.image, generator=g)} if labels else {})
+    if name in PICTURES:
         made = {"pixel_values": torch.randn(batch, 3, scale.image, scale.image, generator=g)}
         return made | ({"labels": torch.randint(0, 10, (batch,), generator=g)} if labels else {})
     ids = torch.randint(1, scale.vocab, (batch, length), generator=g)
@@ -193,6 +226,8 @@ def loss(name: str, model: Callable[..., Any], given: dict[str, torch.Tensor]) -
     """The training loss of one batch from `example(..., labels=True)`; `model` may be compiled."""
     if name == "resnet":
         return F.cross_entropy(model(given["pixel_values"]), given["labels"])
+    if name == "unet":
+        return F.mse_loss(model(given["sample"], given["timestep"]).sample, given["labels"])
     return model(**given).loss
 
 
