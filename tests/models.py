@@ -2,7 +2,8 @@
 
 `build(name, scale)` gives a module in eval mode and `example(name, scale, batch, length)` its keyword arguments. The
 transformers and the ConvNeXt come from the `transformers` package, the U-Net from `diffusers` (both imported on use); the
-residual network and the small modules are plain torch. Dropout is off everywhere, so that training steps can be compared with eager's.
+residual network and the small modules are plain torch. Dropout is off everywhere, so that training steps can be compared
+with eager's.
 """
 
 from __future__ import annotations
