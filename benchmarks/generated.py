@@ -11,14 +11,23 @@ from tests import generate
 
 from .runner import Outcome, Run
 
-COUNT = 200
+COUNT, MANY = 200, 2000
 SHRINK_BUDGET = 30
 RESERVE_S = 12.0  # what a quick run leaves to the letters that follow
 
 
 def measure(run: Run) -> Outcome | None:
-    """Letter e: seeds 0 to 199. A quick run takes every twentieth, as many as time allows."""
-    seeds = range(0, COUNT, 20) if run.quick else range(COUNT)
+    """Seeds 0 to 199. A quick run takes every twentieth, as many as time allows."""
+    return check(run, range(0, COUNT, 20) if run.quick else range(COUNT))
+
+
+def many(run: Run) -> Outcome | None:
+    """Seeds 0 to 1999. A quick run takes every two hundredth, as many as time allows."""
+    return check(run, range(0, MANY, 200) if run.quick else range(MANY))
+
+
+def check(run: Run, seeds: range) -> Outcome | None:
+    """The programs of some seeds under the backend."""
 
     def compile(program: generate.Program) -> Any:
         torch._dynamo.reset()

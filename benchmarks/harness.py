@@ -7,6 +7,7 @@ of the threads arrives a scheduler slice late, the probe takes several times as 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -86,6 +87,12 @@ class Timings:
         """How many times faster `name` is than `over`, round by round."""
         pairs = zip(self.samples[over], self.samples[name], strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
+
+    def at_least(self, name: str, over: str) -> float:
+        """The lower end of the 95 % interval of the median speedup, by the ranks of the pairs (binomial)."""
+        pairs = zip(self.samples[over], self.samples[name], strict=True)
+        ratios = sorted(theirs / ours for theirs, ours in pairs)
+        return ratios[max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))]
 
     def as_json(self, base: str) -> dict[str, Any]:
         """Medians and quartiles of each candidate, and of each other candidate's speedup over `base`."""

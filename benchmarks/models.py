@@ -206,8 +206,17 @@ def training(name: str, backend: str, scale: Scale | None = None) -> dict[str, A
 
 
 def measure(run: Run) -> Outcome:
-    """Letter b: every model forward, three of them trained. A quick run takes gpt2 forward only."""
-    forwards, trainings = (("gpt2",), ()) if run.quick else (tuple(MODELS), TRAINED)
+    """Every model forward, three of them trained. A quick run takes gpt2 forward only."""
+    return check(run, *((("gpt2",), ()) if run.quick else (tuple(MODELS), TRAINED)))
+
+
+def every(run: Run) -> Outcome:
+    """Every model forward and trained. A quick run takes gpt2 forward only."""
+    return check(run, *((("gpt2",), ()) if run.quick else (tuple(MODELS), tuple(MODELS))))
+
+
+def check(run: Run, forwards: tuple[str, ...], trainings: tuple[str, ...]) -> Outcome:
+    """Some models forward over several sizes, some trained for ten steps."""
     detail: dict[str, Any] = {"forward": {}, "training": {}}
     for name in forwards:
         run.say(f"{name} forward")

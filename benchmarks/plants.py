@@ -7,6 +7,7 @@ search for the first bad node, reduction) knows nothing of plants.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from plait.codegen import expand, groups, memory, plan, reductions
 from plait.codegen.compile import trace
 from plait.codegen.items import KernelItem
 from plait.codegen.lowering import POINTWISE, At
+from plait.codegen.repeats import Repeats
 from plait.compiler import pipelines
 from plait.compiler.debugging.bisect import Culprit
 from plait.compiler.debugging.cut import cone
@@ -347,19 +349,30 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         owner.__setitem__(name, old) if is_table else setattr(owner, name, old)
 
 
+def _emitted(self: Repeats, group: Any, nodes: Any, emit: Callable[[], KernelItem]) -> KernelItem:
+    """In the place of `Repeats.item`: a fault at one node must not be taken over from, or by, its equals."""
+    return emit()
+
+
+def _named_apart(graph: Graph, op: str) -> list[Node]:
+    """The nodes of an op whose results have names that nothing else of it has: a plant knows its place by the name."""
+    nodes = [n for n in graph.nodes if n.op.name == op]
+    names = Counter(n.results[0].hint for n in nodes)
+    return [n for n in nodes if names[n.results[0].hint] == 1] or nodes
+
+
 def lowering(program: str, op: str, wrong: Callable[[Callable[[At], str], At], str]) -> Plant:
     """One node's elements computed wrong by generated code."""
 
     @contextmanager
     def plant(name: str, chance: random.Random) -> Iterator[Planted]:
-        fit = [n for n in _final(name)[1].nodes if n.op.name == op]
-        chosen = chance.choice(fit).results[0].hint
+        chosen = chance.choice(_named_apart(_final(name)[1], op)).results[0].hint
         right = POINTWISE[op]
 
         def planted(at: At) -> str:
             return wrong(right, at) if at.node.results[0].hint == chosen else right(at)
 
-        with _patched(POINTWISE, op, planted):
+        with _patched(POINTWISE, op, planted), _patched(Repeats, "item", _emitted):
             yield Planted(subject(name), ("generate", "inline", "fuse"), (chosen,))
 
     return Plant("", program, plant)
@@ -388,14 +401,14 @@ def reduction(program: str, op: str, wrong: Callable[[Any], Any], keep: Callable
 
     @contextmanager
     def plant(name: str, chance: random.Random) -> Iterator[Planted]:
-        fit = [n for n in _final(name)[1].nodes if n.op.name == op and keep(n)]
+        fit = [n for n in _named_apart(_final(name)[1], op) if keep(n)]
         chosen = chance.choice(fit).results[0].hint
         right = reductions.REDUCTIONS[op]
 
         def planted(node: Node) -> Any:
             return wrong(right(node)) if node.results[0].hint == chosen else right(node)
 
-        with _patched(reductions.REDUCTIONS, op, planted):
+        with _patched(reductions.REDUCTIONS, op, planted), _patched(Repeats, "item", _emitted):
             yield Planted(subject(name), ("generate", "inline", "fuse"), (chosen,))
 
     return Plant("", program, plant)

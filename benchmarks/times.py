@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.generate.judge import judge
-from tests.models import build, example, loss
+from tests.models import Scale, build, example, loss
 
 from .harness import Probe, geometric_mean, side_by_side
 from .micro import MICROS, Micro
@@ -24,12 +25,49 @@ PEER = "inductor"
 RESERVE_S = 20.0  # what a quick run leaves to the letters that follow
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How a model is timed: a forward or a training step, on how many samples, in which dtype, and whether parameters are
+    frozen, on both sides (Inductor with `freezing` and `max_autotune`)."""
+
+    train: bool = False
+    batch: int = 1
+    frozen: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def title(self, name: str) -> str:
+        """A row's name in reports."""
+        parts = [name, "training step" if self.train else "forward"]
+        parts += [f"of {self.batch}"] if self.batch > 1 else []
+        parts += ["frozen"] if self.frozen else []
+        parts += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
+        return " ".join(parts)
+
+    def model(self, name: str, scale: Scale) -> nn.Module:
+        """The model, ready to be timed."""
+        made = build(name, scale).to(self.dtype)
+        return made.train() if self.train else made
+
+    def example(self, name: str, scale: Scale, batch: int, length: int) -> dict[str, torch.Tensor]:
+        """Its arguments, floats in the variant's dtype."""
+        given = example(name, scale, batch, length, labels=self.train)
+        return {k: x.to(self.dtype) if x.is_floating_point() else x for k, x in given.items()}
+
+
 class Contenders:
     """eager, Inductor and the backend under test on one function; remembers what compiling each took."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, *, frozen: bool = False) -> None:
         self.backends = [PEER] if backend == PEER else [PEER, backend]
+        self.frozen = frozen
         self.compile_s: dict[str, float] = {}
+
+    def compiled(self, fn: Any, name: str) -> Any:
+        """`fn` under a backend, parameters frozen where that was asked for."""
+        if not self.frozen:
+            return torch.compile(fn, backend=name, dynamic=False)
+        options = {"freezing": True, "max_autotune": True} if name == PEER else {"freeze": True}
+        return torch.compile(fn, backend=name, dynamic=False, options=options)
 
     def make(
         self, call: Callable[[Callable[..., Any]], Callable[[], Any]], fn: Any, *, timed: bool
@@ -41,7 +79,7 @@ class Contenders:
         made = {"eager": call(fn)}
         for name in self.backends:
             fresh_fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
-            made[name] = call(torch.compile(fresh_fn, backend=name, dynamic=False))
+            made[name] = call(self.compiled(fresh_fn, name))
             start = time.perf_counter()
             if timed:
                 with cold_caches():
@@ -82,13 +120,17 @@ def micro(one: Micro, backend: str, probe: Probe, *, rounds: int, seconds: float
     return _row(verdicts, timings.as_json("eager"), small.as_json("eager"), contenders, timings, backend)
 
 
-def model(name: str, backend: str, probe: Probe, *, train: bool, rounds: int, seconds: float) -> dict[str, Any]:
-    """Time a model's forward, or forward and backward, and the same architecture at width 16 for the cost of a call."""
+def model(
+    name: str, backend: str, probe: Probe, variant: Variant = Variant(), *, rounds: int, seconds: float, calls: bool = True
+) -> dict[str, Any]:
+    """Time a model's forward, or forward and backward; with `calls` also the same architecture at width 16, for the cost of
+    a call."""
     fresh()
-    contenders = Contenders(backend)
+    contenders = Contenders(backend, frozen=variant.frozen)
+    train = variant.train
 
     def bind(scale: Any, batch: int, length: int) -> Callable[[Callable[..., Any]], Callable[[], Any]]:
-        given = example(name, scale, batch, length, labels=train)
+        given = variant.example(name, scale, batch, length)
 
         def bound(f: Any) -> Callable[[], Any]:
             if not train:
@@ -104,12 +146,11 @@ def model(name: str, backend: str, probe: Probe, *, train: bool, rounds: int, se
 
         return bound
 
-    full, small = build(name, FULL[name]), build(name, tiny(name))
-    if train:
-        full, small = full.train(), small.train()
+    full = variant.model(name, FULL[name])
 
     def exact() -> Any:
-        wide, given = copy.deepcopy(full).double(), tree_map(doubled, example(name, FULL[name], 1, LENGTH, labels=train))
+        wide = copy.deepcopy(full).double()
+        given = tree_map(doubled, variant.example(name, FULL[name], variant.batch, LENGTH))
         with float64():
             if not train:
                 return wide(**given)
@@ -118,14 +159,16 @@ def model(name: str, backend: str, probe: Probe, *, train: bool, rounds: int, se
             return value.detach(), [p.grad for p in wide.parameters()]
 
     with torch.set_grad_enabled(train):
-        candidates = contenders.make(bind(FULL[name], 1, LENGTH), full, timed=True)
+        candidates = contenders.make(bind(FULL[name], variant.batch, LENGTH), full, timed=True)
         verdicts = agree(candidates, exact)
         timings = side_by_side(candidates, rounds=rounds, seconds=seconds, probe=probe)
-        fresh()
-        batch = 2 if train else 1  # batch norm trains on no single value
-        calls = contenders.make(bind(tiny(name), batch, 2), small, timed=False)
-        overhead = side_by_side(calls, rounds=rounds, seconds=seconds / 4, probe=probe)
-    return _row(verdicts, timings.as_json("eager"), overhead.as_json("eager"), contenders, timings, backend)
+        overhead = None
+        if calls:
+            fresh()
+            batch = 2 if train else 1  # batch norm trains on no single value
+            small = contenders.make(bind(tiny(name), batch, 2), variant.model(name, tiny(name)), timed=False)
+            overhead = side_by_side(small, rounds=rounds, seconds=seconds / 4, probe=probe).as_json("eager")
+    return _row(verdicts, timings.as_json("eager"), overhead, contenders, timings, backend)
 
 
 def _row(verdicts: Any, full: Any, small: Any, contenders: Contenders, timings: Any, backend: str) -> dict[str, Any]:
@@ -139,6 +182,7 @@ def _row(verdicts: Any, full: Any, small: Any, contenders: Contenders, timings: 
         if over_peer
         else None,
         "speedup_over_eager": round(timings.speedup(backend, "eager").median, 3),
+        "at least": {peer: round(timings.at_least(backend, peer), 3) for peer in timings.samples if peer != backend},
     }
 
 
@@ -153,10 +197,10 @@ def measure(run: Run) -> Outcome:
         run.say(one.name)
         rows[one.name] = micro(one, run.backend, probe, **budget)
     if not run.quick:
-        for name, train in [(n, False) for n in FULL] + [(n, True) for n in TRAINED]:
-            title = f"{name} training step" if train else f"{name} forward"
+        for name, variant in [(n, Variant()) for n in FULL] + [(n, Variant(train=True)) for n in TRAINED]:
+            title = variant.title(name)
             run.say(title)
-            rows[title] = model(name, run.backend, probe, train=train, rounds=20, seconds=30.0)
+            rows[title] = model(name, run.backend, probe, variant, rounds=20, seconds=30.0)
     names = {m.name for m in MICROS}
     figure: dict[str, Any] = {}
     for peer in ("eager", "inductor"):

@@ -79,10 +79,15 @@ def _other_type(node: Node, graph: Graph) -> str | None:
 
 
 def _alike(said: ValueType, found: ValueType, node: Node) -> bool:
-    """Whether types agree; what makes new memory may promise any strides."""
-    if isinstance(said, TensorType) and isinstance(found, TensorType) and not node.op.has("view"):
-        return (said.shape, said.dtype, said.device) == (found.shape, found.dtype, found.device)
-    return said == found
+    """Whether types agree, as far as sizes that are expressions can be told apart; what makes new memory may promise any
+    strides."""
+    if not isinstance(said, TensorType) or not isinstance(found, TensorType):
+        return said == found
+    if (said.dtype, said.device, said.rank) != (found.dtype, found.device, found.rank):
+        return False
+    mine, theirs = (t.shape + t.strides if node.op.has("view") else t.shape for t in (said, found))
+    gaps = [sympy.sympify(a - b) for a, b in zip(mine, theirs, strict=True)]
+    return not any(gap.is_nonzero for gap in gaps)
 
 
 def around(graph: Graph, index: int, lines: int = 10) -> str:

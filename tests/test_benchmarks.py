@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, harness, op_db, plait_seam, runner
+from benchmarks import __main__, harness, op_db, plait_seam, runner, speeds
 from benchmarks.runner import Letter, Outcome, Run, Suite
 
 # a worker that obeys the protocol of op_db_worker: sample 1 of every op kills it, sample 2 of `slow` hangs
@@ -121,7 +121,7 @@ class TestCommandLine:
     def test_an_unknown_suite_is_refused_by_name(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             __main__.main(["spin"])
-        assert "no suite is called 'spin'; there are: debug, spine" in capsys.readouterr().err
+        assert "no suite is called 'spin'; there are: debug, speed, spine" in capsys.readouterr().err
 
 
 class TestOpDatabase:
@@ -198,3 +198,34 @@ def test_peers_are_observed_by_counting() -> None:
         compiled = torch.compile(lambda x: x + 1, backend=seen.backend)
         compiled(torch.ones(2)), compiled(torch.ones(2))
     assert seen.runs == 2 and plait_seam.coverage(seen.graphs)["graphs"] == 1
+
+
+class TestSpeeds:
+    def test_the_interval_of_a_median_begins_below_it(self) -> None:
+        pairs = tuple(float(i) for i in range(1, 26))
+        timings = harness.Timings({"ours": (1.0,) * 25, "theirs": pairs}, 25, 0, True)
+        assert timings.speedup("ours", "theirs").median == 13.0
+        assert timings.at_least("ours", "theirs") == 8.0
+        assert harness.Timings({"ours": (2.0,), "theirs": (1.0,)}, 1, 0, True).at_least("ours", "theirs") == 0.5
+
+    def test_every_row_belongs_to_a_goal_and_has_a_name_of_its_own(self) -> None:
+        rows = list(speeds.rows_of_models())
+        titles = [variant.title(name) for _, name, variant in rows]
+        assert len(set(titles)) == len(titles) and {g for g, _, _ in rows} | {"micro-benchmarks"} == set(speeds.GOALS)
+        assert "bert forward of 8" in titles and "bert forward frozen" in titles and "t5 forward bfloat16" in titles
+
+    def test_a_row_that_may_be_slower_is_named(self) -> None:
+        row = {
+            "speedup_over_inductor": [3.0, 2.9, 3.1],
+            "verdict": {"plait": "equal"},
+            "at least": {"eager": 1.5, "inductor": 0.9},
+        }
+        found = speeds._outcome({"micro-benchmarks": {"a": row}}, Run())
+        assert found is not None and not found.holds
+        assert found.figure["micro-benchmarks over Inductor"] == "3.00x of 1"
+        assert found.figure["not shown to be as fast as eager and Inductor"] == "a"
+
+    def test_shares_are_held_to_their_goals(self) -> None:
+        assert op_db._reached("forward: ops right", "97 of 100 (97.0%)")
+        assert not op_db._reached("forward: ops right", "96 of 100 (96.0%)")
+        assert op_db._reached("backward, silently wrong", "0") and not op_db._reached("backward, silently wrong", "1")

@@ -239,6 +239,18 @@ def test_every_half_survives_the_way_to_float_and_back(tmp_path: Path) -> None:
         assert bits(outs["back"]) == bits(x)
 
 
+@pytest.mark.parametrize(("source", "target"), [("float32", "int32"), ("float64", "int64")])
+def test_bits_are_kept_both_ways(tmp_path: Path, source: str, target: str) -> None:
+    floats = torch.tensor([0.0, -0.0, 1.5, -2.25, math.inf, -math.inf, math.nan, 1e-42, 3.4e38] * 5).to(
+        getattr(torch, source)
+    )
+    whole = floats.view(getattr(torch, target)).clone()
+    for dtype, x, out, want in ((source, floats, target, whole), (target, whole, source, floats)):
+        (tmp_path / dtype).mkdir()
+        got = evaluate({"bitcast": out}, dtype, {"x": x}, tmp_path / dtype)["bitcast"]
+        assert torch.equal(got.view(whole.dtype), want.view(whole.dtype))
+
+
 def test_every_op_is_tested() -> None:
     tables = (UNARY, BINARY, COMPARE, TESTS, BITS, SHIFTS, INTEGER, INTEGER_UNARY)
-    assert set().union(*tables) | {"fma", "where", "cast"} == set(COMPUTE_OPS)
+    assert set().union(*tables) | {"fma", "where", "cast", "bitcast"} == set(COMPUTE_OPS)
