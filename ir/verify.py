@@ -87,7 +87,7 @@ def _alike(said: ValueType, found: ValueType, node: Node) -> bool:
         return False
     mine, theirs = (t.shape + t.strides if node.op.has("view") else t.shape for t in (said, found))
     gaps = [sympy.sympify(a - b) for a, b in zip(mine, theirs, strict=True)]
-    return not any(gap.is_Integer and gap != 0 for gap in gaps)
+    return not any(gap.is_Integer and int(gap) for gap in gaps)
 
 
 def around(graph: Graph, index: int, lines: int = 10) -> str:
