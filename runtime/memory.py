@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import operator
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,23 +23,6 @@ Maker = Callable[[Values, Any], Any]
 
 # Half the cost of torch.empty_strided; a CPU-only helper that Inductor's generated code relies on too.
 _empty_cpu = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)  # type: ignore[attr-defined]
-
-
-HUGE_PAGE = 1 << 21
-_ADVISE_HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-
-
-def prefer_huge_pages(t: torch.Tensor) -> None:
-    """Ask the kernel to back a fresh tensor with huge pages where it can: 16 MB of small ones are 4096 page faults.
-
-    torch does the same for all its memory where THP_MEM_ALLOC_ENABLE is set. Only a wish: refusals do not matter.
-    """
-    if _madvise is not None:
-        start = -(-t.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        length = (t.data_ptr() + t.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-        if length > 0:
-            _madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _ADVISE_HUGE_PAGES)
 
 
 def view_of(
@@ -197,12 +178,9 @@ class Memory:
 
     def _allocation(self, spec: ValueSpec) -> Step:
         position, base, make = self.layout.index[spec.id], self.bases.get(spec.id), self._allocator(spec)
-        cpu = torch.device(spec.device).type == "cpu"
 
         def allocate(vals: Values, frame: Any) -> None:
             vals[position] = t = make(frame.slots)
-            if cpu and t.nbytes >= 2 * HUGE_PAGE:  # smaller ones may hold no whole page
-                prefer_huge_pages(t)
             if base is not None:
                 frame.bases[base] = t.data_ptr()
 

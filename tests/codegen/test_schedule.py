@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,28 +231,6 @@ def test_long_columns_are_summed_in_chunks_of_rows():
         rand(9000, 130).abs(),
     )
     assert launches(compiled) == 1 and compiled.plan.arena == 2 * 71 * 130 * 4 // 64 * 64 + 64
-
-
-def flags_of_mapping(address: int) -> list[str]:
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
-            low, high = (int(x, 16) for x in head.split("-"))
-            inside = low <= address < high
-        elif inside and head == "VmFlags:":
-            return line.split()[1:]
-    return []
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
-def test_large_results_ask_for_huge_pages():
-    graph = parse_graph("""def f(x: "f32[2048,2048]"):
-        y = aten.mul.Tensor(x, 2.0)
-        return (y,)
-    """)
-    (y,) = compile_graph(graph).executable(rand(2048, 2048))
-    assert "hg" in flags_of_mapping(y.data_ptr() + y.nbytes // 2)
 
 
 def test_residual_and_layer_norm_are_one_kernel():
