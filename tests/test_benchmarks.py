@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, harness, op_db, plait_seam, runner
+from benchmarks import __main__, harness, op_db, overhead, plait_seam, runner
 from benchmarks.runner import Letter, Outcome, Run, Suite
 
 # a worker that obeys the protocol of op_db_worker: sample 1 of every op kills it, sample 2 of `slow` hangs
@@ -174,3 +174,18 @@ def test_peers_are_observed_by_counting() -> None:
         compiled = torch.compile(lambda x: x + 1, backend=seen.backend)
         compiled(torch.ones(2)), compiled(torch.ones(2))
     assert seen.runs == 2 and plait_seam.coverage(seen.graphs)["graphs"] == 1
+
+
+class TestOverhead:
+    def test_a_call_and_its_kernels_are_timed(self) -> None:
+        case = overhead.CASES[-1]
+        row = overhead.above_kernels(case, harness.Probe(), rounds=1, seconds=0.01)
+        assert row["launches"] == 1 and row["call_us"] > 0 and row["kernels_us"] > 0
+
+    def test_every_chain_has_as_many_launches_as_it_says(self) -> None:
+        for count, case in zip(overhead.LAUNCHES[:2], overhead.chains(dynamic=True), strict=False):
+            assert case.compiled().coverage.launches == count
+
+    def test_costs_are_fitted_over_launches(self) -> None:
+        rows = {str(n): {"launches": n, "above_us": 4.0 + 0.5 * n} for n in (1, 3, 10)}
+        assert overhead.fit(rows, [*rows]) == pytest.approx((4.0, 0.5))
