@@ -67,7 +67,7 @@ def reader(tree: pytree.TreeSpec) -> Callable[[Any, list[Any]], bool] | None:
             return False
         if keys is not None and list(x) != keys:
             return False
-        children = x if keys is None else x.values()
+        children = x if keys is None else x.values()  # pyright: ignore[reportAttributeAccessIssue]
         return all(part(child, out) for part, child in zip(parts, children, strict=True))
 
     return read
