@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, harness, op_db, overhead, plait_seam, runner
+from benchmarks import __main__, harness, op_db, overhead, plait_seam, runner, soak
 from benchmarks.runner import Letter, Outcome, Run, Suite
 
 # a worker that obeys the protocol of op_db_worker: sample 1 of every op kills it, sample 2 of `slow` hangs
@@ -189,3 +189,24 @@ class TestOverhead:
     def test_costs_are_fitted_over_launches(self) -> None:
         rows = {str(n): {"launches": n, "above_us": 4.0 + 0.5 * n} for n in (1, 3, 10)}
         assert overhead.fit(rows, [*rows]) == pytest.approx((4.0, 0.5))
+
+
+class TestSoak:
+    def test_wrong_results_and_errors_are_counted(self) -> None:
+        model = soak.Mixer().eval()
+
+        def broken(x: torch.Tensor) -> torch.Tensor:
+            if x.shape[0] == soak.ROWS[0]:
+                raise ValueError("no")
+            return model(x) + (x.shape[0] == soak.ROWS[1])
+
+        fine = soak.hammer(model, model, 40)
+        assert fine["calls"] == 40 and fine["wrong"] == [] and fine["threads"] == 0
+        assert {w.split(":")[0] for w in soak.hammer(broken, model, 400)["wrong"]} <= {"2 rows", "3 rows"} != set()
+
+    def test_a_child_says_whether_it_is_right(self, tmp_path: Path) -> None:
+        assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["second"]))]) == []
+        assert soak._state(tmp_path / "c") == [] and soak.leftovers(tmp_path / "c") == []
+        (tmp_path / "c" / "v2" / "tmp" / "x").mkdir()
+        assert soak.leftovers(tmp_path / "c") == ["v2/tmp/x"]
+        assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["third"]))])[0].endswith("KeyError: 'third'")
