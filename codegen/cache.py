@@ -20,6 +20,7 @@ import shutil
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ import filelock
 import platformdirs
 
 from .. import config
+from ..runtime.native import refusal
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,10 @@ GRACE = 60.0
 LONG = 120
 """Parts of a key longer than this many characters are kept as their hash."""
 ENTRY = "entry.json"
-PROBE = 1 << 20
-"""Bytes written to find out whether a disk is full."""
+STALE = 3600.0
+"""Seconds after which temporary folders and locks are what crashed writers left behind."""
+OURS = ("tmp", "locks")
+"""Folders beside those of the kinds."""
 
 
 def sha256(data: bytes | str) -> str:
@@ -180,6 +184,8 @@ class Cache:
         found: list[Entry] = []
         if self.trusted:
             for manifest in self.base.glob(f"{kind or '*'}/*/{ENTRY}"):
+                if manifest.parent.parent.name in OURS:  # not published yet, or on its way out
+                    continue
                 with suppress(OSError, ValueError):
                     found.append(_load(manifest.parent))
         return sorted(found, key=lambda e: (-e.used, e.key.digest))
@@ -193,7 +199,7 @@ class Cache:
         """Check every entry, remove the damaged ones. Returns (digest, what was wrong) of those."""
         bad: list[tuple[str, str]] = []
         for folder in sorted(self.base.glob("*/*")) if self.trusted else []:
-            if not folder.is_dir():
+            if folder.parent.name in OURS or not folder.is_dir():
                 continue
             try:
                 entry = _load(folder)
@@ -255,9 +261,11 @@ class Cache:
             except Exception as error:
                 # A full disk shows as any error (of a compiler, say). Only then is the private folder worth a try, and
                 # that one is the last; every other error is the caller's.
-                if base != self.base or _can_write(temporary):
+                why = refusal(temporary) if base == self.base else None
+                if why is None:
                     raise
-                self._switch_off(error)
+                self._switch_off(OSError(f"{self.base} takes no files: {why}"))
+                log.debug("what failed for want of room: %s", error)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         raise AssertionError("the private folder is always tried last")
@@ -314,10 +322,10 @@ class Cache:
             if time.time() - entry.used >= grace and self._remove(entry.folder):
                 gone.append(entry)
                 total -= entry.size
-        for leftover in self.base.glob("tmp/*") if self.trusted else ():
+        for leftover in [p for name in OURS for p in self.base.glob(f"{name}/*")] if self.trusted else ():
             with suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > 3600:
-                    shutil.rmtree(leftover, ignore_errors=True)
+                if time.time() - leftover.stat().st_mtime > STALE:
+                    shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
         return gone
 
     def _discard(self, folder: Path, key: Key, why: str) -> Miss:
@@ -330,8 +338,8 @@ class Cache:
         try:
             trash = folder.parent.parent / "tmp"
             trash.mkdir(exist_ok=True, mode=0o700)
-            away = Path(tempfile.mkdtemp(dir=trash))
-            folder.rename(away / folder.name)
+            away = trash / f"{folder.name}-{uuid.uuid4().hex}"  # no folder of its own: a full disk has no room for one
+            folder.rename(away)
         except OSError as error:
             log.debug("cannot remove cache entry %s: %s", folder, error)
             return False
@@ -417,14 +425,3 @@ def _damage(entry: Entry) -> str | None:
         if sha256(data) != sums[name].get("sha256"):
             return f"{name}: the checksum does not match"
     return None
-
-
-def _can_write(folder: Path) -> bool:
-    """Whether `folder` takes new files right now."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(bytes(PROBE))
-            file.flush()
-    except OSError:
-        return False
-    return True

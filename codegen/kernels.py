@@ -13,9 +13,10 @@ from pathlib import Path
 
 from .cache import Cache, Entry, Key, default_root, sha256
 from .cpp.build import build, deal, toolchain
+from .objects import WHERE, where
 from .templates.matmul import drivers
 
-_FILE, _WHERE = "kernels.so", "objects.txt"
+_FILE = "kernels.so"
 
 
 @lru_cache(maxsize=8)
@@ -79,7 +80,7 @@ class _Builds:
         entry = self.cache.get(key)
         if not isinstance(entry, Entry):
             return None
-        digest = entry.read(_WHERE).decode()
+        digest, _ = where(entry)
         if digest not in self.seen:
             group = self.cache.get(Key.of("objects", kernels=digest, **self.parts))
             self.seen[digest] = group.path(_FILE) if isinstance(group, Entry) else None
@@ -96,10 +97,10 @@ class _Builds:
             shutil.rmtree(scratch)
 
         path = self.cache.get_or_make(Key.of("objects", kernels=digest, **self.parts), compile_into).path(_FILE)
-        keys = [self.key(text) for text in group.values()]
-        for key in keys:
-            self.cache.replace(key, {_WHERE: digest.encode()})
-        return dict.fromkeys(keys, path)
+        keys = {name: self.key(text) for name, text in group.items()}
+        for name, key in keys.items():
+            self.cache.replace(key, {WHERE: f"{digest} {name}".encode()})
+        return dict.fromkeys(keys.values(), path)
 
 
 def _address(path: Path, name: str) -> int:

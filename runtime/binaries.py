@@ -94,35 +94,45 @@ def _extract(archive: Archive, name: str) -> Path:
     """The member as a file in the private cache folder, named by its content."""
     content = archive.view(name)
     digest = archive.manifest["members"][name]["sha256"]
-    path = native.cache_folder() / f"{digest[:40]}.so"
-    try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() == digest:
-            return path
-        log.warning("%s was altered: written again", path)
-    except FileNotFoundError:
-        pass
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(scratch, path)
-    return path
+
+    def good(path: Path) -> bool:
+        try:
+            whole = hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        except FileNotFoundError:
+            return False
+        if not whole:
+            log.warning("%s was altered: written again", path)
+        return whole
+
+    def write(path: Path) -> None:
+        descriptor, scratch = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.replace(scratch, path)
+        except OSError:
+            os.unlink(scratch)
+            raise
+
+    return native.keep(f"{digest[:40]}.so", write, good)
 
 
 def _rebuild(archive: Archive) -> Path:
     """A shared object of all sources for exactly this machine, from the cache or built now."""
-    build = archive.manifest.get("build", [])
-    if not isinstance(build, list) or not all(isinstance(flag, str) for flag in build):
+    asked = archive.manifest.get("build", [])
+    if not isinstance(asked, list) or not all(isinstance(flag, str) for flag in asked):
         raise DamagedArtifact(part=MANIFEST, why="its build flags are ill-formed")
-    flags = [*build, "-march=native"]
+    flags = [*asked, "-march=native"]
     sources = {n.removeprefix(SOURCES): archive.text(n) for n in archive.names if n.startswith(SOURCES)}
     key = hashlib.sha256(repr([sorted(sources.items()), flags, *map(sorted, machine.host()[1:])]).encode()).hexdigest()
-    path = native.cache_folder() / f"rebuilt-{key[:40]}.so"
-    if not path.exists():
+
+    def build(path: Path) -> None:
         log.warning("no binary of %s fits this machine: building its kernels from source", archive.path.name)
         units = [text for name, text in sorted(sources.items()) if name.endswith(".cpp")]
         headers = {name: text for name, text in sources.items() if not name.endswith((".cpp", ".py"))}
         native.build_shared(units, path, flags, headers)
-    return path
+
+    return native.keep(f"rebuilt-{key[:40]}.so", build)
 
 
 def load_device(archive: Archive, names: list[str], device: int) -> dict[str, Any]:

@@ -36,7 +36,9 @@ POOLED_FRAMES = 8
 class Frame:
     """The memory of one running call: slots of sizes, base addresses, the arena, and values that outlive calls."""
 
-    __slots__ = ("arena", "bases", "bases_at", "capacity", "events", "slots", "slots_at", "stream", "tail", "times_at")
+    __slots__ = (
+        "arena", "bases", "bases_at", "capacity", "events", "sized", "slots", "slots_at", "stream", "tail", "times_at",
+    )  # fmt: skip
 
     def __init__(self, slots: Sequence[int], bases: int, tail: int) -> None:
         self.slots = array("q", slots)
@@ -46,6 +48,7 @@ class Frame:
         self.tail: list[Any] = [None] * tail
         self.arena: torch.Tensor | None = None
         self.capacity = -1
+        self.sized = False  # whether slots and arena are those of the inputs' sizes that `slots` holds
         self.times_at = 0  # where the native runner puts the time of each launch; 0: nowhere
         self.stream: Any = None
         self.events: dict[int, Any] = {}
@@ -77,7 +80,7 @@ class Executable:
         regions = {name: Executable(region, kernels, constants, check=False, runner=runner) for name, region in plan.regions}
         builder = Builder(layout, kernels, regions, runner)
         memory = builder.memory
-        self._steps, self._numbers, self._outputs = builder.steps, builder.numbers, builder.outputs
+        self._steps, self._numbers, self._results = builder.steps, builder.numbers, builder.results
         self._enter = builder.enter
         self._streams = builder.streams
         self._guarded = builder.uses_torch
@@ -187,19 +190,18 @@ class Executable:
         args.clear()
         slots = frame.slots
         for slot, position in self._from_ints:
-            slots[slot] = vals[position]
+            if slots[slot] != vals[position]:
+                slots[slot], frame.sized = vals[position], False
         for slot, position, dim in self._from_dims:
-            slots[slot] = vals[position].shape[dim]
+            size = vals[position].shape[dim]
+            if slots[slot] != size:
+                slots[slot], frame.sized = size, False
         if self._take is not None:
             self._pack(frame.bases, 8, *map(torch.Tensor.data_ptr, self._take(vals)))
         elif self._single is not None:
             frame.bases[1] = vals[self._single].data_ptr()
-        if self._enter is not None:
-            self._enter(frame)
-        need = slots[self._arena_slot]
-        if need > frame.capacity:
-            self._grow_arena(frame, need)
-            vals[self._arity :] = frame.tail
+        if not frame.sized:  # else everything that follows from the sizes is what it was in the frame's last call
+            self._size(vals, frame)
         if self._streams is not None:
             frame.stream = self._streams.begin(frame.stream)
         if times is None:
@@ -211,7 +213,16 @@ class Executable:
             self._streams.finish(frame.stream)
         if self._mutated:
             torch.autograd.graph.increment_version([vals[i] for i in self._mutated])
-        return [output(vals, frame) for output in self._outputs]
+        return self._results(vals, frame)
+
+    def _size(self, vals: list[Any], frame: Frame) -> None:
+        if self._enter is not None:
+            self._enter(frame)
+        need = frame.slots[self._arena_slot]
+        if need > frame.capacity:
+            self._grow_arena(frame, need)
+            vals[self._arity :] = frame.tail
+        frame.sized = True
 
     def _timed_steps(self, vals: list[Any], frame: Frame, times: list[tuple[int, int]]) -> None:
         for step, numbers in zip(self._steps, self._numbers, strict=True):

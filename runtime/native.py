@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import GuardFailed, KernelBuildFailed, NoCompiler, SizeFailed
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("runner.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared")
+PROBE = 1 << 20
+"""Bytes written to find out whether a disk is full."""
 _WHY = {
     -1: "division by zero or a negative power",
     -2: "a size leaves the range of 64-bit integers",
@@ -62,6 +64,39 @@ def _process_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="plait-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
+
+
+def refusal(folder: Path) -> str | None:
+    """Why `folder` takes no new files right now, a full disk for example; None where it takes them."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE))
+            file.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def keep(name: str, make: Callable[[Path], object], good: Callable[[Path], bool] = Path.exists) -> Path:
+    """The file `name` in the cache folder; `make(path)` puts it there unless a `good` one is there already.
+
+    Where the folder takes no files, as on a full disk, the file is made in a folder that lives as long as the process. What
+    `make` raises otherwise passes through.
+    """
+    path = cache_folder() / name
+    if good(path):
+        return path
+    try:
+        make(path)
+    except (OSError, KernelBuildFailed):  # a full disk fails a compiler too
+        why = refusal(path.parent)
+        if why is None or path.parent == _process_folder():
+            raise
+        log.info("%s takes no files (%s): %s is kept for this process only", path.parent, why, name)
+        path = _process_folder() / name
+        if not good(path):
+            make(path)
+    return path
 
 
 def build_shared(
@@ -102,8 +137,8 @@ def default_runner() -> Runner:
     """The runner of this machine, compiled into the cache folder when it is not there yet."""
     source = SOURCE.read_text()
     key = hashlib.sha256("\0".join([source, *FLAGS]).encode()).hexdigest()[:16]
-    path = cache_folder() / f"runner-{key}.so"
-    return Runner(ctypes.CDLL(str(path if path.exists() else build_shared([source], path))))
+    path = keep(f"runner-{key}.so", lambda path: build_shared([source], path))
+    return Runner(ctypes.CDLL(str(path)))
 
 
 class Program:

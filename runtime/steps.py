@@ -18,7 +18,7 @@ from .streams import Streams
 
 
 class Builder:
-    """Builds what an `Executable` runs: `steps` (with the plan's step numbers of each), `outputs`, `enter`."""
+    """Builds what an `Executable` runs: `steps` (with the plan's step numbers of each), `results`, `enter`."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Builder:
         self.uses_torch = any(isinstance(s, Call) for s in self._plan.steps)
         self.numbers: list[range] = []
         self.steps = self._build_steps()
-        self.outputs = [self._output(o) for o in self._plan.outputs]
+        self.results = self._results()
         self.arena_slot = layout.slot(self._plan.arena)
         guards = self._guards()
         for stage, hooks in self._hooks.items():
@@ -271,7 +271,17 @@ class Builder:
 
         return enter
 
-    def _output(self, out: OutputSpec) -> Maker:
+    def _results(self) -> Callable[[Values, Any], list[Any]]:
+        """A function that gives the plan's outputs in order."""
+        outputs = [self._output(o) for o in self._plan.outputs]
+        positions = [o for o in outputs if isinstance(o, int)]
+        if len(positions) < len(outputs):
+            makers = [_taken(o) if isinstance(o, int) else o for o in outputs]
+            return lambda vals, frame: [make(vals, frame) for make in makers]
+        return lambda vals, frame: [vals[position] for position in positions]
+
+    def _output(self, out: OutputSpec) -> Maker | int:
+        """How an output is made, or the position where it lies."""
         if out.kind == "none":
             return lambda vals, frame: None
         if out.kind == "constant":
@@ -288,7 +298,7 @@ class Builder:
         todo = self.memory.materialise([id])
         position = self._layout.index[id]
         if not todo:
-            return lambda vals, frame: vals[position]
+            return position
         self.uses_torch = True
         ((position, make),) = todo
 
@@ -297,3 +307,7 @@ class Builder:
             return made
 
         return view
+
+
+def _taken(position: int) -> Maker:
+    return lambda vals, frame: vals[position]

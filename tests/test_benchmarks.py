@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, harness, op_db, plait_seam, runner, speeds
+from benchmarks import __main__, harness, op_db, overhead, plait_seam, runner, soak, speeds
 from benchmarks.runner import Letter, Outcome, Run, Suite
 
 # a worker that obeys the protocol of op_db_worker: sample 1 of every op kills it, sample 2 of `slow` hangs
@@ -229,3 +229,39 @@ class TestSpeeds:
         assert op_db._reached("forward: ops right", "97 of 100 (97.0%)")
         assert not op_db._reached("forward: ops right", "96 of 100 (96.0%)")
         assert op_db._reached("backward, silently wrong", "0") and not op_db._reached("backward, silently wrong", "1")
+
+
+class TestOverhead:
+    def test_a_call_and_its_kernels_are_timed(self) -> None:
+        case = overhead.CASES[-1]
+        row = overhead.above_kernels(case, harness.Probe(), rounds=1, seconds=0.01)
+        assert row["launches"] == 1 and row["call_us"] > 0 and row["kernels_us"] > 0
+
+    def test_every_chain_has_as_many_launches_as_it_says(self) -> None:
+        for count, case in zip(overhead.LAUNCHES[:2], overhead.chains(dynamic=True), strict=False):
+            assert case.compiled().coverage.launches == count
+
+    def test_costs_are_fitted_over_launches(self) -> None:
+        rows = {str(n): {"launches": n, "above_us": 4.0 + 0.5 * n} for n in (1, 3, 10)}
+        assert overhead.fit(rows, [*rows]) == pytest.approx((4.0, 0.5))
+
+
+class TestSoak:
+    def test_wrong_results_and_errors_are_counted(self) -> None:
+        model = soak.Mixer().eval()
+
+        def broken(x: torch.Tensor) -> torch.Tensor:
+            if x.shape[0] == soak.ROWS[0]:
+                raise ValueError("no")
+            return model(x) + (x.shape[0] == soak.ROWS[1])
+
+        fine = soak.hammer(model, model, 40)
+        assert fine["calls"] == 40 and fine["wrong"] == [] and fine["threads"] == 0
+        assert {w.split(":")[0] for w in soak.hammer(broken, model, 400)["wrong"]} <= {"2 rows", "3 rows"} != set()
+
+    def test_a_child_says_whether_it_is_right(self, tmp_path: Path) -> None:
+        assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["second"]))]) == []
+        assert soak._state(tmp_path / "c") == [] and soak.leftovers(tmp_path / "c") == []
+        (tmp_path / "c" / "v2" / "tmp" / "x").mkdir()
+        assert soak.leftovers(tmp_path / "c") == ["v2/tmp/x"]
+        assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["third"]))])[0].endswith("KeyError: 'third'")

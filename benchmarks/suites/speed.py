@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import compile_time, generated, models, op_db, speeds
+from .. import compile_time, generated, models, op_db, overhead, soak, speeds
 from ..runner import Letter, Suite
 
 SUITE = Suite(
@@ -42,6 +42,22 @@ SUITE = Suite(
             compile_time.measure,
             sample="gpt2 by plait alone",
             seconds=14.0,
+        ),
+        Letter(
+            "e",
+            "what a call costs above its kernels, and the smallest call beside Inductor's",
+            "a CompiledModel at most 10 µs and 1 µs per launch; through torch.compile not above Inductor's",
+            overhead.measure,
+            sample="a part of the nets, fewer rounds",
+            seconds=8.0,
+        ),
+        Letter(
+            "f",
+            "20,000 calls from 8 threads over changing sizes; processes that share a cache; full and read-only disks",
+            "no wrong result, no growth of memory, clear behaviour",
+            soak.measure,
+            sample="fewer calls, one pair of processes",
+            seconds=8.0,
         ),
         Letter(
             "g",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import click
 
-from ...codegen.cache import Cache, Entry
+from ...codegen.cache import STALE, Cache, Entry
+from ...codegen.objects import functions, object_key
 from ...errors import NoCacheEntry
 from ...runtime.native import cache_folder
 from ..terminal import emit, fields, size, table
 from .shared import common
+
+SHOWN = 3
+"""Functions named on a line of a list."""
 
 
 @click.group()
@@ -33,9 +40,11 @@ def cache_path(as_json: bool) -> None:
 @common
 def cache_ls(kind: str | None, as_json: bool) -> None:
     """List entries, most recently used first."""
-    entries = Cache().entries(kind)
+    store = Cache()
+    entries, names = store.entries(kind), functions(store)
     rows = [
-        (e.key.digest[:12], e.key.kind, e.size, time.strftime("%F %T", time.localtime(e.used)), _brief(e)) for e in entries
+        (e.key.digest[:12], e.key.kind, e.size, time.strftime("%F %T", time.localtime(e.used)), _brief(e, names))
+        for e in entries
     ]
 
     def render() -> str:
@@ -44,13 +53,17 @@ def cache_ls(kind: str | None, as_json: bool) -> None:
 
     data = [
         {"digest": e.key.digest, "kind": e.key.kind, "bytes": e.size, "used": e.used, "key": dict(e.key.parts)}
+        | ({"functions": names[e.key.digest]} if e.key.digest in names else {})
         for e in entries
     ]
     emit(data, as_json, render)
 
 
-def _brief(entry: Entry) -> str:
-    """Short parts of an entry's key, for a line of a list."""
+def _brief(entry: Entry, names: Mapping[str, Sequence[str]]) -> str:
+    """The functions that an entry stands for, else short parts of its key, for a line of a list."""
+    held = names.get(entry.key.digest, ())
+    if any(held):
+        return ", ".join(held[:SHOWN]) + (f" and {len(held) - SHOWN} more" if len(held) > SHOWN else "")
     return ", ".join(f"{n} {v}" for n, v in entry.key.parts if v and len(v) <= 40 and not v.startswith("sha256:"))
 
 
@@ -81,8 +94,12 @@ def _remove_unpacked() -> list[int]:
     Processes that have them loaded keep them; others unpack or build them again.
     """
     removed: list[int] = []
-    for path in cache_folder().glob("*.so"):
+    for path in cache_folder().iterdir():
         with suppress(OSError):
+            if path.suffix != ".so":  # what is being built, or was when its process died
+                if time.time() - path.stat().st_mtime > STALE:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                continue
             count = path.stat().st_size
             path.unlink()
             removed.append(count)
@@ -106,7 +123,19 @@ def cache_explain(prefix: str, as_json: bool) -> None:
         "kind": entry.key.kind,
         "key": dict(entry.key.parts),
         "files": dict(entry.files),
+        **_functions(store, entry),
         "nearest": None if near is None else near.key.digest,
         "differs": differs,
     }
     emit(data, as_json, lambda: fields(data))
+
+
+def _functions(store: Cache, entry: Entry) -> dict[str, Any]:
+    """Of entries of kinds "kernel" and "objects": the functions, and where a kernel's function is."""
+    names = functions(store).get(entry.key.digest)
+    found: dict[str, Any] = {} if names is None else {"functions": ", ".join(names)}
+    if entry.key.kind == "kernel" and names is not None:
+        key = object_key(entry)
+        there = any(e.key == key for e in store.entries("objects"))
+        found["objects"] = key.digest if there else "gone: built again when the kernel is asked for"
+    return found

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from plait.codegen import cache as cache_module
 from plait.codegen.cache import Cache, Entry, Key, Miss
 
 KEY = Key.of("kernel", source="int f() { return 1; }", isa="x86-64-v3", compiler="g++ 12.2")
@@ -113,6 +116,59 @@ def test_verify_removes_what_is_damaged_and_keeps_the_rest(tmp_path: Path) -> No
     assert cache.verify() == [(KEY.digest, "k.so: the checksum does not match")]
     assert [e.key for e in cache.entries()] == [good.key]
     assert cache.verify() == []
+
+
+def test_what_is_being_made_is_left_alone(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+
+    def make(folder: Path) -> None:
+        _write(folder, b"1")
+        (folder / "entry.json").write_text('{"kind": "kernel", "parts": {}, "files": {}}')  # as just before publishing
+        assert cache.verify() == [] and cache.entries() == [] and cache.prune(0, grace=0) == []
+
+    assert cache.get_or_make(KEY, make).read("k.so") == b"1"
+
+
+def test_locks_and_folders_of_killed_processes_are_pruned(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.put(KEY, {"k.so": b"1"})
+    left = [cache.base / "locks" / "dead.lock", cache.base / "tmp" / "dead"]
+    left[0].touch()
+    left[1].mkdir()
+    cache.prune()
+    assert all(p.exists() for p in left)  # somebody may be at work
+    for path in left:
+        os.utime(path, (time.time() - 7200,) * 2)
+    cache.prune()
+    assert not any(p.exists() for p in left) and isinstance(cache.get(KEY), Entry)
+
+
+def test_a_full_disk_can_be_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path)
+    cache.put(KEY, {"k.so": b"1"})
+
+    def no_room(*args: object, **how: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", no_room)
+    assert len(cache.prune(0, grace=0)) == 1
+    assert cache.entries() == [] and list((cache.base / "tmp").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_compiling_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache_module, "refusal", lambda folder: "No space left on device")
+    cache = Cache(tmp_path)
+
+    def make(folder: Path) -> None:
+        if folder.is_relative_to(tmp_path):
+            raise RuntimeError("a page\nof what\nthe linker says")
+        _write(folder, b"1")
+
+    assert cache.get_or_make(KEY, make).read("k.so") == b"1"
+    assert len(warnings(caplog)) == 1 and "takes no files: No space left on device" in warnings(caplog)[0]
+    assert "\n" not in warnings(caplog)[0]
 
 
 def test_an_error_while_making_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from plait.codegen.cache import Cache, Key
+from plait.codegen.kernels import load_kernels
 from plait.compiler.cli import main
 from plait.compiler.commands.shared import EXIT_CODES, exit_code, options_of
 from plait.errors import (
@@ -76,6 +78,24 @@ def test_the_cache_can_be_listed_explained_and_pruned(cache: Cache) -> None:
     assert explained["key"]["isa"] == "v4" and explained["differs"] == {"isa": "v3"}
     assert "removed 3 entries" in plait("cache", "prune").stdout
     assert plait("cache", "ls").stdout.strip() == "0 entries, 0 B"
+
+
+def test_built_kernels_are_named_and_those_without_their_object_are_built_again(cache: Cache) -> None:
+    sources = {name: f'extern "C" void {name}(void* const*, const long*, int) {{}}' for name in ("tanh_1a", "relu_2b")}
+    load_kernels(sources, cache)
+    listed = json.loads(plait("cache", "ls", "--json").stdout)
+    kernel = next(e["digest"] for e in listed if e.get("functions") == ["tanh_1a"] and e["kind"] == "kernel")
+    objects = cache.entries("objects")
+    assert {n for e in listed if e["kind"] == "objects" for n in e["functions"]} == set(sources)
+    assert "tanh_1a" in plait("cache", "ls").stdout
+    explained = json.loads(plait("cache", "explain", kernel, "--json").stdout)
+    assert explained["functions"] == "tanh_1a" and explained["objects"] in {e.key.digest for e in objects}
+    for entry in objects:
+        shutil.rmtree(entry.folder)
+    assert "gone" in json.loads(plait("cache", "explain", kernel, "--json").stdout)["objects"]
+    assert load_kernels(sources, cache).keys() == sources.keys()
+    assert "gone" not in plait("cache", "explain", kernel).stdout
+    assert plait("cache", "verify").exit_code == 0
 
 
 def test_damage_in_the_cache_is_found_removed_and_an_exit_code(cache: Cache) -> None:

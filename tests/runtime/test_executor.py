@@ -287,6 +287,29 @@ def test_guards_and_size_errors(kernels, native):
         Executable(plan(arena=["pow", ["add", "s0", 2**40], 3]), kernels, {})(torch.randn(3))
 
 
+def test_sizes_are_computed_anew_only_when_they_change(kernels):
+    plan = make_plan(
+        [tensor_input("x", ("s0",))],
+        [value(0, "input", ("s0",), 0), value(1, "arena", ("s0",)), value(2, "fresh", ("s0",))],
+        [Launch("twice", (0, 1), ("s0",)), Launch("twice", (1, 2), ("s0",))],
+        [2],
+        symbols=S0,
+        arena=["mul", 4, "s0"],
+        asserts=((["eq", ["mod", "s0", 2], 0], "s0 must be even"),),
+    )
+    run, sized = Executable(plan, kernels, {}), []
+    enter = run._enter
+    run._enter = lambda frame: (sized.append(frame.slots[0]), enter(frame))
+    for size in (4, 4, 1000, 1000, 4, 3, 3, 4):
+        x = torch.randn(size)
+        if size % 2:
+            with pytest.raises(GuardFailed):
+                run(x)
+        else:
+            assert torch.equal(run(x)[0], 4 * x)
+    assert len(sized) == 6  # neither the second 4 nor the second 1000; a call that fails leaves nothing behind
+
+
 def test_mutated_inputs_count_their_versions(kernels):
     plan = make_plan(
         [tensor_input("x", (4,)), tensor_input("y", (4,)), tensor_input("z", (4,))],

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from plait.errors import (
@@ -10,6 +12,7 @@ from plait.errors import (
     WrongInputType,
     WrongInputValue,
 )
+from plait.runtime import inputs
 from plait.runtime.executor import Executable
 from plait.runtime.plan import InputSpec, SymbolSpec
 
@@ -112,3 +115,55 @@ def test_subclasses_are_refused(run):
 def test_strides_of_single_elements_do_not_matter():
     plan = make_plan([tensor_input("x", (1, 4))], [], [], [])
     Executable(plan, {}, {})(torch.zeros(4, 1).t())
+
+
+class TestTensorsLikeThoseOfTheLastCall:
+    """They pass by one native comparison; whatever differs in any way is looked at again."""
+
+    plan = make_plan([tensor_input("x", ("s0", 4))], [], [], [], symbols=(SymbolSpec("s0", 0, 0, 2, 10),))
+
+    def test_they_are_not_looked_at_again(self, monkeypatch):
+        run = Executable(self.plan, {}, {})
+        run(torch.zeros(3, 4))
+        monkeypatch.setattr(inputs, "_signature", lambda x: pytest.fail("compared by signature"))
+        run(torch.ones(3, 4))
+
+    @pytest.mark.parametrize(
+        ("wrong", "error"),
+        [
+            (torch.zeros(3, 5), WrongInputShape),
+            (torch.zeros(11, 4), WrongInputValue),
+            (torch.zeros(3), WrongInputRank),
+            (torch.zeros(4, 3).t(), WrongInputStrides),
+            (torch.zeros(3, 4).double(), WrongInputDtype),
+            (torch.zeros(3, 4, device="meta"), WrongInputDevice),
+            (torch.zeros(3, 4).to_sparse(), WrongInputType),
+            (torch.zeros(3, 8, dtype=torch.complex64).conj().imag[:, :4], WrongInputType),
+            ([torch.zeros(3, 4)], WrongInputType),
+            (None, WrongInputType),
+        ],
+    )
+    def test_others_are_refused_as_before(self, wrong, error):
+        run = Executable(self.plan, {}, {})
+        for _ in range(2):
+            run(torch.zeros(3, 4))
+            with pytest.raises(error):
+                run(wrong)
+        with pytest.raises(WrongInputCount):
+            run(torch.zeros(3, 4), torch.zeros(3, 4))
+
+    def test_what_matters_not_may_change(self):
+        run = Executable(self.plan, {}, {})
+        for x in (torch.zeros(3, 4), torch.zeros(3, 4, requires_grad=True), torch.nn.Parameter(torch.zeros(3, 4))) * 2:
+            run(x)
+            run(x.detach()[1:])
+            with torch.inference_mode():
+                run(x)
+                run(torch.zeros(3, 4))
+
+    def test_they_are_not_kept_alive(self):
+        run, x = Executable(self.plan, {}, {}), torch.zeros(3, 4)
+        run(x)
+        gone = weakref.ref(x)
+        del x
+        assert gone() is None
