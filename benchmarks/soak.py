@@ -114,7 +114,8 @@ def hammer(call: Callable[[torch.Tensor], torch.Tensor], eager: nn.Module, calls
     warm, end = held
     return {
         "calls": sum(round(calls * share / THREADS) for share in (WARM, 1 - WARM)) * THREADS,
-        "wrong": wrong[:10],
+        "wrong": len(wrong),
+        "examples": wrong[:10],
         "growth_mib": round(end.memory - warm.memory, 2),
         "files": end.files - warm.files,
         "threads": end.threads - warm.threads,
@@ -273,7 +274,7 @@ def measure(run: Run) -> Outcome:
     calls = detail["calls"].values()
     figure: dict[str, Any] = {
         "calls": sum(c["calls"] for c in calls),
-        "wrong": sum(len(c["wrong"]) for c in calls),
+        "wrong": sum(c["wrong"] for c in calls),
         "growth": f"{max(c['growth_mib'] for c in calls):.1f} MiB",
         "files": max(c["files"] for c in calls),
         "threads": max(c["threads"] for c in calls),

@@ -256,8 +256,9 @@ class TestSoak:
             return model(x) + (x.shape[0] == soak.ROWS[1])
 
         fine = soak.hammer(model, model, 40)
-        assert fine["calls"] == 40 and fine["wrong"] == [] and fine["threads"] == 0
-        assert {w.split(":")[0] for w in soak.hammer(broken, model, 400)["wrong"]} <= {"2 rows", "3 rows"} != set()
+        assert fine["calls"] == 40 and fine["wrong"] == 0 and fine["threads"] == 0
+        found = soak.hammer(broken, model, 400)
+        assert found["wrong"] > 10 and {w.split(":")[0] for w in found["examples"]} <= {"2 rows", "3 rows"}
 
     def test_a_child_says_whether_it_is_right(self, tmp_path: Path) -> None:
         assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["second"]))]) == []
