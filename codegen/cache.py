@@ -3,7 +3,7 @@
 It lies below the compiler because both the kernel builder and the compiler use it. An entry is a folder of files plus
 `entry.json`, which holds the parts of its key and a checksum of every file:
 
-    <root>/v2/<kind>/<digest>/entry.json, plan.json, kernels.so, ...
+    <root>/v3/<kind>/<digest>/entry.json, plan.json, kernels.so, ...
 
 Entries are made in a temporary folder and appear by one rename, so that a reader never sees half of one. A per-key lock
 lets the second of two processes wait for the first instead of building the same thing again.
@@ -35,7 +35,7 @@ from ..runtime.native import refusal
 
 log = logging.getLogger(__name__)
 
-FORMAT = "v2"
+FORMAT = "v3"
 LIMIT = 4 << 30
 """Default size cap in bytes."""
 GRACE = 60.0

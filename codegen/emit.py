@@ -499,7 +499,8 @@ def _choose(group: Group, strides: _Strides, *, cpu: bool) -> Order:
     elif outer_axes:
         vector = outer_axes[-1].symbol
     tiled = None
-    if not reduced_axes and vector is not None and cpu:
+    loops_only = all(u.reduce is None for u in group.units)  # some reduce dimensions of size 1, which are no axes
+    if not reduced_axes and vector is not None and cpu and loops_only:
         long = [a for a in outer_axes[:-1] if not (isinstance(a.extent, int) and a.extent < _TILE_ROWS // 4)]
         tiled = next((a for a in reversed(long) if strides.transposes(a, vector)), None)
     split = _is_split(group, outer_axes, reduced_axes, vector)

@@ -68,8 +68,12 @@ class _Builds:
         found = {key: self.known(key) for key in names}
         missing = [names[key][0] for key, path in found.items() if path is None]
         cores = len(os.sched_getaffinity(0))
-        alone = [{n: texts[n]} for n in missing if n in shared]  # they take longest, so they come first
-        groups = [*alone, *deal({n: texts[n] for n in missing if n not in shared}, cores)]
+        groups = [{n: texts[n]} for n in missing if n in shared]  # they take longest, so they come first
+        alike: dict[frozenset[str], dict[str, str]] = {}  # what is loaded together needs the same drivers
+        for n in missing:
+            if n not in shared:
+                alike.setdefault(frozenset(drivers(texts[n])), {})[n] = texts[n]
+        groups += [group for some in alike.values() for group in deal(some, cores)]
         with ThreadPoolExecutor(cores) as pool:
             for made in pool.map(self.make, groups):
                 found.update(made)

@@ -263,6 +263,6 @@ class TestSoak:
     def test_a_child_says_whether_it_is_right(self, tmp_path: Path) -> None:
         assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["second"]))]) == []
         assert soak._state(tmp_path / "c") == [] and soak.leftovers(tmp_path / "c") == []
-        (tmp_path / "c" / "v2" / "tmp" / "x").mkdir()
-        assert soak.leftovers(tmp_path / "c") == ["v2/tmp/x"]
+        (tmp_path / "c" / "v3" / "tmp" / "x").mkdir()
+        assert soak.leftovers(tmp_path / "c") == ["v3/tmp/x"]
         assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["third"]))])[0].endswith("KeyError: 'third'")

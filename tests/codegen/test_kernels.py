@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,6 +52,32 @@ def test_products_share_drivers_and_compilers(tmp_path: Path, runs: list[list[st
     assert len(runs) == before
 
 
+OTHER = """def f(x: "f32[6,8]", v: "f32[8,8]"):
+    a = aten.tanh.default(x)
+    b = aten.mm.default(a, v)
+    c = aten.relu.default(x)
+    return (b, c)
+"""
+ALONE = """def f(x: "f32[6,8]"):
+    c = aten.relu.default(x)
+    return (c,)
+"""
+
+
+def test_a_kernel_that_was_built_beside_a_product_loads_without_it(tmp_path: Path) -> None:
+    together = compile_graph(parse_graph(OTHER))
+    kernels.load_kernels(together.sources, Cache(tmp_path))
+    script = (
+        "import sys; from pathlib import Path; from plait.codegen import kernels; from plait.codegen.cache import Cache;"
+        "from plait.codegen.compile import compile_graph; from plait.ir import parse_graph;"
+        f"kernels.load_kernels(compile_graph(parse_graph({ALONE!r})).sources, Cache(Path({str(tmp_path)!r})))"
+    )
+    alone = compile_graph(parse_graph(ALONE))
+    assert alone.sources.keys() <= together.sources.keys()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_products_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path))
     torch.manual_seed(0)
@@ -62,7 +90,7 @@ def test_a_kernel_whose_object_is_gone_is_built_again(tmp_path: Path, runs: list
     compiled = compile_graph(parse_graph(PRODUCTS))
     kernels.load_kernels(compiled.sources, Cache(tmp_path))
     count = len(runs)
-    shutil.rmtree(next(tmp_path.glob("v2/objects")))
+    shutil.rmtree(next(tmp_path.glob("v3/objects")))
     assert kernels.load_kernels(compiled.sources, Cache(tmp_path)).keys() == compiled.sources.keys()
     assert len(runs) == 2 * count
 

@@ -64,7 +64,7 @@ def test_a_miss_names_the_part_that_differs(tmp_path: Path) -> None:
 
 def test_the_folder_is_private(tmp_path: Path) -> None:
     Cache(tmp_path / "c").put(KEY, {"k.so": b"1"})
-    assert stat.S_IMODE((tmp_path / "c" / "v2").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "c" / "v3").stat().st_mode) == 0o700
 
 
 def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Cache(tmp_path).put(KEY, {"k.so": b"planted"})
-    (tmp_path / "v2").chmod(0o777)
+    (tmp_path / "v3").chmod(0o777)
     cache = Cache(tmp_path)
     assert isinstance(cache.get(KEY), Miss) and cache.entries() == []
     entry = cache.get_or_make(KEY, lambda folder: _write(folder, b"own"))
@@ -181,7 +181,7 @@ def test_an_error_while_making_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the compiler failed"):
         cache.get_or_make(KEY, fail)
     assert isinstance(cache.get(KEY), Miss)
-    assert list((tmp_path / "v2" / "tmp").iterdir()) == [] and list((tmp_path / "v2" / "locks").iterdir()) == []
+    assert list((tmp_path / "v3" / "tmp").iterdir()) == [] and list((tmp_path / "v3" / "locks").iterdir()) == []
     assert cache.off is None
 
 
