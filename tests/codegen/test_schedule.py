@@ -192,6 +192,20 @@ def test_planes_are_transposed_one_by_one():
     assert launches(compiled) == 1 and "transpose<" in source(compiled)
 
 
+def test_a_sum_over_one_element_beside_a_transposed_read_is_not_tiled():
+    run(
+        """def f(x: "f32[64,64,1]", y: "f32[64,64]"):
+        s = aten.sum.dim_IntList(x, (2,))
+        t = aten.permute.default(y, (1, 0))
+        a = aten.add.Tensor(s, t)
+        return (a, s)
+    """,
+        rand(64, 64, 1),
+        rand(64, 64, seed=1),
+        exact=True,
+    )
+
+
 def test_a_short_axis_is_not_tiled():
     compiled = run(
         """def f(x: "f32[200,3]"):
