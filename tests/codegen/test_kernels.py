@@ -52,14 +52,13 @@ def test_products_share_drivers_and_compilers(tmp_path: Path, runs: list[list[st
     assert len(runs) == before
 
 
-OTHER = """def f(x: "f32[6,8]", v: "f32[8,8]"):
-    a = aten.tanh.default(x)
-    b = aten.mm.default(a, v)
-    c = aten.relu.default(x)
+OTHER = """def f(x: "f32[6,8]", v: "f32[8,8]", z: "f32[5]"):
+    b = aten.mm.default(x, v)
+    c = aten.relu.default(z)
     return (b, c)
 """
-ALONE = """def f(x: "f32[6,8]"):
-    c = aten.relu.default(x)
+ALONE = """def f(z: "f32[5]"):
+    c = aten.relu.default(z)
     return (c,)
 """
 
