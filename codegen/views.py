@@ -37,7 +37,9 @@ def _source(at: At) -> TensorType:
 
 
 def floor_div(a: Any, b: Any) -> Any:
-    """`a // b` of non-negative indices, simplified where one of them is 0 or 1."""
+    """`a // b` of non-negative indices, simplified where one of them is 0 or 1. With a size of 0 nothing is indexed."""
+    if b == 0:
+        return 0
     if b == 1 or a == 0:
         return a
     return FloorDiv(sympy.sympify(a), sympy.sympify(b))
@@ -45,7 +47,7 @@ def floor_div(a: Any, b: Any) -> Any:
 
 def modulo(a: Any, b: Any) -> Any:
     """`a % b` of non-negative indices."""
-    if b == 1 or a == 0:
+    if b in (0, 1) or a == 0:
         return 0
     return ModularIndexing(sympy.sympify(a), sympy.Integer(1), sympy.sympify(b))
 

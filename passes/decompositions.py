@@ -35,8 +35,9 @@ WHOLE: dict[str, tuple[str, ...]] = {
     ),
     # one kernel with a two-pass variance in registers
     "norm kernels": ("native_layer_norm", "_fused_rms_norm"),
-    # elementwise already; their one expression is better known to the printer than its parts
-    "elementwise": ("silu", "gelu"),
+    # elementwise already; their one expression is better known to the printer than its parts (torch's form of addcmul
+    # refuses a fractional factor of integers, which eager truncates)
+    "elementwise": ("silu", "gelu", "addcmul"),
     # one store of the changed part into a copy; as index arithmetic it would touch every element with a branch
     "partial writes": ("select_scatter", "slice_scatter"),
     # the library sorts or owns rows

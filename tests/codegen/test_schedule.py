@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from plait.codegen.compile import CodegenOptions, CompiledGraph, compile_graph
+from plait.codegen.views import unravel
 from plait.ir import parse_graph
 from plait.runtime.check import check
 from plait.runtime.plan import Call, Launch
@@ -204,6 +206,12 @@ def test_a_sum_over_one_element_beside_a_transposed_read_is_not_tiled():
         rand(64, 64, seed=1),
         exact=True,
     )
+
+
+def test_positions_among_no_elements_divide_by_no_size():
+    position = sympy.Symbol("i", integer=True, nonnegative=True)
+    assert len(unravel(position, [3, 0, 2])) == 3
+    assert len(unravel(position, [0, 0, 5])) == 3
 
 
 def test_a_short_axis_is_not_tiled():

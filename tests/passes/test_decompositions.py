@@ -134,3 +134,14 @@ def test_a_pass_can_keep_more():
     assert hardswish in table() and hardswish not in table(keep=["aten.hardswish"])
     assert hardswish not in table(keep=["aten.hardswish.default"])
     assert hardswish in table(), "the policy itself is not changed"
+
+
+def test_a_fractional_factor_of_integers_is_truncated_as_in_eager() -> None:
+    def scaled(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(a, a, b, value=2.7)
+
+    a, b = torch.arange(6), torch.arange(6) * 3
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(scaled, backend="plait", fullgraph=True)(a, b), scaled(a, b))
+    x, y = a.float() / 7, b.float() / 5
+    torch.testing.assert_close(torch.compile(scaled, backend="plait", fullgraph=True)(x, y), scaled(x, y))
