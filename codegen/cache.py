@@ -19,6 +19,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -143,6 +144,7 @@ class Cache:
         self.base = self.root / FORMAT
         self._why_off: str | None = None
         self._private: tempfile.TemporaryDirectory[str] | None = None
+        self._making_private = threading.Lock()
         self._known_size: int | None = None
         self._prepare()
 
@@ -273,8 +275,9 @@ class Cache:
     def _bases(self) -> Iterator[Path]:
         if self._why_off is None:
             yield self.base
-        if self._private is None:
-            self._private = tempfile.TemporaryDirectory(prefix="plait-")
+        with self._making_private:  # a second folder would take the first one, and what others build there, away
+            if self._private is None:
+                self._private = tempfile.TemporaryDirectory(prefix="plait-")
         yield Path(self._private.name)
 
     def _publish(self, key: Key, temporary: Path, base: Path) -> Entry:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -340,3 +341,26 @@ def test_a_root_that_is_a_file_works_without_the_cache(tmp_path: Path, caplog: p
     assert cache.put(KEY, {"k.so": b"1"}).read("k.so") == b"1"
     assert isinstance(cache.get(KEY), Entry) and cache.off is not None
     assert len(warnings(caplog)) == 1
+
+
+def test_threads_that_find_no_disk_share_one_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tempfile.TemporaryDirectory
+
+    def slowly(*args: object, **how: object) -> tempfile.TemporaryDirectory[str]:
+        time.sleep(0.05)  # so that both threads are here at once
+        return made(*args, **how)  # type: ignore[call-overload]
+
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / "file" / "cache")  # no folder can be made there
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", slowly)
+
+    def make(i: int) -> bytes:
+        def build(folder: Path) -> None:
+            (folder / "a").write_bytes(b"a")
+            time.sleep(0.1)
+            (folder / "b").write_bytes(b"b")
+
+        return cache.get_or_make(Key.of("kernel", source=str(i)), build).read("b")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(make, range(4))) == [b"b"] * 4
