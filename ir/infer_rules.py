@@ -208,6 +208,13 @@ def _where(f: Facts, condition: Any, a: Any, b: Any) -> Result:
     return elementwise(f, (condition, a, b), promote((a, b)))
 
 
+@rule("aten.addcmul.default")
+def _addcmul(f: Facts, x: Any, a: Any, b: Any, value: Any) -> Result:
+    if not isinstance(value, int | float):
+        return None
+    return elementwise(f, (x, a, b), promote((x, a, b)))  # a fractional factor of integers is truncated
+
+
 # -- copies, casts, creation ------------------------------------------------------------------------------------------
 
 

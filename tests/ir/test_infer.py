@@ -74,6 +74,11 @@ def where(rng: random.Random) -> tuple[Any, ...]:
     return tensor(rng, broadcastable(rng, sizes), (torch.bool,)), *(tensor(rng, broadcastable(rng, sizes)) for _ in range(2))
 
 
+def three(rng: random.Random) -> tuple[Any, ...]:
+    sizes = shape(rng)
+    return tuple(tensor(rng, broadcastable(rng, sizes)) for _ in range(3))
+
+
 def dims_of(rng: random.Random, rank: int, low: int = 0) -> tuple[int, ...]:
     some = rng.sample(range(rank), rng.randint(min(low, rank), rank))
     return tuple(d - rank if rng.random() < 0.3 else d for d in some)
@@ -220,6 +225,7 @@ def memory_format(rng: random.Random) -> Any:
 
 MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
     "aten.where.self": where,
+    "aten.addcmul.default": three,
     "aten.clamp.default": lambda rng: (tensor(rng), rng.choice((None, 0, 0.5)), rng.choice((1, 2.0))),
     "aten.hardtanh.default": lambda rng: (tensor(rng), 0, 1),
     "aten.div.Tensor_mode": lambda rng: (*binary(rng), rng.choice((None, "floor", "trunc"))),
