@@ -102,6 +102,7 @@ class Analysis:
         self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
         self._classify()
         self._place()
+        self.given = frozenset(self.memory[v].root for v in graph.results if v in self.memory)  # memory that a caller gets
         self._pack()
         for unit in self.units.values():
             self._probe(unit)
@@ -294,8 +295,8 @@ class Analysis:
             assert first is not None
             shape = (first.n, first.k) if first.b_layout == "k" else (first.k, first.n)
             alone = self._readers(weight) == len(units)
-            kept = weight.tensor.numel if alone else weight.tensor.numel * weight.tensor.dtype.itemsize
-            if not all(self._whole(u, weight, shape, first.b_layout) for u in units) or (not alone and kept > _TWICE):
+            small = weight.tensor.numel * weight.tensor.dtype.itemsize <= _TWICE
+            if not (alone or small) or not all(self._whole(u, weight, shape, first.b_layout) for u in units):
                 continue
             if self.allow("pack", "pack", node):
                 panels = Panels(node.args[0], first.b_layout, int(first.n), int(first.k))

@@ -536,11 +536,10 @@ def _streamed(group: Group, draft: GroupBody) -> frozenset[Value]:
     points = product(axis.extent for axis in group.axes)
     moved = {v: _static_bytes(v, points) for v in draft.params if v in draft.stored or v not in draft.spilled}
     traffic = sum(moved.values())
-    results = {analysis.memory[v].root for v in analysis.graph.results if v in analysis.memory}
     return frozenset(
         v
         for v, size in moved.items()
-        if size >= _CORE_CACHE and traffic >= (_SHARED_CACHE if v in results else 2 * _SHARED_CACHE)
+        if size >= _CORE_CACHE and traffic >= (_SHARED_CACHE if v in analysis.given else 2 * _SHARED_CACHE)
     )
 
 

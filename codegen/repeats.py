@@ -113,7 +113,8 @@ class _Signature:
         if home is None:
             return number, v.type
         layout = home.root.type.device if isinstance(home.root.type, TensorType) else None
-        return number, v.type, self.number(home.root), home.strides, home.offset, layout, v in self.units
+        given = home.root in self.analysis.given  # what a kernel stores may be streamed past the caches then
+        return number, v.type, self.number(home.root), home.strides, home.offset, layout, v in self.units, given
 
 
 __all__ = ["Repeats"]

@@ -99,22 +99,27 @@ def _computed(at: At, fn: Formula, dtype: str = _F64) -> str:
 
 
 def exp(x: Number) -> Number:
+    """e to the power x."""
     return x.call("exp")
 
 
 def log(x: Number) -> Number:
+    """The natural logarithm of x; a NaN outside its domain."""
     return x.call("log")
 
 
 def sqrt(x: Number) -> Number:
+    """The square root of x; a NaN outside its domain."""
     return x.call("sqrt")
 
 
 def sin(x: Number) -> Number:
+    """The sine of x, in radians."""
     return x.call("sin")
 
 
 def cos(x: Number) -> Number:
+    """The cosine of x, in radians."""
     return x.call("cos")
 
 

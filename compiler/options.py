@@ -76,9 +76,8 @@ class Options:
         values["passes"] = (*values.get("passes", ()), *_passes(passes or ()))
         values["pass_options"] = tuple(tuned)
         own = {p.name for p in values["passes"]}
-        for name in (*values["disable_passes"], *values["print_after"]):
-            if name not in own and name not in _PRINTABLE:
-                registry.find(name)
+        for name in {*values["disable_passes"]} - own | {*values["print_after"]} - own.union(_PRINTABLE):
+            registry.find(name)
         _check_ranges(values)
         return Options(**values)
 

@@ -66,13 +66,11 @@ def _other_type(node: Node, graph: Graph) -> str | None:
         given = symbols_in((node.args, *(v.type for v in node.inputs)))
         return None if any(not s.is_positive for s in given) else str(error).split("\n")[0]  # sizes that depend on data
     for v, kind in zip(node.outputs, found, strict=False):
-        if (
-            not _alike(v.type, kind, node) and not type_symbols(kind) - graph.symbols.keys()
-        ):  # new symbols: sizes that depend on data
-            said = (
-                f"{v.hint or 'the value'} is said to be {type_text(v.type)} (correct the type, or delete it from the text)"
-            )
-            return f"{node.op.name} gives {type_text(kind)} here, {said}"
+        if type_symbols(kind) - graph.symbols.keys():  # new symbols: sizes that depend on data
+            continue
+        if not _alike(v.type, kind, node):
+            said = f"{v.hint or 'the value'} is said to be {type_text(v.type)}"
+            return f"{node.op.name} gives {type_text(kind)} here, {said} (correct the type, or delete it from the text)"
     if len(found) != len(node.outputs):
         return f"{node.op.name} gives {len(found)} results here, the node has {len(node.outputs)}"
     return None

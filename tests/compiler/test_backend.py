@@ -80,6 +80,7 @@ def test_modes(mode: str) -> None:
         ({"freeze": 3}, "P0403.*freeze.*bool.*3"),
         ({"passes": [3]}, "P0403.*passes.*3"),
         ({"disable_passes": ["prun"]}, "P0201.*prun.*prune"),
+        ({"disable_passes": ["all"]}, "P0201.*all"),  # a word of `print_after` alone
         ({"fold.max_elements": "many"}, "P0203.*max_elements.*int"),
     ],
 )

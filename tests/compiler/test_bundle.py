@@ -199,6 +199,20 @@ def test_a_pass_that_is_not_here_is_named(path: str, why: str) -> None:
         pass_from({"name": "scale", "import": path, "options": {}})
 
 
+def test_a_pass_whose_module_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks_on_import.py").write_text("raise OSError('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(errors.PassNotFound, match="OSError: no licence"):
+        pass_from({"name": "scale", "import": "breaks_on_import:Scale", "options": {}})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_an_input_on_a_device_that_is_not_here_is_named() -> None:
+    one = torch.ones(2, 3)
+    with pytest.raises(errors.DeviceNotAvailable, match="cuda:0"):
+        restored({**described(one, 0, stored=True), "device": "cuda:0"}, one, "input 0")
+
+
 def test_options_that_a_pass_has_no_more_are_named() -> None:
     with pytest.raises(errors.PassNotFound, match="gone"):
         pass_from({"name": "scale", "import": f"{__name__}:Scale", "options": {"gone": 1}})
