@@ -8,7 +8,6 @@ from typing import Any
 import sympy
 import torch
 
-from ..errors import CannotLower
 from ..ir import Graph, Node, OpaqueType, ScalarType, TensorType, Value, flatten
 from ..runtime import plan as P
 from .allow import Allow, always
@@ -142,8 +141,6 @@ class _Planner:
             name = f"{arg.name}.{len(self.regions)}"
             self.regions.append((name, self.region(arg)))
             return {"g": name}
-        if isinstance(arg, complex):
-            raise CannotLower(what=f"complex argument {arg}", why="plans hold no complex constants", source=None)
         return {"c": arg}
 
     def region(self, graph: Graph) -> P.Plan:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from ..errors import CannotLower
 from ..ir import Graph, Node, TensorType, Value, flatten, op
 from ..ir.rewrite import RuleLog
 from ..runtime import ops as runtime_ops
@@ -23,7 +24,7 @@ from .templates.matmul_choice import ONEDNN
 from .tuning import linear_call, measured_choice
 from .unbacked import bind_sizes
 
-assert runtime_ops is not None  # importing registers `plait.clear_status` and `plait.check_rows`
+assert runtime_ops is not None  # importing registers the ops `plait.*` that plans call
 
 
 def schedule_calls(graph: Graph) -> Scheduled:
@@ -77,13 +78,37 @@ def schedule(
 
 
 def _implementation(analysis: Analysis, node: Node) -> Node:
-    """The call that runs a node: its own op, or oneDNN's where that was measured to be the fastest."""
+    """The call that runs a node: its own op; one that counts from where a value begins, not from where memory does; oneDNN's
+    where that was measured to be the fastest."""
+    if node.op.name in _ADDRESSING:
+        return _addressing(analysis, node)
     made = matmul_of(node)
     if analysis.chosen.get(node) != ONEDNN or not isinstance(made, Matmul):
         return node
     call = linear_call(node, made, analysis.graph.producers)
     assert call is not None, "only a product that oneDNN can take is given to it"
     return call
+
+
+_ADDRESSING = ("aten.as_strided.default", "aten.as_strided_copy.default", "aten.as_strided_scatter.default")
+
+
+def _addressing(analysis: Analysis, node: Node) -> Node:
+    """A call of an op that addresses the memory of its operand. Inputs lie where the caller put them, as torch sees them."""
+    source: Value = node["self"]
+    home = analysis.memory[source]
+    maker = analysis.graph.producers.get(home.root)
+    if maker is None:
+        return node
+    if maker in analysis.calls and maker.op.has("view"):
+        raise CannotLower(what=node.op.name, why="what it addresses is a view that torch makes", source=node.loc.short)
+    offset = home.offset if node["storage_offset"] is None else node["storage_offset"]
+    place = (node["size"], node["stride"], offset)
+    if node.op.name != "aten.as_strided_scatter.default":
+        return Node(op("plait.as_strided.default"), (home.root, *place), node.outputs, (), node.loc)
+    own = (source.tensor.shape, home.strides, home.offset)
+    args = (home.root, node["src"], *place, *own)
+    return Node(op("plait.as_strided_scatter.default"), args, node.outputs, (), node.loc)
 
 
 def _with_write_backs(graph: Graph) -> Graph:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
@@ -328,7 +330,7 @@ class _Lowering(Interpreter):
         result = self.run_unguarded(n)
         mode = get_proxy_mode()
         if mode is not None and isinstance(result, torch.Tensor):
-            slot: Any = get_proxy_slot(result, mode.tracer, None)
+            slot: Any = get_proxy_slot(from_fun(result), mode.tracer, None)
             if slot is not None:
                 self.traced[n] = slot.proxy.node
         return result
@@ -387,8 +389,13 @@ def lower(
         with preserve_node_meta():
             return lowering.run(*args)
 
-    with world.mode, torch.no_grad():
-        traced = make_fx(run, decomposition_table=dict(decompositions), _allow_non_fake_inputs=True)(*fakes)
+    def trace(run: Callable[..., Any]) -> GraphModule:
+        with world.mode, torch.no_grad():
+            return make_fx(run, decomposition_table=dict(decompositions), _allow_non_fake_inputs=True)(*fakes)
+
+    traced = trace(run)
+    if _writes_in_place(traced):  # composites of torch, such as gru, that reuse memory where no gradient is asked for
+        traced = trace(_functional(run))
     if world.assumed():
         raise NeedsSizeFact(op="a decomposition", fact=world.assumed())
     places = traced.graph.find_nodes(op="placeholder")
@@ -407,6 +414,21 @@ def lower(
     return done.replace(
         inputs=done.inputs[:count], nodes=(*loads, *done.nodes), constants={**done.constants, **graph.constants}
     )
+
+
+def _functional(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with writes to memory replaced by new values. Tracing this way takes longer."""
+
+    def functional(*args: Any) -> Any:
+        with FunctionalTensorMode():
+            return pytree.tree_map(from_fun, run(*pytree.tree_map(to_fun, args)))
+
+    return functional
+
+
+def _writes_in_place(gm: GraphModule) -> bool:
+    schemas = (getattr(n.target, "_schema", None) for n in gm.graph.nodes)
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _symbols(value: Value) -> frozenset[Any]:

@@ -212,6 +212,13 @@ def _untied(program: ExportedProgram, tensors: Mapping[str, Any]) -> ExportedPro
     return program
 
 
+_ADDRESSING = (
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.as_strided_copy.default,
+    torch.ops.aten.as_strided_scatter.default,
+)
+
+
 def _weights(
     gm: GraphModule, signature: Any, tensors: Mapping[str, Any], written: set[str]
 ) -> tuple[dict[str, tuple[str, torch.Tensor]], dict[str, tuple[list[str], torch.Tensor]]]:
@@ -239,6 +246,9 @@ def _weights(
         keeper = seen.setdefault(_identity(tensor), n)
         if keeper.name in state:
             state[keeper.name][0].append(name)
+        if tensor.storage_offset() and any(m.target in _ADDRESSING for m in gm.graph.nodes):
+            why = "the graph uses as_strided, which counts from where memory begins, and the weight begins after it"
+            raise CannotImport(what=f"weight {name}", why=why)
         _refuse_overlap(name, n, tensor, {w: tensors[w] for w in written}, keeper)
         if keeper is not n:
             n.replace_all_uses_with(keeper)

@@ -88,19 +88,24 @@ class _Importer:
         return Graph(self.name, tuple(self.inputs), tuple(self.nodes), self.outputs, tuple(sorted(self.writes.items())),
                      symbols=self.symbols, constants=self.used)  # fmt: skip
 
-    def note_symbols(self, value: Any) -> None:
-        """Record ranges and hints of the symbols in a fake value."""
+    def note_symbols(self, value: Any, n: FxNode) -> None:
+        """Record ranges and hints of the symbols in a fake value of node `n`. Raises CannotImport where it is no number and
+        no strided tensor."""
         sizes: Iterable[Any] = (value,)
         if isinstance(value, torch.Tensor):
             if value.layout is not torch.strided:
-                return
+                layout = str(value.layout).removeprefix("torch.")
+                raise CannotImport(what=f"a tensor of layout {layout}", why="graphs hold strided tensors", source=_source(n))
             sizes = (*value.shape, *value.stride())
         for s in sizes:
             if isinstance(s, torch.SymInt):
-                self._note(s)
+                self._note(s, n)
 
-    def _note(self, size: torch.SymInt) -> None:
+    def _note(self, size: torch.SymInt, n: FxNode) -> None:
         node: Any = size.node
+        if node.is_nested_int():
+            why = "each row of a nested tensor has its own"
+            raise CannotImport(what="the size of a ragged dimension", why=why, source=_source(n))
         env: Any = node.shape_env
         for symbol in size_expr(size).free_symbols:
             if symbol in self.symbols:
@@ -116,7 +121,7 @@ class _Importer:
 
     def do_placeholder(self, n: FxNode) -> None:
         val = n.meta.get("val", n.meta.get("example_value"))
-        self.note_symbols(val)
+        self.note_symbols(val, n)
         value = Value(type_of(val), n.name)
         self.inputs.append(value)
         self.env[n] = value
@@ -163,7 +168,7 @@ class _Importer:
         val = n.meta.get("val")
         if self._about_offsets(n, val):
             return
-        self.note_symbols(val)
+        self.note_symbols(val, n)
         if target is operator.getitem:
             self.env[n] = self.getitem(n)
             return
@@ -263,11 +268,14 @@ class _Importer:
         raise CannotImport(what=f"call of {name}", why="it is neither an ATen op nor known control flow", source=_source(n))
 
     def emit(self, n: FxNode, found: Op, args: tuple[Arg, ...], val: Any) -> Arg:
+        if found.has("mutates") and found.name.startswith(("aten.", "prims.")):
+            why = "it writes to memory that other values may share, and graphs are functional"
+            raise CannotImport(what=f"call of {found.name}", why=why, source=_source(n))
         many = isinstance(val, (LIST, TUPLE))
         returns = () if found.returns == 0 else val if many else (val,)
-        values = [Value(type_of(v), f"{n.name}_{i}" if many else n.name) for i, v in enumerate(returns)]
         for v in returns:
-            self.note_symbols(v)
+            self.note_symbols(v, n)
+        values = [Value(type_of(v), f"{n.name}_{i}" if many else n.name) for i, v in enumerate(returns)]
         effect = effect_of(found, args)
         after: tuple[Value, ...] = ()
         outs = list(values)
