@@ -536,6 +536,30 @@ class MissingPackage(PlaitError):
     fix = "{how}"
 
 
+class UnknownPeer(PlaitError):
+    """A comparison was asked for with something that plait does not know how to run."""
+
+    code = "P0708"
+    message = "there is no peer called {name!r}"
+    fix = "there are: {known}"
+
+
+class PeerRefused(PlaitError):
+    """A peer of a comparison, OpenVINO for example, could not compile the model."""
+
+    code = "P0709"
+    message = "{peer} does not take this model: {why}"
+    fix = "leave it out of --peer, or look for this message in its own issue tracker"
+
+
+class CannotProfile(PlaitError):
+    """The steps of a plan were to be timed on a device where a launch returns before it has run."""
+
+    code = "P0414"
+    message = "plans for {device} cannot be profiled step by step: a launch returns before its kernel has run"
+    fix = "compile and profile the model on the CPU, or use torch.profiler, which shows the kernels by name"
+
+
 class InterpretationFailed(PlaitError):
     """A printed Triton kernel raised in Triton's interpreter, or touched memory outside its buffers."""
 

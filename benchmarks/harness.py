@@ -110,9 +110,17 @@ def _numbers(s: Spread) -> list[float]:
 
 
 def side_by_side(
-    candidates: Mapping[str, Candidate], *, rounds: int = 25, seconds: float = 20.0, probe: Probe | None = None
+    candidates: Mapping[str, Candidate],
+    *,
+    rounds: int = 25,
+    seconds: float = 20.0,
+    probe: Probe | None = None,
+    settle: float = 0.0,
 ) -> Timings:
     """Time the candidates alternately until `rounds` quiet rounds are in or `seconds` are over.
+
+    Candidates with threads of their own need to `settle`: before each sample a pause of so many seconds, in which the
+    others' threads go to sleep, and a call that is not timed, which wakes its own.
 
     The caller has checked that the candidates give the same answer. Each is called a few times first to warm up.
     """
@@ -125,7 +133,7 @@ def side_by_side(
     while len(kept) < rounds and (time.perf_counter() < deadline or not (kept or disturbed)):
         quiet = probe.quiet()
         order = order[1:] + order[:1]
-        one = {name: _sample(candidates[name], repeats[name]) for name in order}
+        one = {name: _sample(candidates[name], repeats[name], settle) for name in order}
         (kept if probe.quiet() and quiet else disturbed).append(one)
     trusted = len(kept) >= min(5, rounds)
     used = kept if trusted else kept + disturbed
@@ -141,7 +149,10 @@ def _repeats(call: Candidate) -> int:
     return max(1, min(MAX_REPEATS, int(SAMPLE_MS / 1e3 / max(once, 1e-7))))
 
 
-def _sample(call: Candidate, repeats: int) -> float:
+def _sample(call: Candidate, repeats: int, settle: float) -> float:
+    if settle:
+        time.sleep(settle)
+        call()
     start = time.perf_counter()
     for _ in range(repeats):
         call()

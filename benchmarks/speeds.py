@@ -1,4 +1,7 @@
-"""Speed beside eager and Inductor: micro-benchmarks; models on one and eight samples, frozen, in bfloat16, in training."""
+"""Speed beside eager and Inductor: micro-benchmarks; models on one and eight samples, frozen, in bfloat16, in training.
+
+Five models also beside OpenVINO and ONNX Runtime, see `beside`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import beside
 from .harness import Probe, geometric_mean
 from .micro import MICROS
 from .models import FULL
@@ -19,6 +23,8 @@ FROZEN = Variant(frozen=True)
 BFLOAT16 = Variant(dtype=torch.bfloat16)
 #: A row is no slower than a peer's where the 95 % interval of its speedup begins here or above.
 NO_SLOWER = 0.97
+
+BESIDE = "beside OpenVINO and ONNX Runtime"
 
 #: Group of rows: the least geometric mean of speedups over Inductor that is wanted.
 GOALS = {
@@ -59,10 +65,10 @@ def measure(run: Run) -> Outcome | None:
         run.say(variant.title(name))
         row = model(name, run.backend, probe, variant, rounds=20, seconds=20.0, calls=False)
         groups[group][variant.title(name)] = row
-    return _outcome(groups, run)
+    return _outcome(groups, {} if run.quick else beside.measure(run), run)
 
 
-def _outcome(groups: Mapping[str, dict[str, Any]], run: Run) -> Outcome | None:
+def _outcome(groups: Mapping[str, dict[str, Any]], others: Mapping[str, Any], run: Run) -> Outcome | None:
     rows = {title: row for found in groups.values() for title, row in found.items()}
     if not rows:
         return None
@@ -74,6 +80,10 @@ def _outcome(groups: Mapping[str, dict[str, Any]], run: Run) -> Outcome | None:
             figure[f"{group} over Inductor"] = f"{mean:.2f}x of {len(found)}"
             holds = holds and mean >= GOALS[group]
     slower = sorted(t for t, row in rows.items() if min(row["at least"].values()) < NO_SLOWER)
-    wrong = [title for title, row in rows.items() if row["verdict"].get(run.backend) == "wrong"]
+    judged = {**rows, **{f"{name}, {BESIDE}": row for name, row in others.items() if "skipped" not in row}}
+    wrong = [title for title, row in judged.items() if row["verdict"].get(run.backend) == "wrong"]
     figure |= {"not shown to be as fast as eager and Inductor": ", ".join(slower) or "none", "wrong": len(wrong)}
-    return Outcome(figure, holds and not slower and not wrong, groups)
+    if others:
+        figure |= beside.figures(others)
+    holds = holds and not slower and not wrong and beside.ahead(others)
+    return Outcome(figure, holds, {**groups, BESIDE: dict(others)})

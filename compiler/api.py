@@ -5,17 +5,18 @@ y = model(x)
 print(model)                 # what runs where, and why
 print(model.diff("fold"))    # what a pass changed
 model.run_until("fold")(x)   # the model as it was after that pass
+print(model.profile())       # where its time goes
 model.save("model.plait")
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -39,6 +40,9 @@ from .observe import Record, active, observe
 from .options import Options
 from .pipelines import Run, Session
 from .terminal import coverage_text
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 
 def compile(
@@ -187,10 +191,27 @@ class CompiledModel:
         """Run the graph as captured and after each step on these inputs (by default the example inputs) and compare every
         result with float64 and with the step before; `debugging.ledger_table` prints it. Raises NotANumber for NaN inputs.
         """
-        flat = self._structure.flatten(args, kwargs) if args or kwargs else self._exported.examples
-        inputs = random_inputs(self.captured) if flat is None else [*self._held, *flat]
+        inputs = [*self._held, *self._inputs(args, kwargs)]
         check_inputs(self.captured, inputs)
         return ledger(self.captured, self.history, inputs)
+
+    def profile(self, *args: Any, seconds: float = 3.0, **kwargs: Any) -> Profile:
+        """Time each kernel and call of the plan on these inputs (by default the example inputs), for about `seconds`, and
+        compare with what this machine can do; print the result. State and inputs stay as they are.
+
+        The first profile on a machine measures its ceilings, which takes a second. Raises CannotProfile for CUDA devices.
+        """
+        from .profile import profile
+
+        inputs = [*self._held, *self._inputs(args, kwargs)]
+        return profile(self.compiled, self.executable, inputs, seconds=seconds)
+
+    def _inputs(self, args: Any, kwargs: Any) -> Sequence[Any]:
+        """Flat inputs: those given, else the examples, else random ones."""
+        if args or kwargs:
+            return self._structure.flatten(args, kwargs)
+        examples = self._exported.examples
+        return random_inputs(self.captured)[len(self._held) :] if examples is None else examples
 
     def save(self, path: str | Path, **how: Any) -> None:
         """Write an artifact that `plait.load` runs without the compiler; see `compiler.aot.save` for `how`.
@@ -209,11 +230,12 @@ class CompiledModel:
         trees = self._structure.in_tree, self._structure.out_tree
         return aot.Ready(self.compiled, self.captured, self.history, *trees, options=self.options, state=self.state)
 
-    def report(self, path: str | Path) -> None:
-        """Write one HTML page: coverage, passes with their changes, graph, kernels. It needs no network."""
+    def report(self, path: str | Path, profile: Profile | None = None) -> None:
+        """Write one HTML page: coverage, a profile where one is given, passes with their changes, graph, kernels. It needs
+        no network."""
         from .report import write_report
 
-        write_report(self, path)
+        write_report(self, path, profile)
 
 
 # -- what torch.compile makes of a function -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`plait bench`: one model in eager, through Inductor and through plait, after checking that all give the same answer."""
+"""`plait bench`: one model through plait and through peers by turns, after checking that all give the same answer."""
 
 from __future__ import annotations
 
@@ -10,47 +10,63 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .api import compile
+from .api import CompiledModel, compile
+from .peers import Peer, Task
 from .running import compare
-from .source import Source
-from .timing import alternate
+from .timing import Alternated, alternate
+
+OURS = "plait"
+OUR_SETTINGS = "plait.compile, weights owned"
 
 
-def bench(source: Source, options: Mapping[str, Any], *, inductor: bool = True, seconds: float = 4.0) -> dict[str, Any]:
-    """Median milliseconds per call, seconds of compilation and differences from eager of each contender, as plain data.
+def bench(
+    task: Task, peers: Sequence[Peer], options: Mapping[str, Any], *, seconds: float = 4.0
+) -> tuple[dict[str, Any], CompiledModel]:
+    """Times of plait and of each peer as plain data, and the compiled model.
 
-    Inductor compiles with empty caches. `seconds` is the time spent on timing. Raises what `plait.compile` raises.
+    For each, under `contenders`: milliseconds per call (median, p10, p90), how many times plait's they are round by round,
+    seconds of compilation, the largest difference from eager over all results and whether all lie within torch.testing's
+    tolerances, and its settings. `seconds` is the time spent on timing. Raises what `plait.compile` raises, PeerRefused.
     """
-    from torch._inductor.utils import fresh_cache
-
-    eager = source.eager()
-    start = time.perf_counter()
-    ours = compile(source.model, source.inputs, dynamic_shapes=source.dynamic_shapes, options=options)
-    with torch.no_grad(), fresh_cache():
-        calls: dict[str, Callable[..., Any]] = {"eager": eager, "plait": ours}
-        expected = pytree.tree_leaves(eager(*source.inputs))
-        ours(*source.inputs)
-        compile_s = {"plait": time.perf_counter() - start}
-        if inductor:
-            calls["inductor"] = torch.compile(eager, dynamic=bool(source.dynamic_shapes))
+    calls: dict[str, Callable[[], Sequence[Any]]] = {}
+    compile_s: dict[str, float] = {}
+    with torch.no_grad():
+        expected = [x.clone() if isinstance(x, torch.Tensor) else x for x in _leaves(task)]
+        start = time.perf_counter()
+        ours = compile(task.model, task.kwargs or task.args, dynamic_shapes=task.dynamic_shapes, options=options)
+        calls[OURS] = lambda: pytree.tree_leaves(ours(*task.args, **task.kwargs))
+        calls[OURS]()
+        compile_s[OURS] = time.perf_counter() - start
+        for peer in peers:
             start = time.perf_counter()
-            calls["inductor"](*source.inputs)
-            compile_s["inductor"] = time.perf_counter() - start
-        differences = {name: _largest(call, source.inputs, expected) for name, call in calls.items() if name != "eager"}
-        medians = alternate({name: (lambda f=f: f(*source.inputs)) for name, f in calls.items()}, seconds=seconds)
-    coverage = asdict(ours.coverage)
-    return {
-        "source": source.name,
-        "milliseconds": {name: s * 1e3 for name, s in medians.items()},
-        "speedup": {name: medians[name] / medians["plait"] for name in medians if name != "plait"},
-        "compile_seconds": compile_s,
-        "differences": differences,
-        "coverage": coverage,
-        "threads": torch.get_num_threads(),
+            calls[peer.name] = peer.ready(task)
+            compile_s[peer.name] = time.perf_counter() - start
+        differences = {name: _largest(call(), expected) for name, call in calls.items()}
+        timed = alternate(calls, seconds=seconds)
+    settings = {OURS: OUR_SETTINGS} | {p.name: p.settings for p in peers}
+    data = {
+        "contenders": {
+            name: _figures(timed, name)
+            | {"compile_seconds": compile_s[name], "difference": differences[name], "settings": settings[name]}
+            for name in calls
+        },
+        "rounds": timed.rounds,
+        "threads": task.threads,
+        "coverage": asdict(ours.coverage),
     }
+    return data, ours
 
 
-def _largest(call: Callable[..., Any], inputs: Sequence[Any], expected: Sequence[Any]) -> dict[str, Any]:
-    """The largest difference over all results, and whether all are within torch.testing's tolerances."""
-    compared = compare(pytree.tree_leaves(call(*inputs)), expected)
+def _leaves(task: Task) -> list[Any]:
+    return pytree.tree_leaves(task.eager(*task.args, **task.kwargs))
+
+
+def _figures(timed: Alternated, name: str) -> dict[str, Any]:
+    times, ratio = timed.seconds(name).scaled(1e3), timed.ratio(name, OURS)
+    return {"milliseconds": asdict(times), "times_plait": asdict(ratio)}
+
+
+def _largest(got: Sequence[Any], expected: Sequence[Any]) -> dict[str, Any]:
+    """The largest difference over all tensors, and whether all are within torch.testing's tolerances."""
+    compared = compare(*([x for x in results if isinstance(x, torch.Tensor)] for results in (got, expected)))
     return {"max_abs": max((c.max_abs for c in compared), default=0.0), "equal": all(c.equal for c in compared)}

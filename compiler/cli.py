@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .commands.bench import bench
 from .commands.cache import cache
 from .commands.debugging import bisect, bundle, reduce, replay
 from .commands.look import diff, env, passes
-from .commands.models import bench, compile_command, demo, explain, inspect, run
+from .commands.models import compile_command, demo, explain, inspect, run
 from .commands.shared import Main
 
 

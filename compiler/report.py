@@ -12,23 +12,25 @@ from .. import __version__
 
 if TYPE_CHECKING:
     from .api import CompiledModel
+    from .profile import Profile
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def render_report(model: CompiledModel) -> str:
-    """The page as text. It refers to nothing outside itself."""
+def render_report(model: CompiledModel, profile: Profile | None = None) -> str:
+    """The page as text, with a profile of the model where one is given. It refers to nothing outside itself."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(
         name=model.record.name,
         versions=f"plait {__version__}, torch {torch.__version__}",
         coverage=model.coverage,
+        profile=profile,
         steps=[(s, model.diff(i).splitlines()) for i, s in enumerate(model.history)],
         graph=model.graph,
         kernels=model.kernels,
     )
 
 
-def write_report(model: CompiledModel, path: str | Path) -> None:
+def write_report(model: CompiledModel, path: str | Path, profile: Profile | None = None) -> None:
     """Write the page to `path`."""
-    Path(path).write_text(render_report(model), encoding="utf-8")
+    Path(path).write_text(render_report(model, profile), encoding="utf-8")

@@ -6,7 +6,7 @@ Sizes may be symbolic; then the counts are expressions, and `Work.at` puts numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -20,13 +20,15 @@ from ..ir.types import Dim, dim, product
 class Work:
     """Additions plus multiplications (a special function counts as `SPECIAL` of them), bytes read, bytes written.
 
-    `known` is False where the count of operations is not: the op has no formula and the bytes are all there is.
+    `known` is False where the count of operations is not: the op has no formula and the bytes are all there is. `fma` are
+    those of the operations that are halves of fused multiply-adds.
     """
 
     flops: Dim = 0
     read: Dim = 0
     written: Dim = 0
     known: bool = True
+    fma: Dim = 0
 
     @property
     def bytes(self) -> Dim:
@@ -36,7 +38,7 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(
             dim(self.flops + other.flops), dim(self.read + other.read), dim(self.written + other.written),
-            self.known and other.known,
+            self.known and other.known, dim(self.fma + other.fma),
         )  # fmt: skip
 
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Work:
@@ -45,7 +47,7 @@ class Work:
         def number(d: Any) -> int:
             return d if isinstance(d, int) else int(d.subs(dict(sizes)))
 
-        return Work(number(self.flops), number(self.read), number(self.written), self.known)
+        return Work(number(self.flops), number(self.read), number(self.written), self.known, number(self.fma))
 
 
 #: Operations that one exponential, logarithm, root, division or error function counts as.
@@ -87,6 +89,10 @@ def _traffic(node: Node) -> Work:
 def _counted(node: Node, flops: Any) -> Work:
     moved = _traffic(node)
     return Work(dim(flops), moved.read, moved.written)
+
+
+def _multiply_adds(node: Node, flops: Any) -> Work:
+    return replace(_counted(node, flops), fma=dim(flops))
 
 
 def work(node: Node) -> Work:
@@ -137,12 +143,12 @@ def _numel(v: Value) -> Dim:
        "aten.linear.default", "aten.addmm.default", "aten.baddbmm.default")  # fmt: skip
 def _product(node: Node) -> Work:
     a = node.inputs[1 if node.op.name in ("aten.addmm.default", "aten.baddbmm.default") else 0]
-    return _counted(node, 2 * _numel(node.out) * a.tensor.shape[-1])
+    return _multiply_adds(node, 2 * _numel(node.out) * a.tensor.shape[-1])
 
 
 @_rule("aten.convolution.default")
 def _convolution(node: Node) -> Work:
-    return _counted(node, _convolution_flops(node, node.inputs[0].tensor, node.inputs[1].tensor, node.out.tensor))
+    return _multiply_adds(node, _convolution_flops(node, node.inputs[0].tensor, node.inputs[1].tensor, node.out.tensor))
 
 
 def _convolution_flops(node: Node, x: TensorType, w: TensorType, out: TensorType) -> Any:
@@ -155,7 +161,7 @@ def _convolution_flops(node: Node, x: TensorType, w: TensorType, out: TensorType
 def _convolution_backward(node: Node) -> Work:
     grad, x, w = (v.tensor for v in node.inputs[:3])
     wanted = node["output_mask"]
-    return _counted(node, (bool(wanted[0]) + bool(wanted[1])) * _convolution_flops(node, x, w, grad))
+    return _multiply_adds(node, (bool(wanted[0]) + bool(wanted[1])) * _convolution_flops(node, x, w, grad))
 
 
 @_rule("aten.scaled_dot_product_attention.default", "aten._scaled_dot_product_flash_attention_for_cpu.default",
@@ -164,7 +170,7 @@ def _convolution_backward(node: Node) -> Work:
 def _attention(node: Node) -> Work:
     q, k, v = (x.tensor for x in node.inputs[:3])
     scores = product(q.shape[:-1]) * k.shape[-2]
-    return _counted(node, 2 * scores * (q.shape[-1] + v.shape[-1]))
+    return _multiply_adds(node, 2 * scores * (q.shape[-1] + v.shape[-1]))
 
 
 @_rule("aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
@@ -172,7 +178,7 @@ def _attention(node: Node) -> Work:
 def _attention_backward(node: Node) -> Work:
     q, k, v = (x.tensor for x in node.inputs[1:4])
     scores = product(q.shape[:-1]) * k.shape[-2]
-    return _counted(node, 2 * scores * (3 * q.shape[-1] + 2 * v.shape[-1]))
+    return _multiply_adds(node, 2 * scores * (3 * q.shape[-1] + 2 * v.shape[-1]))
 
 
 # -- reductions and norms: operations for each element of the operand -------------------------------------------------

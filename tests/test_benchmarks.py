@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, harness, op_db, overhead, plait_seam, runner, soak, speeds
+from benchmarks import __main__, beside, harness, op_db, overhead, plait_seam, runner, soak, speeds
 from benchmarks.runner import Letter, Outcome, Run, Suite
 
 # a worker that obeys the protocol of op_db_worker: sample 1 of every op kills it, sample 2 of `slow` hangs
@@ -220,10 +220,56 @@ class TestSpeeds:
             "verdict": {"plait": "equal"},
             "at least": {"eager": 1.5, "inductor": 0.9},
         }
-        found = speeds._outcome({"micro-benchmarks": {"a": row}}, Run())
+        found = speeds._outcome({"micro-benchmarks": {"a": row}}, {}, Run())
         assert found is not None and not found.holds
         assert found.figure["micro-benchmarks over Inductor"] == "3.00x of 1"
         assert found.figure["not shown to be as fast as eager and Inductor"] == "a"
+
+    def test_peers_that_are_faster_or_missing_are_named(self) -> None:
+        rows = {
+            "bert": {
+                "verdict": {"plait": "equal"},
+                "time": {"trusted": True},
+                "speedup": {"openvino": 2.0, "onnxruntime": 1.5},
+            },
+            "vit": {
+                "verdict": {"plait": "equal"},
+                "time": {"trusted": False},
+                "speedup": {"openvino": 0.5, "onnxruntime": 1.5},
+            },
+            "llama": {"skipped": "no space left"},
+        }
+        row = {"speedup_over_inductor": [3.0] * 3, "verdict": {"plait": "equal"}, "at least": {"eager": 1.5}}
+        found = speeds._outcome({"micro-benchmarks": {"a": row}}, rows, Run())
+        assert found is not None and not found.holds and found.figure["wrong"] == 0
+        assert found.figure["over openvino"] == "1.00x of 2" and found.figure["over onnxruntime"] == "1.50x of 2"
+        assert found.figure["behind OpenVINO or ONNX Runtime"] == "vit (0.50x openvino)"
+        assert found.figure["disturbed, hence not to be trusted"] == "vit"
+        assert found.figure["not compared with OpenVINO and ONNX Runtime"] == "llama: no space left"
+        rows = {"bert": rows["bert"]}
+        assert speeds._outcome({"micro-benchmarks": {"a": row}}, rows, Run()).holds
+        rows["bert"]["verdict"]["plait"] = "wrong"
+        assert not speeds._outcome({"micro-benchmarks": {"a": row}}, rows, Run()).holds
+
+    def test_without_an_environment_every_model_is_skipped_with_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails() -> Path:
+            raise RuntimeError("pip found no openvino")
+
+        monkeypatch.setattr(beside, "environment", fails)
+        assert beside.measure(Run()) == {name: {"skipped": "pip found no openvino"} for name in beside.MODELS}
+
+    def test_a_model_whose_process_fails_is_skipped_with_its_last_words(self, tmp_path: Path) -> None:
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\necho bad >&2; exit 3")
+        python.chmod(0o700)
+        assert beside._row(python, "bert") == {"skipped": "bad"}
+        python.write_text("#!/bin/sh\necho noise; echo '{\"a\": 1}'")
+        assert beside._row(python, "bert") == {"a": 1}
+
+    def test_candidates_may_settle(self) -> None:
+        calls: list[str] = []
+        timings = harness.side_by_side({"a": lambda: calls.append("a")}, rounds=2, seconds=5.0, settle=1e-4)
+        assert timings.rounds == 2 and calls
 
     def test_shares_are_held_to_their_goals(self) -> None:
         assert op_db._reached("forward: ops right", "97 of 100 (97.0%)")

@@ -176,12 +176,8 @@ def test_scattered_samples_count_as_contended():
 
 def test_figures_of_this_machine():
     host = device.cpu()
-    assert host.cores >= 1 and host.flops > 1e9 and host.bandwidth > 1e9 and not host.measured
-    assert host.l1_bytes < host.l2_bytes and host.memory_bytes > 1 << 28
+    assert host.cores >= 1 and host.l1_bytes < host.l2_bytes and host.memory_bytes > 1 << 28
     assert host == device.cpu()
-    known = device.measure(host, 0.02)
-    assert known.measured and known.flops > 1e9 and known.bandwidth > 1e8
-    assert replace(known, flops=host.flops, bandwidth=host.bandwidth, measured=False) == host
 
 
 # ---- matmul -----------------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ SUITE = Suite(
         ),
         Letter(
             "c",
-            "times beside eager and Inductor",
+            "times beside eager and Inductor; five models beside OpenVINO and ONNX Runtime",
             "geometric means over Inductor: micro-benchmarks 2x, transformers 1.7x (frozen 1.6x), convolutional 1.1x, "
-            "bfloat16 1.15x, training steps 1.3x; nothing slower than eager or Inductor",
+            "bfloat16 1.15x, training steps 1.3x; nothing slower than eager or Inductor; ahead of OpenVINO and ONNX Runtime",
             speeds.measure,
             sample="two micro-benchmarks",
             seconds=10.0,

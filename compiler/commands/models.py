@@ -214,45 +214,6 @@ def inspect(
 
 @click.command()
 @click.argument("src")
-@click.option("--seconds", default=4.0, show_default=True, help="Time to spend on timing.")
-@click.option("--inductor/--no-inductor", default=True, show_default=True, help="Compare with Inductor too.")
-@inputs_of_source
-@choices_of_passes
-@common
-def bench(
-    src: str, seconds: float, inductor: bool, shapes: tuple[str, ...], dynamic: tuple[str, ...], seed: int,
-    passes: tuple[str, ...], disabled: tuple[str, ...], settings: tuple[str, ...], as_json: bool,
-) -> None:  # fmt: skip
-    """Time SRC in eager, through Inductor and through plait, by turns. Exit code 1 where plait's answer differs."""
-    from ..bench import bench as measure
-    from ..source import load
-
-    with progress("loading"):
-        source = load(src, shapes, dynamic, seed=seed)
-    with progress("compiling and timing"):
-        data = measure(source, options_of(passes, disabled, settings), inductor=inductor, seconds=seconds)
-
-    def render() -> str:
-        times, gaps, spent = data["milliseconds"], data["differences"], data["compile_seconds"]
-        rows = [
-            (
-                name,
-                f"{times[name]:.3f}",
-                f"{times[name] / times['plait']:.2f}",
-                f"{spent[name]:.1f}" if name in spent else "",
-                f"{gaps[name]['max_abs']:.2g}{'' if gaps[name]['equal'] else ' DIFFERS'}" if name in gaps else "",
-            )
-            for name in times
-        ]
-        head = ("", "ms per call", "times plait", "compile s", "largest difference from eager")
-        return f"{table(head, rows)}\n\n{coverage_text(data['coverage'])}"
-
-    emit(data, as_json, render)
-    sys.exit(0 if data["differences"]["plait"]["equal"] else 1)
-
-
-@click.command()
-@click.argument("src")
 @inputs_of_source
 @choices_of_passes
 @common

@@ -30,7 +30,7 @@ _USAGE = ("P020", "P040", "P06", "P07")
 _ARTIFACT = ("P050", "P051", "P052", "P054", "P0631", "P0632", "P0633")
 _NOTHING, _OTHER = "P0611", "P0642"
 # Codes of the group P040 that are about the model, not about how the command was called.
-_MODEL = ("P0404", "P0405", "P0406", "P0407", "P0408")
+_MODEL = ("P0404", "P0405", "P0406", "P0407", "P0408", "P0709")
 _USER = ("P0205", "P0206", "P0207", "P0643")
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -1,4 +1,4 @@
-"""`plait compile`, `bench` and `explain` on small models, from SRC to exit code."""
+"""`plait compile` and `explain` on small models, from SRC to exit code."""
 
 from __future__ import annotations
 
@@ -128,14 +128,6 @@ def test_mistakes_have_an_exit_code_and_a_way_out(args: tuple[str, ...], code: i
 def test_the_traceback_of_an_error_is_there_with_v() -> None:
     result = plait("compile", "compile_factories:absent", "-v")
     assert result.exit_code == 2 and "Traceback" in result.stderr
-
-
-def test_bench_checks_answers_and_times_by_turns() -> None:
-    result = plait("bench", "compile_factories:mlp", "--seconds", "0.2", "--no-inductor", "--json")
-    found = json.loads(result.stdout)
-    assert result.exit_code == 0 and found["differences"]["plait"]["equal"]
-    assert found["milliseconds"].keys() == {"eager", "plait"} and min(found["milliseconds"].values()) > 0
-    assert found["compile_seconds"].keys() == {"plait"}
 
 
 def test_explain_names_graph_breaks() -> None:
