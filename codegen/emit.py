@@ -17,6 +17,7 @@ from ..ir.types import product
 from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
 from .body import Body, Index, Tile, dtype_name
+from .convolution import rows_and_columns
 from .groups import Axis, Group, substitute
 from .items import KernelItem
 from .matmul import matmul_source, size_arguments, workspace
@@ -617,13 +618,14 @@ def _matmul_axes(unit: Unit, group: Group) -> dict[sympy.Symbol, Any]:
     """The group's axes in terms of the template's: batch, row, column."""
     assert unit.matmul is not None
     index = group.form[unit.value]
-    rows = unit.domain[:-1]
     result: dict[sympy.Symbol, Any] = {}
-    if unit.matmul.batch is not None:
-        names: list[Any] = [T.B0, T.M]
+    if unit.matmul.window is not None:
+        names = rows_and_columns(unit.matmul.window, unit.domain, T.M, T.N, T.B0)
+    elif unit.matmul.batch is not None:
+        names = [T.B0, T.M, T.N]
     else:
-        names = unravel(T.M, rows)
-    for at, symbol in zip(index, (*names, T.N), strict=True):
+        names = [*unravel(T.M, unit.domain[:-1]), T.N]
+    for at, symbol in zip(index, names, strict=True):
         if isinstance(at, sympy.Symbol):
             result[at] = symbol
     return result

@@ -13,6 +13,7 @@ import torch
 
 from ..ir import Dim, Node, TensorType, Value
 from ..ir.types import product
+from . import convolution as C
 from .body import Index
 from .templates import matmul as T
 
@@ -28,7 +29,8 @@ class Matmul:
     """Operands of a matmul in the template's terms: `a` [.., M, K], `b` [.., K, N], at most one batch axis.
 
     `a_layout` and `b_layout` name the contiguous axis as `MatmulSpec` does; strides are in elements. `bias` is added to
-    every row as `beta * bias + alpha * product`.
+    every row as `beta * bias + alpha * product`. With a `window` one operand is an image: its layout is "window", its
+    stride 0.
     """
 
     a: Value
@@ -44,6 +46,7 @@ class Matmul:
     bias: Value | None = None
     alpha: float = 1
     beta: float = 1
+    window: C.Window | None = None
 
     def element(self, to: Evaluator, node: Node, index: Index) -> str:
         """The finished element at `index` of the output, from the template's sum."""
@@ -55,7 +58,7 @@ class Matmul:
         if self.bias is None or self.beta == 0:
             return value
         shape = self.bias.tensor.shape
-        lead = len(index) - len(shape)
+        lead = len(index) - len(shape) if self.window is None else 1
         own = tuple(0 if type(n) is int and n == 1 else index[lead + i] for i, n in enumerate(shape))
         bias = body.cast(to.read(self.bias, own), dtype)
         if self.beta != 1:
@@ -69,7 +72,7 @@ Chooser = Callable[[Node, Matmul], "tuple[str, str] | None"]
 
 def matmul_of(node: Node) -> Matmul | str | None:
     """The template's view of a matmul node; a reason where the template does not take it; None for other ops."""
-    if node.op.name not in _OPS:
+    if node.op.name not in (*_OPS, C.NAME):
         return None
     name = node.op.name.split(".")[1]
     if not isinstance(node.out.type, TensorType) or node.out.tensor.device != "cpu":
@@ -78,6 +81,8 @@ def matmul_of(node: Node) -> Matmul | str | None:
         return f"the template computes float32 and float64, not {str(node.out.tensor.dtype).removeprefix('torch.')}"
     bias: Value | None = None
     alpha, beta = 1, 1
+    if name == "convolution":
+        return _convolution(node)
     if name in ("addmm", "baddbmm"):
         bias, a, b = node.args[:3]
         alpha, beta = node["alpha"], node["beta"]
@@ -99,6 +104,15 @@ def _linear(node: Node) -> Matmul | str:
     if layout is None or b_layout is None:
         return "an operand without a contiguous axis"
     return Matmul(x, weight, m, w.shape[0], w.shape[1], layout[0], b_layout[0], layout[1], b_layout[1], None, bias)
+
+
+def _convolution(node: Node) -> Matmul | str:
+    made = C.convolution_of(node)
+    if isinstance(made, str):
+        return made
+    image, weight = (made.x, "window", 0), (made.weight, "k", made.k)
+    a, b = (image, weight) if made.window.pixels == "a" else (weight, image)
+    return Matmul(a[0], b[0], made.m, made.n, made.k, a[1], b[1], a[2], b[2], bias=made.bias, window=made.window)
 
 
 def _layout(outer: Dim, inner: Dim, inner_name: str, outer_name: str) -> tuple[str, Dim] | None:
@@ -140,6 +154,8 @@ def size_arguments(made: Matmul, spec: T.MatmulSpec) -> tuple[Any, ...]:
     known: dict[str, Any] = {"M": made.m, "N": made.n, "K": made.k, "lda": made.lda, "ldb": made.ldb, "slots": threads()}
     if made.batch is not None:
         known |= dict(zip(("batch0", "a_batch0", "b_batch0"), made.batch, strict=True))
+    if made.window is not None:
+        known |= C.window_sizes(made.window)
     own = {s.name: s for s in spec.sizes}
     return tuple(known[name] if name in known else own[name] for name in spec.size_names)
 

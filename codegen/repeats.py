@@ -75,7 +75,7 @@ class _Signature:
         made = unit.matmul
         product = None
         if made is not None:
-            operands = made.m, made.n, made.k, made.a_layout, made.b_layout, made.lda, made.ldb, made.batch
+            operands = made.m, made.n, made.k, made.a_layout, made.b_layout, made.lda, made.ldb, made.batch, made.window
             bias = None if made.bias is None else self.of_value(made.bias)
             panels = self.analysis.panels.get(self.analysis.memory[made.b].root)
             packed = None if panels is None else self.number(panels[0])

@@ -6,6 +6,7 @@
 
 #include "matmul_call.h"
 #include "matmul_thin.h"
+#include "matmul_window.h"
 
 namespace plait::matmul {
 
@@ -46,16 +47,28 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   const Call& call;
   const Dims& d = call.d;
 
-  static constexpr int a_row = a_layout == A::k ? int(AS) : 1, a_step = a_layout == A::k ? 1 : MR;
+  static constexpr int a_row = a_layout == A::m ? 1 : int(AS), a_step = a_layout == A::m ? MR : 1;
   static constexpr bool packed = b_layout == B::packed;
 
   void finish(const Task& t, int64_t m, int64_t rows, int64_t n, int64_t cols, const T* tile, int64_t step) const {
-    call.epilogue(call.bufs, call.sizes, t, m, rows, n, cols, tile, step);
+    if constexpr (b_layout == B::window) {  // columns are pixels of images; the epilogue takes them image by image
+      const int64_t pixels = d.window.OH * d.window.OW;
+      Task part = t;
+      for (int64_t j = 0, some; j < cols; j += some) {
+        const int64_t p = (n + j) % pixels;
+        part.b0 = (n + j) / pixels, some = least(cols - j, pixels - p);
+        call.epilogue(call.bufs, call.sizes, part, m, rows, p, some, tile + j, step);
+      }
+    } else {
+      call.epilogue(call.bufs, call.sizes, t, m, rows, n, cols, tile, step);
+    }
   }
 
   void pack_a(const Task& t, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) const {
     if constexpr (kind == Kind::prologue) {
       call.prologue(call.bufs, call.sizes, t, m0, rows, k0, kc, dst);
+    } else if constexpr (a_layout == A::window) {
+      pack_a_window((const T*)call.a, d.window, m0, rows, k0, kc, dst);
     } else {
       const T* base = (const T*)call.a + t.b0 * d.a_step[0] + t.b1 * d.a_step[1];
       const Rows<T> a{base, d.lda, call.a_ids};
@@ -77,6 +90,7 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
     } else {
       const int64_t cols = least(NR, d.N - n0);
       if constexpr (b_layout == B::k) pack_b_k(b, k0, kc, n0, cols, scratch);
+      else if constexpr (b_layout == B::window) pack_b_window((const T*)call.b, d.window, k0, kc, n0, cols, scratch);
       else pack_b_n(b, k0, kc, n0, cols, scratch);
       return scratch;
     }

@@ -48,6 +48,8 @@ class MatmulSpec:
     the same; others are converted on the way into the packed block.
     a: contiguous axis of A, "k" (rows of m) or "m" (rows of k: A is a transposed view). b: contiguous axis of B, "k"
     (linear's weight [N, K]), "n" ([K, N]), or "packed" (`generate_pack` laid it out; for weights that the caller owns).
+    a or b may be "window": convolution's view of images, whose pixels are the rows of A or the columns of B. In the second
+    case the epilogue gets M, the pixel N of an image, and the image as B0.
     batch: number of batch axes, 0 to 2, each with a stride for A and B (0 broadcasts).
     a_ids, b_ids: the rows in memory of A, or of B, are looked up in an int64 table: row i of the matrix is row ids[i].
     group: "" or the axis that int64 offsets[0 : groups + 1] cut. "m": rows offsets[g] to offsets[g + 1] meet matrix g of
@@ -75,13 +77,16 @@ class MatmulSpec:
     origin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        fields = {"dtype": ("float32", "float64"), "a": ("k", "m"), "b": ("k", "n", "packed"), "batch": (0, 1, 2),
-                  "group": ("", "m", "k")}  # fmt: skip
+        fields = {"dtype": ("float32", "float64"), "a": ("k", "m", "window"), "b": ("k", "n", "packed", "window"),
+                  "batch": (0, 1, 2), "group": ("", "m", "k")}  # fmt: skip
         for field, allowed in fields.items():
             if getattr(self, field) not in allowed:
                 raise InvalidMatmul(name=self.name, why=f"{field} is {getattr(self, field)!r}, not one of {allowed}")
         if self.b == "packed" and (self.b_ids or self.b_dtype not in ("", self.dtype) or self.group == "k"):
             raise InvalidMatmul(name=self.name, why="a packed B has no row ids, no groups along k and the dtype of the sums")
+        windows = (self.a == "window") + (self.b == "window")
+        if windows == 2 or (windows and (self.batch or self.group or self.prologue or self.a_ids or self.b_ids)):
+            raise InvalidMatmul(name=self.name, why="one operand may be windows, without batch, groups, row ids, prologue")
         if self.group and self.batch:
             raise InvalidMatmul(name=self.name, why="groups and batch axes exclude each other")
         if self.group_ids and self.group != "m":
@@ -104,10 +109,12 @@ class MatmulSpec:
 
         lda, ldb: elements from one row in memory to the next, of A and B (0 for packed). slots: threads that the
         workspace has room for. batch0, a_batch0, b_batch0: extent and strides of the first batch axis. groups, b_group:
-        number of groups and elements from one matrix of B to the next. Then the spec's own symbols.
+        number of groups and elements from one matrix of B to the next. WINDOW where an operand is windows. Then the
+        spec's own symbols.
         """
         batch = [f"{part}batch{i}" for i in range(self.batch) for part in ("", "a_", "b_")]
         group = ["groups", "b_group"] if self.group else []
+        group += WINDOW if "window" in (self.a, self.b) else ()
         return ("M", "N", "K", "lda", "ldb", "slots", *batch, *group, *(s.name for s in self.sizes))
 
 
@@ -198,11 +205,15 @@ def drivers(source: str) -> dict[str, str]:
     return found
 
 
+WINDOW = tuple(f"window_{n}" for n in ("C KH KW H W OH OW stride_h stride_w pad_h pad_w dilation_h dilation_w "
+                                       "x_n x_c x_h x_w taps_first").split())  # fmt: skip
+"""Sizes of a product whose operand is windows; they mirror `Window` in matmul_call.h."""
+
 _TABLES = ("a_ids", "b_ids", "offsets", "group_ids")
 _FIELDS = {n: n for n in ("M", "N", "K", "lda", "ldb", "slots", "groups")} | {
     "batch0": "batch[0]", "a_batch0": "a_step[0]", "b_batch0": "b_step[0]",
     "batch1": "batch[1]", "a_batch1": "a_step[1]", "b_batch1": "b_step[1]", "b_group": "group_step",
-}  # fmt: skip
+} | {n: n.replace("_", ".", 1) for n in WINDOW}  # fmt: skip
 
 
 def _fragment(spec: MatmulSpec, kernel: Kernel) -> list[str]:

@@ -8,11 +8,18 @@ namespace plait::matmul {
 
 enum class Group { none, m, k };  // what the offsets of groups cut
 
+// Windows of the images that a convolution reads: C channels, KH x KW taps, images of H x W, results of OH x OW. x_*: elements
+// from one image, channel, row, column to the next. taps_first: the order of k is tap, channel; else channel, tap.
+struct Window {
+  int64_t C, KH, KW, H, W, OH, OW, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x_n, x_c, x_h, x_w, taps_first;
+};
+
 // Runtime sizes; strides in elements. Batch axes beyond those of the call have extent 1 and stride 0.
 struct Dims {
   int64_t M, N, K, lda, ldb, slots;
   int64_t batch[2] = {1, 1}, a_step[2] = {0, 0}, b_step[2] = {0, 0};
   int64_t groups = 1, group_step = 0;
+  Window window{};
 };
 
 // A thread's rectangle of one matrix. b0, b1: its batch indices; group: its group.

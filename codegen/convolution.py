@@ -1,0 +1,121 @@
+"""Convolutions on the matmul template: a product of the weight with windows of the image, in the layout that the result has.
+
+A channels-last result has a row for each pixel and a column for each channel, any other a row for each channel and a column
+for each pixel; the weight is then the operand that is read as it lies in memory. Neither images nor weights are copied into
+another layout first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir import Dim, Node, TensorType, Value, dim
+from ..ir.strides import channels_last_strides
+from ..ir.types import contiguous_strides, product
+from .templates.matmul import WINDOW
+from .views import unravel
+
+NAME = "aten.convolution.default"
+_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a product reads of images. `pixels` names the operand that they are: "a" (rows) or "b" (columns). `sizes` are
+    the values of the template's WINDOW."""
+
+    pixels: str
+    sizes: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The product that a convolution is: `m` x `k` by `k` x `n`."""
+
+    x: Value
+    weight: Value
+    bias: Value | None
+    window: Window
+    m: Dim
+    n: Dim
+    k: Dim
+
+
+def convolution_of(node: Node) -> Convolution | str:
+    """The product that a convolution node is; a reason where it is none."""
+    x, weight, bias = node.args[:3]
+    why = _refusal(node, x, weight)
+    if why is not None:
+        return why
+    image, kernel, out = x.tensor, weight.tensor, node.out.tensor
+    last = _is_channels_last(out)
+    each = [_each(node[n], image.rank - 2) for n in ("stride", "padding", "dilation")]
+    taps, shape, result, steps = kernel.shape[2:], image.shape[2:], out.shape[2:], image.strides[2:]
+    single = all(n == 1 for n in taps)
+    taps_first = single or not _lies(kernel, contiguous_strides(kernel.shape))
+    if image.rank == 3:
+        taps, shape, result, steps = (1, *taps), (1, *shape), (1, *result), (0, *steps)
+        each = [(1, *each[0]), (0, *each[1]), (1, *each[2])]
+    elif single and each[:2] == [(1, 1), (0, 0)] and steps[0] == dim(shape[1] * steps[1]):
+        # every pixel is a window of its own, so that the ends of the image's rows need no care
+        shape, result, steps = (1, product(shape)), (1, product(result)), (0, steps[1])
+    sizes = (image.shape[1], *taps, *shape, *result, *each[0], *each[1], *each[2], *image.strides[:2], *steps)
+    window = Window("a" if last else "b", (*sizes, int(taps_first)))
+    channels, pixels = out.shape[1], product((out.shape[0], *out.shape[2:]))
+    m, n = (pixels, channels) if last else (channels, pixels)
+    return Convolution(x, weight, bias, window, m, n, product(kernel.shape[1:]))
+
+
+def _refusal(node: Node, x: Value, weight: Value) -> str | None:
+    """Why a convolution is no product here."""
+    dtype = x.tensor.dtype
+    if dtype not in _DTYPES:
+        return f"the template computes float32 and float64, not {str(dtype).removeprefix('torch.')}"
+    if node["transposed"]:
+        return "it is transposed"
+    if x.tensor.rank > 4:
+        return "its windows have three dimensions"
+    if node["groups"] != 1:
+        return "its channels are in groups"
+    numbers = (*node["stride"], *node["padding"], *node["dilation"], *weight.tensor.shape)
+    if not all(isinstance(n, int) for n in numbers):
+        return "a kernel, stride or padding whose size is known only at run time"
+    if min(node["padding"]) < 0 or 0 in weight.tensor.shape:
+        return "negative padding, or a kernel without elements"
+    for what, kind in (("result", node.out.tensor), ("weight", weight.tensor)):
+        if not any(_lies(kind, strides(kind.shape)) for strides in (contiguous_strides, channels_last_strides)):
+            return f"a {what} that is neither channels-first nor channels-last"
+    return None
+
+
+def _is_channels_last(out: TensorType) -> bool:
+    """Whether a result has its channels side by side; where both forms hold, whichever has the longer rows."""
+    if not _lies(out, contiguous_strides(out.shape)):
+        return True
+    return all(n == 1 for n in out.shape[2:]) and out.shape[1] != 1
+
+
+def _lies(kind: TensorType, strides: Sequence[Dim]) -> bool:
+    """Whether a tensor has these strides, but for sizes of 1, whose strides do not matter."""
+    return all(n == 1 or a == b for n, a, b in zip(kind.shape, kind.strides, strides, strict=True))
+
+
+def _each(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    return tuple(sizes) if len(sizes) == count else tuple(sizes) * count
+
+
+def rows_and_columns(window: Window, shape: Sequence[Dim], row: Any, column: Any, image: Any) -> list[Any]:
+    """The index of a result of `shape` in terms of the template's axes."""
+    if window.pixels == "a":
+        first, *rest = unravel(row, (shape[0], *shape[2:]))
+        return [first, column, *rest]
+    return [image, row, *unravel(column, shape[2:])]
+
+
+def window_sizes(window: Window) -> dict[str, Dim]:
+    """Values of the template's WINDOW by name."""
+    return dict(zip(WINDOW, window.sizes, strict=True))

@@ -1,0 +1,149 @@
+// Operands of matmul.h that are windows of an image: packed as if every window had been copied out, with zeros where it
+// leaves the image. Pixels of the output are rows of A (channels-last results) or columns of B (channels first).
+#pragma once
+#include "matmul_tile.h"
+
+namespace plait::matmul {
+
+// n elements; reads and writes nothing else. Short runs are usual, for which a call of memcpy takes longer than the copy.
+template <class T> PLAIT_FN void copy_run(const T* src, T* dst, int64_t n) {
+  constexpr int64_t L = lanes<T>, E = 16 / sizeof(T);
+  typedef typename raw_of<T, E>::type part;
+  if (n >= L) {
+    int64_t i = 0;
+    for (; i + L <= n; i += L) put(dst + i, get(src + i));
+    if (i < n) put(dst + n - L, get(src + n - L));
+  } else if (n >= E) {
+    part a;
+    int64_t i = 0;
+    for (; i + E <= n; i += E) __builtin_memcpy(&a, src + i, sizeof a), __builtin_memcpy(dst + i, &a, sizeof a);
+    __builtin_memcpy(&a, src + n - E, sizeof a), __builtin_memcpy(dst + n - E, &a, sizeof a);
+  } else {
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < n; i++) dst[i] = src[i];
+  }
+}
+
+template <class T> PLAIT_FN void zero_run(T* dst, int64_t n) {
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < n; i++) dst[i] = T(0);
+}
+
+// Where a window starts: its image, and the row and column of its first tap, which may lie outside.
+template <class T> struct Corner {
+  const T* image;
+  int64_t y, x;
+  Corner() = default;
+  Corner(const T* base, const Window& w, int64_t pixel) {
+    const int64_t pixels = w.OH * w.OW, p = pixel % pixels;
+    image = base + pixel / pixels * w.x_n;
+    y = p / w.OW * w.stride_h - w.pad_h;
+    x = p % w.OW * w.stride_w - w.pad_w;
+  }
+};
+
+// Channel and tap of k, in the order of the weight: channels outermost, or innermost.
+struct Tap {
+  int64_t c, h, w;
+  Tap(const Window& s, int64_t k) {
+    const int64_t taps = s.KH * s.KW, t = s.taps_first ? k / s.C : k % taps;
+    c = s.taps_first ? k % s.C : k / taps;
+    h = t / s.KW, w = t % s.KW;
+  }
+  PLAIT_FN void next(const Window& s) {
+    if (s.taps_first) {
+      if (++c < s.C) return;
+      c = 0;
+    }
+    if (++w < s.KW) return;
+    w = 0;
+    if (++h < s.KH) return;
+    h = 0, c += !s.taps_first;
+  }
+};
+
+// B at (k0, n0), kc x cols, a column for each pixel -> panel[k][NR].
+template <class T>
+static void pack_b_window(const T* base, const Window& w, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
+  struct Run {  // pixels of one row of the output
+    Corner<T> at;
+    int64_t j, count;
+  } runs[NR];
+  int many = 0;
+  for (int64_t j = 0; j < cols; many++) {
+    const int64_t left = w.OW - (n0 + j) % w.OW;
+    runs[many] = {Corner<T>(base, w, n0 + j), j, least(cols - j, left)};
+    j += runs[many].count;
+  }
+  const int64_t step = w.stride_w * w.x_w;
+  Tap tap(w, k0);
+  for (int64_t k = 0; k < kc; k++, panel += NR, tap.next(w)) {
+#pragma GCC unroll 1
+    for (int i = 0; i < many; i++) {
+      const Run& r = runs[i];
+      const int64_t y = r.at.y + tap.h * w.dilation_h, x = r.at.x + tap.w * w.dilation_w;
+      int64_t first = 0, last = 0;  // pixels whose tap lies inside
+      if (y >= 0 && y < w.H && x < w.W) {
+        first = x >= 0 ? 0 : least(r.count, w.stride_w == 1 ? -x : ceildiv(-x, w.stride_w));
+        last = most(first, least(r.count, w.stride_w == 1 ? w.W - x : ceildiv(w.W - x, w.stride_w)));
+      }
+      T* const dst = panel + r.j;
+      const int64_t from = tap.c * w.x_c + y * w.x_h + x * w.x_w;
+      zero_run(dst, first);
+      if (step == 1) copy_run(r.at.image + from + first, dst + first, last - first);
+      else
+#pragma GCC unroll 1
+        for (int64_t j = first; j < last; j++) dst[j] = r.at.image[from + j * step];
+      zero_run(dst + last, r.count - last);
+    }
+    zero_run(panel + cols, NR - cols);
+  }
+}
+
+// A at (m0, k0), rows x kc, a row for each pixel -> dst[row][AS], from channels that lie side by side, taps outermost.
+template <class T>
+static void pack_a_runs(const T* base, const Window& w, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
+  const bool joined = w.dilation_w == 1 && w.x_w == w.C;  // a row of taps is one run
+  for (int64_t r = 0; r < rows; r++, dst += AS) {
+    const Corner<T> at(base, w, m0 + r);
+    const bool inside = joined && at.x >= 0 && at.x + w.KW <= w.W;
+    Tap tap(w, k0);
+    for (int64_t k = 0; k < kc;) {
+      const int64_t y = at.y + tap.h * w.dilation_h, x = at.x + tap.w * w.dilation_w;
+      const int64_t n = least(kc - k, (inside ? (w.KW - tap.w) * w.C : w.C) - tap.c);
+      if (y >= 0 && y < w.H && x >= 0 && x < w.W) copy_run(at.image + y * w.x_h + x * w.x_w + tap.c, dst + k, n);
+      else zero_run(dst + k, n);
+      k += n;
+      tap.c = 0;
+      if (inside || ++tap.w == w.KW) tap.w = 0, tap.h++;
+    }
+  }
+}
+
+// The same of any layout, in either order.
+template <class T>
+static void pack_a_window(const T* base, const Window& w, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
+  if (w.taps_first && w.x_c == 1) return pack_a_runs(base, w, m0, rows, k0, kc, dst);
+  int64_t from[KB], y[KB], x[KB];
+  Tap tap(w, k0);
+  for (int64_t k = 0; k < kc; k++, tap.next(w)) {
+    y[k] = tap.h * w.dilation_h, x[k] = tap.w * w.dilation_w;
+    from[k] = tap.c * w.x_c + y[k] * w.x_h + x[k] * w.x_w;
+  }
+  const int64_t high = (w.KH - 1) * w.dilation_h, wide = (w.KW - 1) * w.dilation_w;
+  for (int64_t r = 0; r < rows; r++, dst += AS) {
+    const Corner<T> at(base, w, m0 + r);
+    const T* const src = at.image + at.y * w.x_h + at.x * w.x_w;
+    if (at.y >= 0 && at.x >= 0 && at.y + high < w.H && at.x + wide < w.W) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kc; k++) dst[k] = src[from[k]];
+    } else {
+      for (int64_t k = 0; k < kc; k++) {
+        const bool in = at.y + y[k] >= 0 && at.y + y[k] < w.H && at.x + x[k] >= 0 && at.x + x[k] < w.W;
+        dst[k] = in ? src[from[k]] : T(0);
+      }
+    }
+  }
+}
+
+}  // namespace plait::matmul
