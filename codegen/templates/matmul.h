@@ -99,6 +99,7 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   // Rows m0:m1 (at most MC) by columns n0:n1 (at most NC).
   void block(const Task& t, int64_t m0, int64_t m1, int64_t n0, int64_t n1, T* scratch) const {
     const int64_t rows = ceildiv(m1 - m0, PR) * PR;
+    constexpr int64_t SLICE = NV * lanes<T>;  // of a panel's columns: these stay in L1 while all rows pass by
     T* const a = scratch;
     T* const b = a + rows * AS;
     T* const sums = b + (packed ? 0 : KB * NR);
@@ -111,12 +112,14 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
         pack_a(t, m, tile_rows(m1 - m), k0, kc, a + ceildiv(m - m0, MR) * MR * AS);
       for (int64_t n = n0; n < n1; n += NR) {
         const T* bp = panel(t, k0, kc, n, b);
-        for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
-          const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
-          T* c = one ? tile : sums + (n - n0) * rows + first * NR;
-          micro_rows<T, a_row, a_step>(mr, kc, a + first * AS, bp, NR, c, k0 > t.k0);
-          if (k0 + KB >= t.k1) finish(t, m, mr, n, least(NR, n1 - n), c, NR);
-        }
+        const int64_t cols = least(NR, n1 - n);
+        for (int64_t h = 0; h < cols; h += SLICE)
+          for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
+            const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
+            T* c = (one ? tile : sums + (n - n0) * rows + first * NR) + h;
+            micro_rows<T, a_row, a_step, SLICE>(mr, kc, a + first * AS, bp + h, NR, c, k0 > t.k0);
+            if (k0 + KB >= t.k1) finish(t, m, mr, n + h, least(SLICE, cols - h), c, NR);
+          }
       }
       k0 += KB;
     } while (k0 < t.k1);

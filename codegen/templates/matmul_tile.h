@@ -126,13 +126,13 @@ template <class T> PLAIT_FN void transpose(const T* const* src, int64_t k, T* ds
 
 // ---- register tile ---------------------------------------------------------------------------------------------------
 
-// c[r][0:NR] = (add ? c : 0) + sum over k < kc of a[r * Row + k * Step] * b[k * ldb + 0:NR], for R rows.
-template <class T, int R, int Row, int Step>
+// c[r][0:Width] = (add ? c : 0) + sum over k < kc of a[r * Row + k * Step] * b[k * ldb + 0:Width], for R rows of c, NR apart.
+template <class T, int R, int Row, int Step, int Width = NR>
 [[gnu::noinline]] static void micro(int64_t kc, const T* a, const T* b, int64_t ldb, T* c, bool add) {
   constexpr int L = lanes<T>;
   if (add)
     for (int i = 0; i < R * NR; i += 64 / int(sizeof(T))) __builtin_prefetch(c + i, 1);
-  for (int h = 0; h < NR; h += NV * L) {
+  for (int h = 0; h < Width; h += NV * L) {
     reg<T> acc[R][NV] = {};
     const T* row = b + h;
     for (int64_t k = 0; k < kc; k++, row += ldb) {
@@ -160,15 +160,15 @@ template <class T, int R, int Row, int Step>
 inline int64_t tile_rows(int64_t left) { return MR == 12 && left > 12 && left <= 16 ? 8 : least(left, MR); }
 
 // May compute and write more rows: up to the next of 4, 6, 8, 12. (Products of few rows take the path of matmul_thin.h.)
-template <class T, int Row, int Step>
+template <class T, int Row, int Step, int Width>
 static void micro_rows(int64_t rows, int64_t kc, const T* a, const T* b, int64_t ldb, T* c, bool add) {
   if constexpr (MR == 12) {
-    if (rows > 8) return micro<T, 12, Row, Step>(kc, a, b, ldb, c, add);
-    if (rows > 4) return micro<T, 8, Row, Step>(kc, a, b, ldb, c, add);
+    if (rows > 8) return micro<T, 12, Row, Step, Width>(kc, a, b, ldb, c, add);
+    if (rows > 4) return micro<T, 8, Row, Step, Width>(kc, a, b, ldb, c, add);
   } else {
-    if (rows > 4) return micro<T, 6, Row, Step>(kc, a, b, ldb, c, add);
+    if (rows > 4) return micro<T, 6, Row, Step, Width>(kc, a, b, ldb, c, add);
   }
-  return micro<T, 4, Row, Step>(kc, a, b, ldb, c, add);
+  return micro<T, 4, Row, Step, Width>(kc, a, b, ldb, c, add);
 }
 
 // ---- packing ---------------------------------------------------------------------------------------------------------

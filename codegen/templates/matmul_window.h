@@ -24,6 +24,9 @@ template <class T> PLAIT_FN void copy_run(const T* src, T* dst, int64_t n) {
   }
 }
 
+// Elements 0, 2, 4, ... of two registers.
+template <class V, int... I> PLAIT_FN V even(V lo, V hi, indices<I...>) { return __builtin_shufflevector(lo, hi, 2 * I...); }
+
 template <class T> PLAIT_FN void zero_run(T* dst, int64_t n) {
 #pragma GCC unroll 1
   for (int64_t i = 0; i < n; i++) dst[i] = T(0);
@@ -62,41 +65,45 @@ struct Tap {
   }
 };
 
-// B at (k0, n0), kc x cols, a column for each pixel -> panel[k][NR].
+// n elements that lie `step` apart.
+template <class T> PLAIT_FN void copy_strided(const T* src, T* dst, int64_t n, int64_t step) {
+  constexpr int64_t L = lanes<T>;
+  int64_t i = 0;
+  if (step == 2)
+    for (; i + L < n; i += L) put(dst + i, even(get(src + 2 * i), get(src + 2 * i + L), iota_of<L>{}));
+#pragma GCC unroll 1
+  for (; i < n; i++) dst[i] = src[i * step];
+}
+
+// B at (k0, n0), kc x cols, a column for each pixel -> panel[k][NR]. One tap of all channels after the other, for pixels of
+// one row of the output: what lies inside the image is then found out once for many copies.
 template <class T>
 static void pack_b_window(const T* base, const Window& w, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
-  struct Run {  // pixels of one row of the output
-    Corner<T> at;
-    int64_t j, count;
-  } runs[NR];
-  int many = 0;
-  for (int64_t j = 0; j < cols; many++) {
-    const int64_t left = w.OW - (n0 + j) % w.OW;
-    runs[many] = {Corner<T>(base, w, n0 + j), j, least(cols - j, left)};
-    j += runs[many].count;
-  }
-  const int64_t step = w.stride_w * w.x_w;
-  Tap tap(w, k0);
-  for (int64_t k = 0; k < kc; k++, panel += NR, tap.next(w)) {
-#pragma GCC unroll 1
-    for (int i = 0; i < many; i++) {
-      const Run& r = runs[i];
-      const int64_t y = r.at.y + tap.h * w.dilation_h, x = r.at.x + tap.w * w.dilation_w;
+  const int64_t taps = w.KH * w.KW, step = w.stride_w * w.x_w;
+  const int64_t k_c = w.taps_first ? 1 : taps, k_tap = w.taps_first ? w.C : 1;
+  for (int64_t j = 0, count; j < cols; j += count) {
+    const Corner<T> at(base, w, n0 + j);
+    count = least(cols - j, w.OW - (n0 + j) % w.OW);
+    const int64_t room = cols < NR && j + count == cols ? NR - cols : 0;  // columns behind the last pixel are zeros
+    for (int64_t tap = 0; tap < taps; tap++) {
+      const int64_t y = at.y + tap / w.KW * w.dilation_h, x = at.x + tap % w.KW * w.dilation_w;
+      const int64_t c0 = k0 > tap * k_tap ? ceildiv(k0 - tap * k_tap, k_c) : 0;
+      const int64_t c1 = k0 + kc > tap * k_tap ? least(w.C, ceildiv(k0 + kc - tap * k_tap, k_c)) : 0;
       int64_t first = 0, last = 0;  // pixels whose tap lies inside
       if (y >= 0 && y < w.H && x < w.W) {
-        first = x >= 0 ? 0 : least(r.count, w.stride_w == 1 ? -x : ceildiv(-x, w.stride_w));
-        last = most(first, least(r.count, w.stride_w == 1 ? w.W - x : ceildiv(w.W - x, w.stride_w)));
+        first = x >= 0 ? 0 : least(count, ceildiv(-x, w.stride_w));
+        last = most(first, least(count, ceildiv(w.W - x, w.stride_w)));
       }
-      T* const dst = panel + r.j;
-      const int64_t from = tap.c * w.x_c + y * w.x_h + x * w.x_w;
-      zero_run(dst, first);
-      if (step == 1) copy_run(r.at.image + from + first, dst + first, last - first);
-      else
-#pragma GCC unroll 1
-        for (int64_t j = first; j < last; j++) dst[j] = r.at.image[from + j * step];
-      zero_run(dst + last, r.count - last);
+      const int64_t n = last - first, behind = count - last + room;
+      const T* src = at.image + c0 * w.x_c + y * w.x_h + x * w.x_w + first * step;
+      T* dst = panel + (c0 * k_c + tap * k_tap - k0) * NR + j;
+      for (int64_t c = c0; c < c1; c++, src += w.x_c, dst += k_c * NR) {
+        zero_run(dst, first);
+        if (step == 1) copy_run(src, dst + first, n);
+        else copy_strided(src, dst + first, n, step);
+        zero_run(dst + last, behind);
+      }
     }
-    zero_run(panel + cols, NR - cols);
   }
 }
 
