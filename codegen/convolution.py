@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..ir import Dim, Node, TensorType, Value, dim
+from ..ir import Builder, Dim, Match, Node, Reason, TensorType, Value, dim
 from ..ir.strides import channels_last_strides
 from ..ir.types import contiguous_strides, product
 from .templates.matmul import WINDOW
@@ -21,6 +21,9 @@ from .views import unravel
 
 NAME = "aten.convolution.default"
 _DTYPES = (torch.float32, torch.float64)
+_FEW = 8  # channels
+_MANY = 128  # pixels
+_REGISTER = 8  # pixels
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,63 @@ def convolution_of(node: Node) -> Convolution | str:
     channels, pixels = out.shape[1], product((out.shape[0], *out.shape[2:]))
     m, n = (pixels, channels) if last else (channels, pixels)
     return Convolution(x, weight, bias, window, m, n, product(kernel.shape[1:]))
+
+
+def pad_first(m: Match, b: Builder) -> Value:
+    """The convolution of an image that was padded by an op of its own, once instead of for every tap."""
+    node = m.node
+    around = tuple(n for p in reversed(_each(node["padding"], node["input"].tensor.rank - 2)) for n in (p, p))
+    x = b.call("aten.constant_pad_nd.default", node["input"], around, 0.0)
+    args = {"input": x, "padding": (0,) * len(node["padding"])}
+    return b.call(node.op, *(args.get(p.name, a) for p, a in zip(node.op.params, node.args, strict=True)))
+
+
+def check_pad_first(m: Match) -> Reason | None:
+    """Refuses where the template could not read a padded image where it lies, a register of pixels at a time."""
+    node = m.node
+    if not any(node["padding"]):
+        return Reason("no padding")
+    if torch.device(node.out.tensor.device).type != "cpu":
+        return Reason("not on a CPU")
+    made = convolution_of(node)
+    why = made if isinstance(made, str) else faster_library(made)
+    if why is None and not isinstance(made, str) and (made.window.pixels == "a" or not _is_direct(made.window)):
+        why = "windows that are packed, with their padding"
+    return None if why is None else Reason(why)
+
+
+def faster_library(made: Convolution) -> str | None:
+    """Why oneDNN's convolution is the better choice; None where it is not, by measurements (docs/design.md).
+
+    oneDNN computes float32 and half types; torch's own float64 convolution is slower than the template's throughout.
+    """
+    size: dict[str, Any] = window_sizes(made.window)
+    images: Any = made.x.tensor.shape[0]
+    fixed = [n for name, n in size.items() if name != "window_x_n"]
+    if made.x.tensor.dtype != torch.float32:
+        return None
+    if not all(isinstance(n, int) for n in fixed):
+        return "an image whose size is known only at run time"
+    if size["window_KH"] == size["window_KW"] == 1:
+        return "windows of one pixel"
+    if size["window_OW"] < _REGISTER:  # oneDNN is bad at rows of few pixels, and neither is good at few pixels in all
+        pixels = images * size["window_OH"] * size["window_OW"]
+        return None if isinstance(pixels, int) and pixels >= _MANY else "few pixels"
+    if made.window.pixels == "a":
+        return "channels-last rows of many pixels"
+    channels: Any = made.m
+    if size["window_C"] < _FEW or channels < _FEW:
+        return "few channels"
+    return None if _is_direct(made.window) else "pixels that do not fill registers side by side"
+
+
+def _is_direct(window: Window) -> bool:
+    """Whether the template reads the windows of a padded image where they lie: `is_direct` of matmul_window.h, for every
+    instruction set whose registers hold no more than _REGISTER numbers."""
+    size: dict[str, Any] = window_sizes(window)
+    alone = size["window_KH"] == size["window_KW"] == 1
+    touching = size["window_stride_w"] == size["window_x_w"] == 1
+    return bool(not alone and touching and size["window_OW"] % _REGISTER == 0)
 
 
 def _refusal(node: Node, x: Value, weight: Value) -> str | None:

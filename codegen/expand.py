@@ -17,6 +17,7 @@ from ..ir.infer_rules import reduced_dims
 from ..ir.rewrite import RuleLog
 from ..ir.types import product
 from .allow import Allow, always
+from .convolution import check_pad_first, pad_first
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -387,6 +388,7 @@ RULES: tuple[Rule, ...] = (
     _rule("aten._native_batch_norm_legit_no_training.default", _batch_norm_inference),
     _rule("aten._native_batch_norm_legit_functional.default", _batch_norm_functional, _is_training_norm),
     _rule("aten.native_group_norm.default", _group_norm, _static_contiguous),
+    _rule("aten.convolution.default", pad_first, check_pad_first),
     _rule("aten.max.dim", _max_dim("aten.amax.default", "aten.argmax.default"), _not_empty),
     _rule("aten.min.dim", _max_dim("aten.amin.default", "aten.argmin.default"), _not_empty),
     _rule("aten.logsumexp.default", _log_sum_exp, _has_elements),

@@ -18,7 +18,8 @@ _MEASURABLE = 1 << 28  # elements of an operand; larger ones are not made just t
 def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
     """A function that names the library which runs a matmul faster than plait's template, and says by how much.
 
-    It gives None where the template is the fastest, and for sizes that are only hints the sizes seen at capture decide.
+    It gives None where the template is the fastest, and for convolutions, which are chosen by shape. For sizes that are only
+    hints the sizes seen at capture decide.
     Timings come from the user's profile table and are kept there.
     """
     table = open_table(user_path())
@@ -26,6 +27,8 @@ def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
     folder = current_cache().root / "tuning"
 
     def choose(node: Node, made: Matmul) -> tuple[str, str] | None:
+        if made.window is not None:
+            return None
         sizes = [_number(d, symbols) for d in (made.m, made.n, made.k, made.batch[0] if made.batch else 1)]
         if any(s is None or s == 0 for s in sizes):
             return None

@@ -105,21 +105,28 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
     T* const sums = b + (packed ? 0 : KB * NR);
     alignas(64) T tile[MR * NR];
     const bool one = t.k1 - t.k0 <= KB;  // block of k: the sums of a tile never leave L1
+    const bool direct = b_layout == B::window && is_direct<T>(d.window);
+    int64_t from[KB];
     int64_t k0 = t.k0;
     do {  // also where K is 0
       const int64_t kc = least(KB, t.k1 - k0);
+      if (direct) offsets(d.window, k0, kc, from);
       for (int64_t m = m0; m < m1; m += tile_rows(m1 - m))
         pack_a(t, m, tile_rows(m1 - m), k0, kc, a + ceildiv(m - m0, MR) * MR * AS);
       for (int64_t n = n0; n < n1; n += NR) {
-        const T* bp = panel(t, k0, kc, n, b);
+        const T* bp = direct ? nullptr : panel(t, k0, kc, n, b);
         const int64_t cols = least(NR, n1 - n);
-        for (int64_t h = 0; h < cols; h += SLICE)
+        for (int64_t h = 0; h < cols; h += SLICE) {
+          const T* at[NV];
+          if (direct) corners((const T*)call.b, d.window, n + h, n1, at);
           for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
             const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
             T* c = (one ? tile : sums + (n - n0) * rows + first * NR) + h;
-            micro_rows<T, a_row, a_step, SLICE>(mr, kc, a + first * AS, bp + h, NR, c, k0 > t.k0);
+            if (direct) micro_window_rows<T, AS>(mr, kc, a + first * AS, at, from, c, k0 > t.k0);
+            else micro_rows<T, a_row, a_step, SLICE>(mr, kc, a + first * AS, bp + h, NR, c, k0 > t.k0);
             if (k0 + KB >= t.k1) finish(t, m, mr, n + h, least(SLICE, cols - h), c, NR);
           }
+        }
       }
       k0 += KB;
     } while (k0 < t.k1);

@@ -205,8 +205,8 @@ def drivers(source: str) -> dict[str, str]:
     return found
 
 
-WINDOW = tuple(f"window_{n}" for n in ("C KH KW H W OH OW stride_h stride_w pad_h pad_w dilation_h dilation_w "
-                                       "x_n x_c x_h x_w taps_first").split())  # fmt: skip
+_TAPS = ("C", "KH", "KW", "H", "W", "OH", "OW", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")
+WINDOW = tuple(f"window_{name}" for name in (*_TAPS, "x_n", "x_c", "x_h", "x_w", "taps_first"))
 """Sizes of a product whose operand is windows; they mirror `Window` in matmul_call.h."""
 
 _TABLES = ("a_ids", "b_ids", "offsets", "group_ids")

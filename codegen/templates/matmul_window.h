@@ -107,6 +107,67 @@ static void pack_b_window(const T* base, const Window& w, int64_t k0, int64_t kc
   }
 }
 
+// ---- windows without a copy ------------------------------------------------------------------------------------------
+
+// Whether a register of pixels is one piece of the image for every tap: it needs no packing then.
+template <class T> bool is_direct(const Window& w) {
+  return w.KH * w.KW > 1 && w.stride_w == 1 && w.x_w == 1 && w.pad_h == 0 && w.pad_w == 0 && w.OW % lanes<T> == 0;
+}
+
+// Where step k of every window lies, counted from its corner.
+inline void offsets(const Window& w, int64_t k0, int64_t kc, int64_t* from) {
+  Tap tap(w, k0);
+  for (int64_t k = 0; k < kc; k++, tap.next(w))
+    from[k] = tap.c * w.x_c + tap.h * w.dilation_h * w.x_h + tap.w * w.dilation_w * w.x_w;
+}
+
+// The corners of NV registers of pixels from n on; registers from n1 on, which nobody stores, repeat the first.
+template <class T> static void corners(const T* base, const Window& w, int64_t n, int64_t n1, const T** at) {
+  for (int v = 0; v < NV; v++) {
+    const int64_t pixel = n + v * lanes<T> < n1 ? n + v * lanes<T> : n;
+    const Corner<T> c(base, w, pixel);
+    at[v] = c.image + c.y * w.x_h + c.x * w.x_w;
+  }
+}
+
+// `micro` with B read where it lies: column v * L + i of step k is at[v][from[k] + i].
+template <class T, int R, int Row>
+[[gnu::noinline]] static void micro_window(int64_t kc, const T* a, const T* const* at, const int64_t* from, T* c, bool add) {
+  constexpr int L = lanes<T>;
+  reg<T> acc[R][NV] = {};
+  const T* const lo = at[0];
+  const T* const hi = at[1];
+  for (int64_t k = 0; k < kc; k++) {
+    const reg<T> bv[NV] = {get(lo + from[k]), get(hi + from[k])};
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const reg<T> av = a[r * Row + k] - reg<T>{};
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) acc[r][v] = muladd(av, bv[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) {
+      T* p = c + r * NR + v * L;
+      put(p, add ? get(p) + acc[r][v] : acc[r][v]);
+    }
+}
+
+template <class T, int Row>
+static void micro_window_rows(int64_t rows, int64_t kc, const T* a, const T* const* at, const int64_t* from, T* c, bool add) {
+  if constexpr (MR == 12) {
+    if (rows > 8) return micro_window<T, 12, Row>(kc, a, at, from, c, add);
+    if (rows > 4) return micro_window<T, 8, Row>(kc, a, at, from, c, add);
+  } else {
+    if (rows > 4) return micro_window<T, 6, Row>(kc, a, at, from, c, add);
+  }
+  return micro_window<T, 4, Row>(kc, a, at, from, c, add);
+}
+
+// ---- rows of A -------------------------------------------------------------------------------------------------------
+
 // A at (m0, k0), rows x kc, a row for each pixel -> dst[row][AS], from channels that lie side by side, taps outermost.
 template <class T>
 static void pack_a_runs(const T* base, const Window& w, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
