@@ -79,7 +79,10 @@ def pad_first(m: Match, b: Builder) -> Value:
     around = tuple(n for p in reversed(_each(node["padding"], node["input"].tensor.rank - 2)) for n in (p, p))
     x = b.call("aten.constant_pad_nd.default", node["input"], around, 0.0)
     args = {"input": x, "padding": (0,) * len(node["padding"])}
-    return b.call(node.op, *(args.get(p.name, a) for p, a in zip(node.op.params, node.args, strict=True)))
+    out = Value(node.out.type, node.out.hint)
+    new = tuple(args.get(p.name, a) for p, a in zip(node.op.params, node.args, strict=True))
+    b.append(Node(node.op, new, (out,), loc=b.loc))
+    return out
 
 
 def check_pad_first(m: Match) -> Reason | None:
