@@ -99,7 +99,7 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   // Rows m0:m1 (at most MC) by columns n0:n1 (at most NC).
   void block(const Task& t, int64_t m0, int64_t m1, int64_t n0, int64_t n1, T* scratch) const {
     const int64_t rows = ceildiv(m1 - m0, PR) * PR;
-    constexpr int64_t SLICE = NV * lanes<T>;  // of a panel's columns: these stay in L1 while all rows pass by
+    constexpr int64_t SLICE = NV * lanes<T>;  // of a panel's columns; slices without any are skipped
     T* const a = scratch;
     T* const b = a + rows * AS;
     T* const sums = b + (packed ? 0 : KB * NR);
