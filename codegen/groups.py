@@ -87,7 +87,7 @@ class Grouping:
             if node in analysis.calls:
                 self._add_call(node)
             for v in node.outputs:
-                if v in analysis.units:
+                if v in analysis.units and analysis.units[v].value is v:
                     self._add_unit(analysis.units[v])
 
     # -- dependences --------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Grouping:
     # -- fusion -------------------------------------------------------------------------------------------------------
 
     def _add_unit(self, unit: Unit) -> None:
-        alone = unit.value in self.last or unit.ordered is not None
+        alone = unit.value in self.last or unit.alone
         for item in () if alone else self._candidates(unit):
             group = self.items[item]
             assert isinstance(group, Group)
@@ -168,7 +168,7 @@ class Grouping:
     def _fit(self, unit: Unit, group: Group) -> _Fit | None:
         if len(group.units) >= _MAX_UNITS or group.reads + len(unit.reads) > _MAX_READS:
             return None
-        if any(u.value in self.last or u.ordered is not None for u in group.units):
+        if any(u.value in self.last or u.alone for u in group.units):
             return None
         if not group.reduced and any(u.reduce is not None for u in group.units):
             return None  # it reduces dimensions of size 1 only, and has no loop to share
@@ -243,7 +243,7 @@ class Grouping:
             group.ready[value] = fit.phase
             if fit.outer:
                 group.outer.add(value)
-        self.owner[value] = group.id
+        self.owner.update(dict.fromkeys(unit.values, group.id))
         for v, _ in unit.reads:
             self.by_read.setdefault((self._root(v), self._shape_key(unit)), {})[group.id] = None
 
@@ -254,8 +254,7 @@ class Grouping:
         at = dict(zip(live, range(len(live)), strict=True))
         index = tuple(axes[at[i]].symbol if i in at else 0 for i in range(len(unit.domain)))
         reduced = frozenset(at[d] for d in unit.reduce.dims if d in at) if unit.reduce is not None else frozenset[int]()
-        operands = (unit.matmul.a, unit.matmul.b) if unit.matmul is not None else ()
-        self._append(group, self._needs((*operands, *(v for v, _ in unit.reads))))
+        self._append(group, self._needs((*unit.operands, *(v for v, _ in unit.reads))))
         self._join(unit, group, _Fit(index, False, reduced, 0))
 
     # -- order --------------------------------------------------------------------------------------------------------

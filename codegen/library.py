@@ -121,7 +121,8 @@ def kind_of(node: Node, why: str, device: str = "cpu") -> tuple[str, str]:
     if found is None and (found := _LIBRARY_OF.get(packet)) is not None and device != "cpu":
         found = _CUDA_NAMES.get(found, found)
     if found is not None:
-        return "library", found
+        told = "attention" in found and why not in (NO_KERNEL, "not on a CPU")  # the template takes most
+        return "library", f"{found}: {why}" if told else found
     return "fallback", _WHY_NOT.get(packet, why) if why == NO_KERNEL else why
 
 

@@ -45,6 +45,11 @@ class Matmul:
     alpha: float = 1
     beta: float = 1
 
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """What the template reads from memory; the bias is its epilogue's."""
+        return self.a, self.b
+
     def element(self, to: Evaluator, node: Node, index: Index) -> str:
         """The finished element at `index` of the output, from the template's sum."""
         body = to.body

@@ -12,6 +12,7 @@ from ..ir.rewrite import RuleLog
 from ..runtime import ops as runtime_ops
 from .allow import Allow, always
 from .analysis import Analysis
+from .attention import emit_attention
 from .emit import emit, emit_matmul
 from .emit_ordered import emit_ordered
 from .expand import expand
@@ -58,11 +59,11 @@ def schedule(
     repeats = Repeats(analysis, stored, status)
     for item in grouping.ordered():
         if isinstance(item, Group):
-            if not any(u.value in stored for u in item.units):
+            if not any(v in stored for u in item.units for v in u.values):
                 continue  # nobody reads what it computes: only its sizes mattered
             nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
             kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
-            if item.matmul is not None:
+            if item.units[0].operands:
                 scratch.append(kernel.buffers[-1])
             (late if any(u.value in homes for u in item.units) else items).append(kernel)
         else:
@@ -159,7 +160,7 @@ def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
                 note(v)
         else:
             for u in item.units:
-                for v in (u.matmul.a, u.matmul.b) if u.matmul is not None else ():
+                for v in u.operands:
                     note(v)
                 for v, _ in u.reads:
                     if v not in item.form:
@@ -172,8 +173,10 @@ def _kernel_item(
 ) -> KernelItem:
     if group.matmul is not None:
         return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
-    alone = group.units[0].ordered is not None
-    made = emit_ordered(analysis, group, status) if alone else emit(analysis, group, stored, status)
+    first = group.units[0]
+    if first.attention is not None:
+        return emit_attention(first.attention, first.values, stored, first.node)
+    made = emit_ordered(analysis, group, status) if first.alone else emit(analysis, group, stored, status)
     # what a kernel writes and then reads again it does not read from before
     own = made.scratch | {u.value for u in group.units}
     access = tuple("write" if v in own else b.access for v, b in zip(made.buffers, made.kernel.buffers, strict=True))
