@@ -304,8 +304,9 @@ def _is_bounded(biases: tuple[Value | _Masked, ...]) -> bool:
 @register
 @dataclass(frozen=True)
 class Attention(Pass):
-    """Compute written-out attention (two products with a softmax between them) as one op, which never holds the scores of
-    all rows. Scores may be scaled, biased and masked on the way; nothing else may read them.
+    """Compute attention that is written out as one op, which never holds the scores of all rows.
+
+    Scores may be scaled, biased and masked between the products; nothing else may read them or the softmax.
 
     before:  s = bmm(q, k^T); p = softmax(s * c + mask, -1); o = bmm(p, v); return o
     after:   o = scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=c)[0]; return o
