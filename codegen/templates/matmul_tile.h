@@ -154,12 +154,18 @@ template <class T, class U> constexpr int steps = per<T, U> / depth<T>;         
 template <class T> constexpr int64_t KS = KB * depth<T>;                          // k of a block
 template <class T> PLAIT_FN int64_t elements(int64_t k) { return depth<T> == 1 ? k : ceildiv(k, 4) * 2; }
 
-template <class U> struct shifted { using half = int16_t; using whole = int32_t; };
-template <> struct shifted<uint8_t> { using half = uint16_t; using whole = uint32_t; };
-template <class U> using half_word = typename shifted<U>::half;
-template <class U> using whole_word = typename shifted<U>::whole;
+template <class U> struct shifts { using half = int16_t; using whole = int32_t; };  // types whose shifts keep U's sign
+template <> struct shifts<uint8_t> { using half = uint16_t; using whole = uint32_t; };
 
-template <class T, class U, int... I> PLAIT_FN void widen(reg<T> word, reg<T>* x, indices<I...>) {
+// The even halves of L words, then the odd ones: sorted in each quarter first, since that takes one instruction.
+template <int L, class V, int... I, int... J> PLAIT_FN auto sorted_halves(V words, indices<I...>, indices<J...>) {
+  using H = typename raw_of<uint16_t, 2 * L>::type;
+  using Q = typename raw_of<uint64_t, L / 2>::type;
+  const Q q = Q(__builtin_shufflevector(H(words), H(words), (I / 8 * 8 + I % 4 * 2 + I % 8 / 4)...));
+  return H(__builtin_shufflevector(q, q, (J % (L / 4) * 2 + J / (L / 4))...));
+}
+
+template <class T, class U> PLAIT_FN void widen(reg<T> word, reg<T>* x) {
   constexpr int L = lanes<T>;
   if constexpr (same<T, U>) {
     x[0] = word;
@@ -167,20 +173,17 @@ template <class T, class U, int... I> PLAIT_FN void widen(reg<T> word, reg<T>* x
     x[0] = reg<T>(reg<uint32_t>(word) << 16);
     x[1] = reg<T>(reg<uint32_t>(word) & 0xffff0000u);
   } else if constexpr (same<U, f16>) {
-    using H = typename raw_of<uint16_t, 2 * L>::type;
-    x[0] = cast<T>(plait::vec<f16, L>(plait::vec<uint16_t, L>(__builtin_shufflevector(H(word), H(word), (2 * I)...)))).v;
-    x[1] = cast<T>(plait::vec<f16, L>(plait::vec<uint16_t, L>(__builtin_shufflevector(H(word), H(word), (2 * I + 1)...)))).v;
+    const plait::vec<uint16_t, 2 * L> halves = sorted_halves<L>(word, iota_of<2 * L>{}, iota_of<L / 2>{});
+    x[0] = cast<T>(plait::vec<f16, L>(low(halves))).v, x[1] = cast<T>(plait::vec<f16, L>(high(halves))).v;
   } else if constexpr (same<T, int32_t>) {  // k and k + 2, then k + 1 and k + 3
-    using H = typename raw_of<half_word<U>, 2 * L>::type;  // its shifts keep the sign, where U has one
+    using H = typename raw_of<typename shifts<U>::half, 2 * L>::type;
     x[0] = reg<T>(H(word) << 8 >> 8), x[1] = reg<T>(H(word) >> 8);
   } else {
-    using N = reg<whole_word<U>>;
+    using N = reg<typename shifts<U>::whole>;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) x[i] = __builtin_convertvector(reg<int32_t>(N(word) << (24 - 8 * i) >> 24), reg<T>);
   }
 }
-template <class T, class U> PLAIT_FN void widen(reg<T> word, reg<T>* x) { widen<T, U>(word, x, iota_of<lanes<T>>{}); }
-
 // The word at k of L rows, of which `left` k exist; the others are zero.
 template <class T, class U> PLAIT_FN reg<T> part_words(const U* const* src, int64_t k, int64_t left) {
   alignas(64) T word[lanes<T>] = {};

@@ -14,8 +14,8 @@ from tests.codegen.products import LAYOUTS, PLAIN, Product, randn, typed
 HALVES = ["bfloat16", "float16"]
 MIXED = [("float32", "int8"), ("float32", "uint8"), ("bfloat16", "int8"), ("float16", "uint8")]
 BYTES = [("int8", "int8"), ("uint8", "int8"), ("int8", "uint8"), ("uint8", "uint8")]
-SHAPES = [(1, 1, 1), (1, 33, 5), (2, 31, 17), (3, 64, 256), (4, 600, 9), (5, 32, 257), (6, 70, 519), (13, 5, 16), (25, 65, 64),
-          (64, 48, 1030), (7, 2100, 270), (270, 40, 33)]  # fmt: skip
+SHAPES = [(1, 1, 1), (1, 33, 5), (2, 31, 17), (3, 64, 256), (4, 600, 9), (5, 32, 257), (6, 70, 519), (13, 5, 16),
+          (25, 65, 64), (64, 48, 1030), (7, 2100, 270), (270, 40, 33)]  # fmt: skip
 
 Compiled = Callable[..., Any]
 
