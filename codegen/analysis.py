@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -23,7 +23,7 @@ from .attention import Attention, attention_of
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
-from .matmul import Chooser, Matmul, matmul_of
+from .matmul import Chooser, Matmul, matmul_of, widened
 from .ordered import Ordered, Scan, Scatter, ordered
 from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
@@ -215,11 +215,21 @@ class Analysis:
         for node in reversed(self.graph.nodes):
             if node in self.calls:
                 wanted.update(node.inputs)
-            elif isinstance(made := _template(node), Matmul | Attention):
+            elif (made := self._templated(node)) is not None:
                 wanted.update(made.operands)
             elif is_view(node) and any(v in wanted for v in node.outputs):
                 wanted.add(node.args[0])
         return wanted
+
+    def _templated(self, node: Node) -> Matmul | Attention | None:
+        """What a template computes. Where B of a product is bytes widened for it alone, the kernel reads the bytes."""
+        made = _template(node)
+        if not isinstance(made, Matmul):
+            return made if isinstance(made, Attention) else None
+        cast = widened(made, self.graph.producers, self.graph.users)
+        if cast is None or cast in self.calls or cast.out in self.graph.results:
+            return made
+        return replace(made, b=cast.args[0])
 
     def _place(self) -> None:
         wanted = self._wanted()
@@ -255,12 +265,12 @@ class Analysis:
         return True
 
     def _compute(self, v: Value, node: Node, wanted: set[Value]) -> None:
-        spec, made, alone = reduction(node), _template(node), ordered(node)
+        spec, made, alone = reduction(node), self._templated(node), ordered(node)
         if isinstance(spec, ReduceSpec):
             self.units[v] = Unit(v, node, node.args[0].tensor.shape, reduce=spec)
             self._in_memory(v)
             return
-        if isinstance(made, Matmul):
+        if made is not None:
             self.units[v] = Unit(v, node, v.tensor.shape, matmul=made)
             self._in_memory(v)
             return
@@ -333,7 +343,7 @@ class Analysis:
                 continue
             if self.allow("pack", "pack", node):
                 panels = Panels(node.args[0], first.b_layout, int(first.n), int(first.k))
-                kind = TensorType((panels.elements,), weight.tensor.dtype, weight.tensor.device)
+                kind = TensorType((panels.elements(weight.tensor.dtype),), weight.tensor.dtype, weight.tensor.device)
                 self.panels[weight] = Value(kind, f"{weight.hint}_panels"), panels
 
     def _whole(self, unit: Unit, weight: Value, shape: tuple[Dim, ...], layout: str) -> bool:

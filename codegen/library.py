@@ -19,6 +19,7 @@ LIBRARY: dict[str, str] = {
     "aten.bmm.default": "MKL's matmul",
     "aten.baddbmm.default": "MKL's matmul",
     "aten.linear.default": "MKL's matmul",
+    "aten._int_mm.default": "oneDNN's matmul of bytes",
     "aten.sort.stable": "torch's sort",
     "aten.sort.default": "torch's sort",
     "aten.topk.default": "torch's selection",

@@ -78,10 +78,10 @@ class _Signature:
             template = tuple(map(self.of_value, unit.operands)), tuple((self.place(w), w in self.stored) for w in unit.also)
         if made is not None:
             operands = made.m, made.n, made.k, made.a_layout, made.b_layout, made.lda, made.ldb, made.batch
-            bias = None if made.bias is None else self.of_value(made.bias)
+            bias, scale = (None if v is None else self.of_value(v) for v in (made.bias, made.scale))
             panels = self.analysis.panels.get(self.analysis.memory[made.b].root)
             packed = None if panels is None else self.number(panels[0])
-            template = self.of_value(made.a), self.of_value(made.b), packed, operands, bias, made.alpha, made.beta
+            template = self.of_value(made.a), self.of_value(made.b), packed, operands, bias, scale, made.alpha, made.beta
         return (
             self.place(v), v in self.stored, self.analysis.weight.get(v), unit.domain, reduced, template,
             group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer, self.of_node(unit.node, v),

@@ -22,7 +22,7 @@ from .matmul import Matmul, matmul_of
 from .repeats import Repeats
 from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
-from .tuning import linear_call, measured_choice
+from .tuning import default_choice, linear_call, measured_choice
 from .unbacked import bind_sizes
 
 assert runtime_ops is not None  # importing registers the ops `plait.*` that plans call
@@ -45,9 +45,12 @@ def schedule(
     log: RuleLog | None = None,
 ) -> Scheduled:
     """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end. With `measured` each
-    matmul goes to the fastest of the template and the libraries."""
+    matmul goes to the fastest of the template and the libraries, without it to the template, unless the processor multiplies
+    its dtype in a way that only a library uses."""
     graph = bind_sizes(_with_write_backs(expand(graph, allow, log) if generate else graph))
-    choose = measured_choice(graph.symbols, graph.producers) if measured and target.kind == "cpu" else None
+    choose = None
+    if target.kind == "cpu":
+        choose = measured_choice(graph.symbols, graph.producers) if measured else default_choice(graph.symbols)
     analysis = Analysis(graph, generate=generate, target=target, choose=choose, allow=allow)
     grouping = Grouping(analysis)
     stored = _stored(analysis, grouping)
