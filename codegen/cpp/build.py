@@ -122,7 +122,8 @@ def build(
     return {name: (out / f"{h}.so").resolve() for name, h in hashes.items()}
 
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def side_by_side(do: Callable[[A], B], work: Sequence[A], at_once: int) -> list[B]:
