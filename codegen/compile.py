@@ -54,6 +54,10 @@ class CompiledGraph:
 
     def executable_checking(self) -> Executable:
         """Like `executable`, but inputs are checked against the plan."""
+        return self._checking
+
+    @cached_property
+    def _checking(self) -> Executable:
         return self._executable(check=True)
 
     def _executable(self, *, check: bool) -> Executable:
