@@ -81,7 +81,7 @@ class _Signature:
             packed = None if panels is None else self.number(panels[0])
             product = self.of_value(made.a), self.of_value(made.b), packed, operands, bias, made.alpha, made.beta
         return (
-            self.place(v), v in self.stored, self.analysis.weight.get(v), unit.domain, reduced, product,
+            self.place(v), v in self.stored, v in group.in_place, self.analysis.weight.get(v), unit.domain, reduced, product,
             group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer, self.of_node(unit.node, v),
         )  # fmt: skip
 
