@@ -20,7 +20,7 @@ class Record:
     `kind` is "inference", "forward" or "backward"; `captured` and `graph` are the graph as it came and after the passes,
     `history` the passes in between. `not_applied` says why passes before autograd or on the joint graph did not see the
     program. `torch_reason` is set where the whole graph runs in torch, and then `captured`, `graph` and `compiled` are
-    None. `runs` counts executions.
+    None. `runs` counts executions. `saved_bytes` is what a forward keeps for its backward besides its inputs.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Record:
     torch_reason: str = ""
     torch_ops: int = 0
     runs: int = 0
+    saved_bytes: int = 0
 
     @property
     def coverage(self) -> Coverage:
