@@ -38,7 +38,8 @@ class Axis:
 @dataclass(eq=False)
 class Group:
     """Units that one kernel computes. `form` gives each unit's canonical index in terms of the axes, `phase` the loop in
-    which (full) or before which (outer) it is computed, `outer` the units without reduced axes."""
+    which (full) or before which (outer) it is computed, `outer` the units without reduced axes, `in_place` the units that
+    take the place in memory of what the kernel reads."""
 
     id: int
     axes: tuple[Axis, ...]
@@ -49,6 +50,7 @@ class Group:
     phase: dict[Value, int] = field(default_factory=dict)
     ready: dict[Value, int] = field(default_factory=dict)
     outer: set[Value] = field(default_factory=set)
+    in_place: set[Value] = field(default_factory=set)
     reads: int = 0
 
     @property
@@ -118,8 +120,8 @@ class Grouping:
         self.depends.append(mask)
         return len(self.items) - 1
 
-    def _extend(self, item: int, mask: int) -> None:
-        """Let `item` and everything behind it depend on `mask` too."""
+    def run_after(self, item: int, mask: int) -> None:
+        """Let `item` and everything behind it depend on the items `mask` too, none of which depends on `item`."""
         if mask & ~self.depends[item]:
             bit = 1 << item
             self.depends[item] |= mask
@@ -141,7 +143,7 @@ class Grouping:
             if mask >> item & 1 or not self.analysis.allow("fuse", unit.node.op.name, unit.node):
                 continue
             self._join(unit, group, fit)
-            self._extend(item, mask)
+            self.run_after(item, mask)
             return
         self._open(unit)
 

@@ -83,8 +83,9 @@ class _Signature:
             packed = None if panels is None else self.number(panels[0])
             template = self.of_value(made.a), self.of_value(made.b), packed, operands, bias, scale, made.alpha, made.beta
         return (
-            self.place(v), v in self.stored, self.analysis.weight.get(v), unit.domain, reduced, template,
-            group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer, self.of_node(unit.node, v),
+            self.place(v), v in self.stored, v in group.in_place, self.analysis.weight.get(v), unit.domain, reduced,
+            template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,
+            self.of_node(unit.node, v),
         )  # fmt: skip
 
     def of_node(self, node: Node, v: Value) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import GmWrapper
 from torch._guards import CompileContext
@@ -26,6 +25,7 @@ from .decisions import deciding_table, register_with_torch
 from .freeze import Frozen, freeze, static_inputs
 from .observe import Observation, Record, active
 from .options import Options
+from .partition import partition, saved_bytes
 from .pipelines import Session
 from .plans import runnable
 
@@ -62,6 +62,7 @@ class _Compilation:
     seen_by: tuple[Observation, ...]
     not_applied: list[str] = field(default_factory=list)
     inputs: Sequence[Any] = ()
+    saved_bytes: int = 0
 
     def run(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.inputs = inputs
@@ -107,7 +108,7 @@ class _Compilation:
     # -- forward and backward in one ----------------------------------------------------------------------------------
 
     def partition(self, joint: GraphModule, inputs: Any, **how: Any) -> tuple[GraphModule, GraphModule]:
-        """Run the joint pipeline and cut by torch's min-cut."""
+        """Run the joint pipeline and cut as the option `recompute` says."""
         chosen = pipelines.passes("joint", self.session.options)
         if chosen:
             try:
@@ -120,7 +121,9 @@ class _Compilation:
                 with capture.real_tensors():
                     graph, _ = self.session.run(graph, "joint")
                 joint = capture.restore_joint(graph, links, joint)
-        return min_cut_rematerialization_partition(joint, inputs, **how)
+        forward, backward = partition(joint, inputs, self.session.options.recompute, **how)
+        self.saved_bytes = saved_bytes(forward, how["num_fwd_outputs"])
+        return forward, backward
 
     # -- what is compiled ---------------------------------------------------------------------------------------------
 
@@ -154,7 +157,8 @@ class _Compilation:
 
     def record(self, kind: str) -> Record:
         """A record to fill while a graph is compiled."""
-        return Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied))
+        saved = self.saved_bytes if kind == "forward" else 0
+        return Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied), saved_bytes=saved)
 
     def counted(self, run: Boxed, record: Record) -> Boxed:
         """The callable, counting its executions; hands the record to everyone who observes."""

@@ -45,7 +45,8 @@ class Record:
     `history` the passes in between. `not_applied` says why passes before autograd or on the joint graph did not see the
     program. `torch_reason` is set where the whole graph runs in torch, and then `captured`, `graph` and `compiled` are
     None. `runs` counts executions. `plan` says which plan runs where a better one is on its way ("" otherwise), `swaps` what
-    became of those that were compiled in the background; `compiled` is the plan that takes calls of any size.
+    became of those that were compiled in the background; `compiled` is the plan that takes calls of any size. `saved_bytes`
+    is what a forward keeps for its backward besides its inputs.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Record:
     runs: int = 0
     plan: str = ""
     swaps: tuple[Swap, ...] = ()
+    saved_bytes: int = 0
 
     @property
     def coverage(self) -> Coverage:

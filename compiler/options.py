@@ -42,6 +42,9 @@ class Options:
     verify: str = option("off", doc="off, structure (once, at the end) or each-pass (structure and numerics)")
     fallback: str = option("allow", doc="allow, or error: refuse to run ops in torch that no kernel was generated for")
     freeze: bool = option(False, doc="inference only: treat parameters as constants; writes through `.data` are not seen")
+    recompute: str = option(
+        "torch", doc="what the backward computes again: torch (its min-cut), cost (plait's, by times) or none; tags win"
+    )
     training: bool = option(False, doc="plait.compile: take training mode as it is; batch norm updates, dropout draws")
     print_after: tuple[str, ...] = option((), doc="passes after which the graph is printed to stderr, or `all`")
     dump_dir: str | None = option(None, doc="folder for the graph after each pass, kernel sources and coverage")
@@ -157,7 +160,8 @@ def _passes(given: Any) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-_CHOICES = {"verify": config.VERIFY, "fallback": config.FALLBACK, "specialise": SPECIALISE}
+RECOMPUTE = ("torch", "cost", "none")
+_CHOICES = {"verify": config.VERIFY, "fallback": config.FALLBACK, "specialise": SPECIALISE, "recompute": RECOMPUTE}
 
 
 def _convert(key: str, value: Any) -> Any:
