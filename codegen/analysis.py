@@ -270,7 +270,7 @@ class Analysis:
             self.units[v] = Unit(v, node, node.args[0].tensor.shape, reduce=spec)
             self._in_memory(v)
             return
-        if made is not None:
+        if isinstance(made, Matmul):
             self.units[v] = Unit(v, node, v.tensor.shape, matmul=made)
             self._in_memory(v)
             return

@@ -21,8 +21,9 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..cost import device
+from ..codegen.ceilings import ceilings
 from ..cost.ops import work
+from ..cost.profile import open_table, user_path
 from ..errors import CannotImport
 from ..ir import Node, from_fx
 from ..ir.fx import FxLinks
@@ -129,8 +130,10 @@ class _Costs:
             for s in getattr(n.meta.get("val"), "shape", ())
             if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol
         }
-        machine = device.cpu()
-        self.byte, self.flop = _PICO / machine.bandwidth, _SHARE_OF_PEAK * _PICO / machine.flops
+        table = open_table(user_path())
+        machine = ceilings(table, torch.get_num_threads())
+        table.save()
+        self.byte, self.flop = _PICO / machine.levels[-1].read, _SHARE_OF_PEAK * _PICO / machine.fma
 
     def fuses(self, n: FxNode) -> bool:
         """Whether a node becomes part of the kernel that reads it."""

@@ -227,8 +227,8 @@ template <class T, class U, class M> struct Driver {
       else src[j] = widened(row, c.E, room + j * c.E);
     }
     for (int h = 0; h < NR; h += L) {
-      if (mr == 1) thin_k<T, 1, int(AS), 1>(c.E, q, src + h, to + h);
-      else thin_k<T, THIN, int(AS), 1>(c.E, q, src + h, to + h);
+      if (mr == 1) thin_k<T, T, 1, int(AS), 1>(c.E, q, src + h, to + h);
+      else thin_k<T, T, THIN, int(AS), 1>(c.E, q, src + h, to + h);
     }
   }
 
@@ -243,8 +243,8 @@ template <class T, class U, class M> struct Driver {
         for (int64_t j = 0; j < n; j++) widened(vs.base + (k0 + j) * vs.step + e, cols, s.v + j * cols);
         from.base = s.v, from.ld = cols, first = 0;
       }
-      if (mr == 1) thin_n<T, 1, int(AS), 1>(n, s.powers, from, first, 0, cols, s.sums);
-      else thin_n<T, THIN, int(AS), 1>(n, s.powers, from, first, 0, cols, s.sums);
+      if (mr == 1) thin_n<T, T, 1, int(AS), 1>(n, s.powers, from, first, 0, cols, s.sums);
+      else thin_n<T, T, THIN, int(AS), 1>(n, s.powers, from, first, 0, cols, s.sums);
       for (int64_t r = 0; r < mr; r++)
         for (int64_t j = 0; j < cols; j++) {
           T* o = out + ((e + j) / NR * MR + r) * NR + (e + j) % NR;

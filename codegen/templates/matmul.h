@@ -112,7 +112,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
         for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
           const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
           T* c = one ? tile : sums + (n - n0) * rows + first * NR;
-          micro_rows<T, a_row, a_step>(mr, elements<T>(kc), a + first * AS, bp, c, k0 > t.k0);
+          micro_rows<T, a_row, a_step>(mr, elements<T>(kc), a + first * AS, bp, NR, c, k0 > t.k0);
           if (k0 + KS<T> >= t.k1) finish(t, m, mr, n, least(NR, n1 - n), c, NR);
         }
       }
@@ -148,7 +148,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
         do {
           const int64_t kc = least(KS<T>, K - k);
           const T* at = a + k / KS<T> * THIN_BLOCK;
-          micro<T, U, R, a_row, a_step>(elements<T>(kc), at, words(t, t.k0 + k, n), tile, k > 0);
+          micro<T, U, R, a_row, a_step>(elements<T>(kc), at, words(t, t.k0 + k, n), NR, tile, k > 0);
           k += KS<T>;
         } while (k < K);
       }

@@ -219,9 +219,9 @@ template <class T, class U, class F> PLAIT_FN void each_element(const U* const* 
 // ---- register tile ---------------------------------------------------------------------------------------------------
 
 // c[r][0:NR] = (add ? c : 0) + sum over e < n of a[r * Row + e * Step] * (element e of b[][0:NR]), for R rows. b holds words
-// of U: elements themselves where U is T.
+// of U, rows `ldb` apart: elements themselves where U is T.
 template <class T, class U, int R, int Row, int Step>
-[[gnu::noinline]] static void micro(int64_t n, const T* a, const T* b, T* c, bool add) {
+[[gnu::noinline]] static void micro(int64_t n, const T* a, const T* b, int64_t ldb, T* c, bool add) {
   constexpr int L = lanes<T>, S = same<T, U> ? 1 : steps<T, U>;
   if (add)
     for (int i = 0; i < R * NR; i += 64 / int(sizeof(T))) __builtin_prefetch(c + i, 1);
@@ -244,7 +244,7 @@ template <class T, class U, int R, int Row, int Step>
         else widen<T, U>(get(row + v * L), x[v]);
       }
     };
-    for (; e + S <= n; e += S, row += NR) {
+    for (; e + S <= n; e += S, row += ldb) {
       reg<T> x[NV][S];
       load(x);
 #pragma GCC unroll 4
@@ -272,14 +272,14 @@ inline int64_t tile_rows(int64_t left) { return MR == 12 && left > 12 && left <=
 
 // May compute and write more rows: up to the next of 4, 6, 8, 12. (Products of few rows take the path of matmul_thin.h.)
 template <class T, int Row, int Step>
-static void micro_rows(int64_t rows, int64_t n, const T* a, const T* b, T* c, bool add) {
+static void micro_rows(int64_t rows, int64_t n, const T* a, const T* b, int64_t ldb, T* c, bool add) {
   if constexpr (MR == 12) {
-    if (rows > 8) return micro<T, T, 12, Row, Step>(n, a, b, c, add);
-    if (rows > 4) return micro<T, T, 8, Row, Step>(n, a, b, c, add);
+    if (rows > 8) return micro<T, T, 12, Row, Step>(n, a, b, ldb, c, add);
+    if (rows > 4) return micro<T, T, 8, Row, Step>(n, a, b, ldb, c, add);
   } else {
-    if (rows > 4) return micro<T, T, 6, Row, Step>(n, a, b, c, add);
+    if (rows > 4) return micro<T, T, 6, Row, Step>(n, a, b, ldb, c, add);
   }
-  return micro<T, T, 4, Row, Step>(n, a, b, c, add);
+  return micro<T, T, 4, Row, Step>(n, a, b, ldb, c, add);
 }
 
 }  // namespace plait::matmul
