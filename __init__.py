@@ -15,6 +15,7 @@ _FACE = {
     "bisect": "compiler.debugging.front",
     "first_bad_node": "compiler.debugging.front",
     "observe": "compiler.observe",
+    "wait": "compiler.background",
     "load": "runtime.artifact",
     "LoadedModel": "runtime.artifact",
     "PlaitError": "errors",

@@ -695,6 +695,25 @@ class NumericsBroken(PlaitError):
     fix = "this is a mistake of the pass: disable it with disable_passes and report it with a dump (dump_dir)"
 
 
+class BetterPlanWrong(PlaitError):
+    """A plan that was compiled in the background computes something else than the plan that runs, on the inputs of a call.
+
+    It is logged as a warning and the calls go on with the plan that ran before; with `verify="each-pass"` it is raised.
+    """
+
+    code = "P0416"
+    message = "a plan of {name} that was compiled in the background is wrong, {what}: {why}"
+    fix = "this is a mistake of plait, report the bundle; calls go on with the plan that ran before"
+
+
+class BackgroundLost(PlaitError):
+    """A process forked while something was compiled in the background: the child has no thread that goes on with it."""
+
+    code = "P0417"
+    message = "{name} was being compiled in the background of another process"
+    fix = "this process goes on with the plan that it has; fork after plait.wait(), or compile again here"
+
+
 class CannotRetarget(PlaitError):
     """A graph that was captured on the CPU has an op that other devices do not have."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -19,10 +19,11 @@ from ..ir.types import type_symbols
 from ..runtime.panels import Panels
 from . import activations, library, pointwise, special  # noqa: F401 (all but the second register their lowerings)
 from .allow import Allow, always
+from .attention import Attention, attention_of
 from .body import Body, Index, dtype_name
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
-from .matmul import Chooser, Matmul, matmul_of
+from .matmul import Chooser, Matmul, matmul_of, widened
 from .ordered import Ordered, Scan, Scatter, ordered
 from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
@@ -47,7 +48,7 @@ class Memory:
 class Unit:
     """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input; a scatter's: of
     what is scattered). A matmul is a unit whose elements the template provides; what it reads besides its operands belongs
-    to the epilogue. An `ordered` unit is alone in its kernel."""
+    to the epilogue. Attention is a template without one; `also` is the second value that it computes."""
 
     value: Value
     node: Node
@@ -55,8 +56,32 @@ class Unit:
     reduce: ReduceSpec | None = None
     matmul: Matmul | None = None
     ordered: Ordered | None = None
+    attention: Attention | None = None
+    also: tuple[Value, ...] = ()
     reads: list[tuple[Value, Index]] = field(default_factory=list)
     symbols: tuple[sympy.Symbol, ...] = ()
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """All that it computes."""
+        return (self.value, *self.also)
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """What a template reads from memory; nothing for loops."""
+        made = self.matmul or self.attention
+        return () if made is None else made.operands
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing shares its kernel."""
+        return self.ordered is not None or self.attention is not None
+
+
+def _template(node: Node) -> Matmul | Attention | str | None:
+    """A template's view of a node; a reason where the template does not take it; None for ops without one."""
+    found = matmul_of(node)
+    return attention_of(node) if found is None else found
 
 
 def is_view(node: Node) -> bool:
@@ -104,7 +129,7 @@ class Analysis:
         self._place()
         self.given = frozenset(self.memory[v].root for v in graph.results if v in self.memory)  # memory that a caller gets
         self._pack()
-        for unit in self.units.values():
+        for unit in dict.fromkeys(self.units.values()):
             self._probe(unit)
 
     # -- what can be generated ----------------------------------------------------------------------------------------
@@ -142,7 +167,7 @@ class Analysis:
         if name not in POINTWISE and name not in SPLITS:
             found = reduction(node)
             if found is None:
-                found = matmul_of(node)
+                found = _template(node)
             if found is None:
                 found = ordered(node)
             if found is None:
@@ -190,11 +215,21 @@ class Analysis:
         for node in reversed(self.graph.nodes):
             if node in self.calls:
                 wanted.update(node.inputs)
-            elif isinstance(made := matmul_of(node), Matmul):
-                wanted.update((made.a, made.b))
+            elif (made := self._templated(node)) is not None:
+                wanted.update(made.operands)
             elif is_view(node) and any(v in wanted for v in node.outputs):
                 wanted.add(node.args[0])
         return wanted
+
+    def _templated(self, node: Node) -> Matmul | Attention | None:
+        """What a template computes. Where B of a product is bytes widened for it alone, the kernel reads the bytes."""
+        made = _template(node)
+        if not isinstance(made, Matmul):
+            return made if isinstance(made, Attention) else None
+        cast = widened(made, self.graph.producers, self.graph.users)
+        if cast is None or cast in self.calls or cast.out in self.graph.results:
+            return made
+        return replace(made, b=cast.args[0])
 
     def _place(self) -> None:
         wanted = self._wanted()
@@ -230,13 +265,21 @@ class Analysis:
         return True
 
     def _compute(self, v: Value, node: Node, wanted: set[Value]) -> None:
-        spec, made, alone = reduction(node), matmul_of(node), ordered(node)
+        spec, made, alone = reduction(node), self._templated(node), ordered(node)
         if isinstance(spec, ReduceSpec):
             self.units[v] = Unit(v, node, node.args[0].tensor.shape, reduce=spec)
             self._in_memory(v)
             return
         if isinstance(made, Matmul):
             self.units[v] = Unit(v, node, v.tensor.shape, matmul=made)
+            self._in_memory(v)
+            return
+        if isinstance(made, Attention):
+            first, *also = node.outputs
+            if v is first:
+                self.units[v] = Unit(v, node, v.tensor.shape, attention=made, also=tuple(also))
+            else:
+                self.units[v] = self.units[first]
             self._in_memory(v)
             return
         if alone is not None:
@@ -300,7 +343,7 @@ class Analysis:
                 continue
             if self.allow("pack", "pack", node):
                 panels = Panels(node.args[0], first.b_layout, int(first.n), int(first.k))
-                kind = TensorType((panels.elements,), weight.tensor.dtype, weight.tensor.device)
+                kind = TensorType((panels.elements(weight.tensor.dtype),), weight.tensor.dtype, weight.tensor.device)
                 self.panels[weight] = Value(kind, f"{weight.hint}_panels"), panels
 
     def _whole(self, unit: Unit, weight: Value, shape: tuple[Dim, ...], layout: str) -> bool:
@@ -331,6 +374,8 @@ class Analysis:
         probe = Evaluator(self, Body())
         probe.leaf = lambda v, index: _record(probe, unit.reads, v, index)
         index = tuple(0 if n == 1 and type(n) is int else s for n, s in zip(unit.domain, unit.symbols, strict=True))
+        if unit.attention is not None:
+            return
         if isinstance(unit.ordered, Scatter):
             base = tuple(sympy.Symbol(f"e{i}", integer=True, nonnegative=True) for i in range(unit.value.tensor.rank))
             probe.read(unit.node.args[0], base)

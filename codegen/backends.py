@@ -50,13 +50,18 @@ def _triton(item: KernelItem) -> Iterator[Printed]:
     sizes = dict(zip((s.name for s in kernel.sizes), item.sizes, strict=True))
     touched: set[str] = set()
     for source in print_triton(kernel):
-        access = tuple(
-            "write" if bound[b.name][1] == "write" and b.name not in touched else b.access for b in source.buffers
-        )
+        access = tuple(_access(b.name, b.access, bound[b.name][1], b.name in touched) for b in source.buffers)
         touched.update(b.name for b in source.buffers)
         values = tuple(bound[b.name][0] for b in source.buffers)
         launch = KernelItem(source.name, values, access, tuple(sizes[s] for s in source.sizes), item.nodes, kernel)
         yield Printed(launch, source.spec(access), source.text)
+
+
+def _access(name: str, nest: str, whole: str, touched: bool) -> str:
+    """What a launch does with a buffer: a nest's own access, but for what the whole kernel alone writes or overwrites."""
+    if whole == "write" and not touched:
+        return "write"
+    return whole if whole == "read_write" and nest == "write" else nest
 
 
 def _load_triton(plan: Plan, sources: Mapping[str, str], target: Target, device: str, isa: str) -> dict[str, Any]:

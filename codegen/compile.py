@@ -26,7 +26,8 @@ class CodegenOptions:
 
     `generate` False runs every node through torch (a reference for debugging). `target` is "cpu" or a kind of CUDA device,
     "cuda:90"; `isa` is what just-in-time kernels for CPUs are compiled for. `measured` times each matmul on the template
-    and on the libraries and keeps the figures in the profile table; without it the template takes all it can.
+    and on the libraries and keeps the figures in the profile table; without it the template takes all it can,
+    but for products of halves and bytes on processors with instructions for them.
     """
 
     generate: bool = True
@@ -53,6 +54,10 @@ class CompiledGraph:
 
     def executable_checking(self) -> Executable:
         """Like `executable`, but inputs are checked against the plan."""
+        return self._checking
+
+    @cached_property
+    def _checking(self) -> Executable:
         return self._executable(check=True)
 
     def _executable(self, *, check: bool) -> Executable:

@@ -256,6 +256,8 @@ class GroupBody(Evaluator):
         if v in self.stored or (v in self.spilled and v not in self.rows):
             root = self.analysis.memory[v].root
             stream = v in self.streamed and (v not in self.spilled or v in self.rows)
+            if v in self.group.in_place:  # the old value is read through another parameter
+                self.body.buffer(self.param(root), dtype, "read")
             self.body.store(self.param(root), dtype, self.address(v, self.place[v]), value, stream=stream)
 
     def _phase_loop(self, work: list[Unit]) -> None:
@@ -359,12 +361,18 @@ class GroupBody(Evaluator):
             self._point(work, accs)
 
     def _point(self, work: list[Unit], accs: Mapping[Value, str]) -> None:
+        last: list[Unit] = []  # the others may still read what these overwrite
         for u in work:
-            if u.reduce is None:
+            if u.value in self.group.in_place:
+                last.append(u)
+            elif u.reduce is None:
                 self._store(u, self.full(u))
-                continue
-            element = self.evaluate(u, self.form[u.value])
-            self.body.accumulate(accs[u.value], element, self._reduced_position(u) if u.reduce.value_dtype else None)
+            else:
+                element = self.evaluate(u, self.form[u.value])
+                self.body.accumulate(accs[u.value], element, self._reduced_position(u) if u.reduce.value_dtype else None)
+        values = [self.full(u) for u in last]
+        for u, value in zip(last, values, strict=True):
+            self._store(u, value)
         self.kept = {}
 
     def _reduced_position(self, unit: Unit) -> str:
@@ -540,7 +548,9 @@ def _streamed(group: Group, draft: GroupBody) -> frozenset[Value]:
     return frozenset(
         v
         for v, size in moved.items()
-        if size >= _CORE_CACHE and traffic >= (_SHARED_CACHE if v in analysis.given else 2 * _SHARED_CACHE)
+        if v not in group.in_place  # its lines have been read
+        and size >= _CORE_CACHE
+        and traffic >= (_SHARED_CACHE if v in analysis.given else 2 * _SHARED_CACHE)
     )
 
 
@@ -599,7 +609,9 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
         epilogue=kernel.body,
         buffers=kernel.buffers,
         sizes=kernel.sizes,
-        dtype=dtype_name(made.a.tensor.dtype),
+        dtype=made.sums,
+        a_dtype=dtype_name(made.a.tensor.dtype),
+        b_dtype=dtype_name(made.b.tensor.dtype),
         a=made.a_layout,
         b=made.b_layout if panels is None else "packed",
         batch=0 if made.batch is None else 1,

@@ -17,6 +17,7 @@ from ..ir.infer_rules import reduced_dims
 from ..ir.rewrite import RuleLog
 from ..ir.types import product
 from .allow import Allow, always
+from .attention import BY_ROWS
 from .convolution import check_pad_first, pad_first
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -399,6 +400,7 @@ RULES: tuple[Rule, ...] = (
     _rule("aten.new_zeros.default", _filled(0)),
     _rule("aten.new_ones.default", _filled(1)),
     _rule("aten.new_full.default", _filled(None), _plain_number),
+    BY_ROWS,
 )
 
 

@@ -38,7 +38,8 @@ class Axis:
 @dataclass(eq=False)
 class Group:
     """Units that one kernel computes. `form` gives each unit's canonical index in terms of the axes, `phase` the loop in
-    which (full) or before which (outer) it is computed, `outer` the units without reduced axes."""
+    which (full) or before which (outer) it is computed, `outer` the units without reduced axes, `in_place` the units that
+    take the place in memory of what the kernel reads."""
 
     id: int
     axes: tuple[Axis, ...]
@@ -49,6 +50,7 @@ class Group:
     phase: dict[Value, int] = field(default_factory=dict)
     ready: dict[Value, int] = field(default_factory=dict)
     outer: set[Value] = field(default_factory=set)
+    in_place: set[Value] = field(default_factory=set)
     reads: int = 0
 
     @property
@@ -87,7 +89,7 @@ class Grouping:
             if node in analysis.calls:
                 self._add_call(node)
             for v in node.outputs:
-                if v in analysis.units:
+                if v in analysis.units and analysis.units[v].value is v:
                     self._add_unit(analysis.units[v])
 
     # -- dependences --------------------------------------------------------------------------------------------------
@@ -118,8 +120,8 @@ class Grouping:
         self.depends.append(mask)
         return len(self.items) - 1
 
-    def _extend(self, item: int, mask: int) -> None:
-        """Let `item` and everything behind it depend on `mask` too."""
+    def run_after(self, item: int, mask: int) -> None:
+        """Let `item` and everything behind it depend on the items `mask` too, none of which depends on `item`."""
         if mask & ~self.depends[item]:
             bit = 1 << item
             self.depends[item] |= mask
@@ -130,7 +132,7 @@ class Grouping:
     # -- fusion -------------------------------------------------------------------------------------------------------
 
     def _add_unit(self, unit: Unit) -> None:
-        alone = unit.value in self.last or unit.ordered is not None
+        alone = unit.value in self.last or unit.alone
         for item in () if alone else self._candidates(unit):
             group = self.items[item]
             assert isinstance(group, Group)
@@ -141,7 +143,7 @@ class Grouping:
             if mask >> item & 1 or not self.analysis.allow("fuse", unit.node.op.name, unit.node):
                 continue
             self._join(unit, group, fit)
-            self._extend(item, mask)
+            self.run_after(item, mask)
             return
         self._open(unit)
 
@@ -168,7 +170,7 @@ class Grouping:
     def _fit(self, unit: Unit, group: Group) -> _Fit | None:
         if len(group.units) >= _MAX_UNITS or group.reads + len(unit.reads) > _MAX_READS:
             return None
-        if any(u.value in self.last or u.ordered is not None for u in group.units):
+        if any(u.value in self.last or u.alone for u in group.units):
             return None
         if not group.reduced and any(u.reduce is not None for u in group.units):
             return None  # it reduces dimensions of size 1 only, and has no loop to share
@@ -243,7 +245,7 @@ class Grouping:
             group.ready[value] = fit.phase
             if fit.outer:
                 group.outer.add(value)
-        self.owner[value] = group.id
+        self.owner.update(dict.fromkeys(unit.values, group.id))
         for v, _ in unit.reads:
             self.by_read.setdefault((self._root(v), self._shape_key(unit)), {})[group.id] = None
 
@@ -254,8 +256,7 @@ class Grouping:
         at = dict(zip(live, range(len(live)), strict=True))
         index = tuple(axes[at[i]].symbol if i in at else 0 for i in range(len(unit.domain)))
         reduced = frozenset(at[d] for d in unit.reduce.dims if d in at) if unit.reduce is not None else frozenset[int]()
-        operands = (unit.matmul.a, unit.matmul.b) if unit.matmul is not None else ()
-        self._append(group, self._needs((*operands, *(v for v, _ in unit.reads))))
+        self._append(group, self._needs((*unit.operands, *(v for v, _ in unit.reads))))
         self._join(unit, group, _Fit(index, False, reduced, 0))
 
     # -- order --------------------------------------------------------------------------------------------------------

@@ -7,12 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from .cache import Cache, Entry, Key, default_root, sha256
-from .cpp.build import build, deal, toolchain
+from .cpp.build import build, deal, side_by_side, toolchain
 from .objects import WHERE, where
 from .templates.matmul import drivers
 
@@ -45,6 +44,15 @@ def load_kernels(sources: Mapping[str, str], cache: Cache, isa: str = "native") 
     return {name: _address(found[name], name) for name in sources}
 
 
+def unbuilt(sources: Mapping[str, str], cache: Cache, isa: str = "native") -> int:
+    """How many functions `load_kernels` would have to build, drivers included. Raises NoCompiler."""
+    if not sources:
+        return 0
+    builds = _Builds(cache, isa)
+    shared = {text for source in sources.values() for text in drivers(source).values()}
+    return sum(builds.known(builds.key(text)) is None for text in {*sources.values(), *shared})
+
+
 class _Builds:
     """Shared objects in the disk cache. An entry of kind "objects" is what one run of the compiler made of several sources;
     one of kind "kernel" says for a source where its function is."""
@@ -74,9 +82,8 @@ class _Builds:
             if n not in shared:
                 alike.setdefault(frozenset(drivers(texts[n])), {})[n] = texts[n]
         groups += [group for some in alike.values() for group in deal(some, cores)]
-        with ThreadPoolExecutor(cores) as pool:
-            for made in pool.map(self.make, groups):
-                found.update(made)
+        for made in side_by_side(self.make, groups, cores):
+            found.update(made)
         return {name: path for key, path in found.items() for name in names[key] if path is not None}
 
     def known(self, key: Key) -> Path | None:

@@ -19,6 +19,7 @@ LIBRARY: dict[str, str] = {
     "aten.bmm.default": "MKL's matmul",
     "aten.baddbmm.default": "MKL's matmul",
     "aten.linear.default": "MKL's matmul",
+    "aten._int_mm.default": "oneDNN's matmul of bytes",
     "aten.sort.stable": "torch's sort",
     "aten.sort.default": "torch's sort",
     "aten.topk.default": "torch's selection",
@@ -121,8 +122,9 @@ def kind_of(node: Node, why: str, device: str = "cpu") -> tuple[str, str]:
     if found is None and (found := _LIBRARY_OF.get(packet)) is not None and device != "cpu":
         found = _CUDA_NAMES.get(found, found)
     if found is not None:
-        explained = name == "aten.convolution.default" and device == "cpu" and why != NO_KERNEL
-        return "library", f"{found}: {why}" if explained else found
+        told = why != NO_KERNEL and ("attention" in found or name == "aten.convolution.default")  # templates take most
+        told = told and why != "not on a CPU"
+        return "library", f"{found}: {why}" if told else found
     return "fallback", _WHY_NOT.get(packet, why) if why == NO_KERNEL else why
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,14 @@ from .templates import matmul as T
 if TYPE_CHECKING:
     from .analysis import Evaluator
 
-_DTYPES = (torch.float32, torch.float64)
+_SUMS = {
+    torch.float32: "float32", torch.bfloat16: "float32", torch.float16: "float32", torch.float64: "float64",
+    torch.int8: "int32", torch.uint8: "int32",
+}  # fmt: skip
 _OPS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default", "aten.linear.default")
+_BYTES = ("aten._int_mm.default", "aten._weight_int8pack_mm.default")
+_TURNS = ("aten.permute.default", "aten.t.default", "aten.transpose.int")
+_CASTS = ("aten._to_copy.default", "prims.convert_element_type.default")
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,9 @@ class Matmul:
     """Operands of a matmul in the template's terms: `a` [.., M, K], `b` [.., K, N], at most one batch axis.
 
     `a_layout` and `b_layout` name the contiguous axis as `MatmulSpec` does; strides are in elements. `bias` is added to
-    every row as `beta * bias + alpha * product`. With a `window` one operand is an image: its layout is "window", its
-    stride 0.
+    every row as `beta * bias + alpha * product`, and `scale` has a factor for every column. All of that is computed in the
+    dtype of the sums and rounded once, as eager does; A and B may be narrower (`OPERANDS` of the template). With a `window`
+    one operand is an image: its layout is "window", its stride 0.
     """
 
     a: Value
@@ -46,13 +53,26 @@ class Matmul:
     bias: Value | None = None
     alpha: float = 1
     beta: float = 1
+    scale: Value | None = None
     window: C.Window | None = None
+
+    @property
+    def sums(self) -> str:
+        """The dtype that products are summed in."""
+        return _SUMS[self.a.tensor.dtype]
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """What the template reads from memory; the bias is its epilogue's."""
+        return self.a, self.b
 
     def element(self, to: Evaluator, node: Node, index: Index) -> str:
         """The finished element at `index` of the output, from the template's sum."""
         body = to.body
-        dtype = str(self.a.tensor.dtype).removeprefix("torch.")
+        dtype = self.sums
         value = body.given(T.ACC, dtype)
+        if self.scale is not None:
+            value = body.op("mul", value, body.cast(to.read(self.scale, index[-1:]), dtype))
         if self.alpha != 1:
             value = body.op("mul", value, body.const(self.alpha, dtype))
         if self.bias is None or self.beta == 0:
@@ -72,13 +92,18 @@ Chooser = Callable[[Node, Matmul], "tuple[str, str] | None"]
 
 def matmul_of(node: Node) -> Matmul | str | None:
     """The template's view of a matmul node; a reason where the template does not take it; None for other ops."""
-    if node.op.name not in (*_OPS, C.NAME):
+    if node.op.name not in _OPS and node.op.name not in _BYTES and node.op.name != C.NAME:
         return None
     name = node.op.name.split(".")[1]
     if not isinstance(node.out.type, TensorType) or node.out.tensor.device != "cpu":
         return "not on a CPU"
-    if node.out.tensor.dtype not in _DTYPES:
-        return f"the template computes float32 and float64, not {str(node.out.tensor.dtype).removeprefix('torch.')}"
+    if name == "_int_mm":
+        return _from_operands(node.args[0], node.args[1], None, 1, 1)
+    if name == "_weight_int8pack_mm":
+        return _scaled(node)
+    dtype = node.out.tensor.dtype
+    if dtype not in _SUMS or not dtype.is_floating_point:
+        return f"the template gives floats and products of bytes, not {str(dtype).removeprefix('torch.')}"
     bias: Value | None = None
     alpha, beta = 1, 1
     if name == "convolution":
@@ -91,6 +116,34 @@ def matmul_of(node: Node) -> Matmul | str | None:
     else:
         a, b = node.args[:2]
     return _from_operands(a, b, bias, alpha, beta)
+
+
+def widened(made: Matmul, producers: Mapping[Value, Node], users: Mapping[Value, tuple[Node, ...]]) -> Node | None:
+    """The cast that makes B of bytes in memory, in the same places, for this product alone; None where there is none.
+
+    Bytes are exact in every float, so the template may widen them itself, but for convolutions.
+    """
+    if made.window is not None:
+        return None
+    value = made.b
+    while (node := producers.get(value)) is not None and node.op.name in _TURNS and len(users[value]) == 1:
+        value = node.args[0]
+    if node is None or node.op.name not in _CASTS or len(users[value]) != 1:
+        return None
+    source = node.args[0].tensor
+    exact = source.dtype in (torch.int8, torch.uint8) and made.sums == "float32"
+    return node if exact and source.strides == value.tensor.strides else None
+
+
+def _scaled(node: Node) -> Matmul | str:
+    """x [M, K] by bytes [N, K], each column times its scale."""
+    x, weight, scale = node.args
+    kind, w = x.tensor, weight.tensor
+    layout, b_layout = _layout(kind.strides[-2], kind.strides[-1], "k", "m"), _layout(w.strides[0], w.strides[1], "k", "n")
+    if layout is None or b_layout is None:
+        return "an operand without a contiguous axis"
+    m, k = kind.shape
+    return Matmul(x, weight, m, w.shape[0], k, layout[0], b_layout[0], layout[1], b_layout[1], scale=scale)
 
 
 def _linear(node: Node) -> Matmul | str:
@@ -164,4 +217,4 @@ def size_arguments(made: Matmul, spec: T.MatmulSpec) -> tuple[Any, ...]:
 def workspace(made: Matmul, spec: T.MatmulSpec) -> TensorType:
     """Type of the scratch buffer that the kernel wants."""
     elements = T.workspace_elements(spec, made.m, made.n, made.k, threads())
-    return TensorType((elements if isinstance(elements, int) else sympy.sympify(elements),), made.a.tensor.dtype)
+    return TensorType((elements if isinstance(elements, int) else sympy.sympify(elements),), getattr(torch, spec.dtype))

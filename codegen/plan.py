@@ -109,11 +109,11 @@ class _Planner:
         arena = plan_arena(blocks, lambda v: self.allow("reuse", "reuse", self.graph.producers.get(v)))
         for block in blocks:
             self.define(block.key, "arena", None, arena.offsets[block.key])
+        for value, home in self.scheduled.stored.items():
+            self.define(value, "view", self.id(home))
         for item in self.scheduled.items:
             if isinstance(item, AliasItem) and item.of in self.specs:  # else fused away with what it is a view of
                 self.define_alias(item)
-        for value, home in self.scheduled.stored.items():
-            self.define(value, "view", self.id(home))
         return arena
 
     def define_alias(self, item: AliasItem) -> None:

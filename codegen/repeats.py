@@ -73,16 +73,19 @@ class _Signature:
         if (r := unit.reduce) is not None:
             reduced = r.op, r.dims, r.keepdim, r.dtype, r.value_dtype
         made = unit.matmul
-        product = None
+        template: Any = None
+        if unit.attention is not None:
+            template = tuple(map(self.of_value, unit.operands)), tuple((self.place(w), w in self.stored) for w in unit.also)
         if made is not None:
             operands = made.m, made.n, made.k, made.a_layout, made.b_layout, made.lda, made.ldb, made.batch, made.window
-            bias = None if made.bias is None else self.of_value(made.bias)
+            bias, scale = (None if v is None else self.of_value(v) for v in (made.bias, made.scale))
             panels = self.analysis.panels.get(self.analysis.memory[made.b].root)
             packed = None if panels is None else self.number(panels[0])
-            product = self.of_value(made.a), self.of_value(made.b), packed, operands, bias, made.alpha, made.beta
+            template = self.of_value(made.a), self.of_value(made.b), packed, operands, bias, scale, made.alpha, made.beta
         return (
-            self.place(v), v in self.stored, self.analysis.weight.get(v), unit.domain, reduced, product,
-            group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer, self.of_node(unit.node, v),
+            self.place(v), v in self.stored, v in group.in_place, self.analysis.weight.get(v), unit.domain, reduced,
+            template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,
+            self.of_node(unit.node, v),
         )  # fmt: skip
 
     def of_node(self, node: Node, v: Value) -> Any:

@@ -12,16 +12,18 @@ from ..ir.rewrite import RuleLog
 from ..runtime import ops as runtime_ops
 from .allow import Allow, always
 from .analysis import Analysis
+from .attention import emit_attention
 from .emit import emit, emit_matmul
 from .emit_ordered import emit_ordered
 from .expand import expand
 from .groups import Group, Grouping
+from .in_place import replaced, with_write_backs, without
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
 from .matmul import Matmul, matmul_of
 from .repeats import Repeats
 from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
-from .tuning import linear_call, measured_choice
+from .tuning import default_choice, linear_call, measured_choice
 from .unbacked import bind_sizes
 
 assert runtime_ops is not None  # importing registers the ops `plait.*` that plans call
@@ -43,13 +45,19 @@ def schedule(
     allow: Allow = always,
     log: RuleLog | None = None,
 ) -> Scheduled:
-    """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written back at the end. With `measured` each
-    matmul goes to the fastest of the template and the libraries."""
-    graph = bind_sizes(_with_write_backs(expand(graph, allow, log) if generate else graph))
-    choose = measured_choice(graph.symbols, graph.producers) if measured and target.kind == "cpu" else None
+    """Fuse a tensor-level graph into kernels and calls. Mutated inputs are written by the kernel that computes what they
+    become where that is safe (`in_place`), else at the end. With `measured` each matmul goes to the fastest of the template
+    and the libraries, without it to the template, unless the processor multiplies its dtype in a way that only a library
+    uses."""
+    graph = bind_sizes(with_write_backs(expand(graph, allow, log) if generate else graph))
+    choose = None
+    if target.kind == "cpu":
+        choose = measured_choice(graph.symbols, graph.producers) if measured else default_choice(graph.symbols)
     analysis = Analysis(graph, generate=generate, target=target, choose=choose, allow=allow)
     grouping = Grouping(analysis)
+    copies = replaced(analysis, grouping)
     stored = _stored(analysis, grouping)
+    graph = without(graph, copies)
     items: list[Item] = []
     scratch: list[Value] = []
     homes = dict(zip((v for _, v in graph.writes), (graph.inputs[i] for i, _ in graph.writes), strict=True))
@@ -58,13 +66,13 @@ def schedule(
     repeats = Repeats(analysis, stored, status)
     for item in grouping.ordered():
         if isinstance(item, Group):
-            if not any(u.value in stored for u in item.units):
+            if not any(v in stored and v not in copies for u in item.units for v in u.values):
                 continue  # nobody reads what it computes: only its sizes mattered
             nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
             kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
-            if item.matmul is not None:
+            if item.units[0].operands:
                 scratch.append(kernel.buffers[-1])
-            (late if any(u.value in homes for u in item.units) else items).append(kernel)
+            (late if any(u.value in grouping.last for u in item.units) else items).append(kernel)
         else:
             kind, reason = analysis.calls[item]
             items.append(CallItem(_implementation(analysis, item), kind, reason))
@@ -111,34 +119,6 @@ def _addressing(analysis: Analysis, node: Node) -> Node:
     return Node(op("plait.as_strided_scatter.default"), args, node.outputs, (), node.loc)
 
 
-def _with_write_backs(graph: Graph) -> Graph:
-    """The graph with every written-back value copied by a node of its own, so that it gets a kernel and an order: after
-    all other readers of the input."""
-    if not graph.writes:
-        return graph
-    nodes = list(graph.nodes)
-    writes: list[tuple[int, Value]] = []
-    written = {graph.inputs[i] for i, _ in graph.writes}
-    for i, v in graph.writes:
-        source = v
-        if _input_behind(graph, v) in written:
-            source = Value(v.type, v.hint)
-            nodes.append(Node(op("aten.clone.default"), (v, None), (source,)))
-        copy = Value(graph.inputs[i].type, f"{graph.inputs[i].hint}_new")
-        nodes.append(Node(op("aten.clone.default"), (source, None), (copy,)))
-        writes.append((i, copy))
-    return graph.replace(nodes=tuple(nodes), writes=tuple(writes))
-
-
-def _input_behind(graph: Graph, value: Value) -> Value:
-    """Follow views from `value` to what they view."""
-    node = graph.producers.get(value)
-    while node is not None and (node.op.has("view") or node.op.name == "aten._unsafe_view.default"):
-        value = node.args[0]
-        node = graph.producers.get(value)
-    return value
-
-
 def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
     """Units that are read from memory: by calls, other groups, through views, or as results."""
     found: set[Value] = set()
@@ -159,7 +139,7 @@ def _stored(analysis: Analysis, grouping: Grouping) -> set[Value]:
                 note(v)
         else:
             for u in item.units:
-                for v in (u.matmul.a, u.matmul.b) if u.matmul is not None else ():
+                for v in u.operands:
                     note(v)
                 for v, _ in u.reads:
                     if v not in item.form:
@@ -172,11 +152,16 @@ def _kernel_item(
 ) -> KernelItem:
     if group.matmul is not None:
         return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
-    alone = group.units[0].ordered is not None
-    made = emit_ordered(analysis, group, status) if alone else emit(analysis, group, stored, status)
+    first = group.units[0]
+    if first.attention is not None:
+        return emit_attention(first.attention, first.values, stored, first.node)
+    made = emit_ordered(analysis, group, status) if first.alone else emit(analysis, group, stored, status)
     # what a kernel writes and then reads again it does not read from before
     own = made.scratch | {u.value for u in group.units}
-    access = tuple("write" if v in own else b.access for v, b in zip(made.buffers, made.kernel.buffers, strict=True))
+    access = tuple(
+        "write" if v in own and v not in group.in_place else b.access
+        for v, b in zip(made.buffers, made.kernel.buffers, strict=True)
+    )
     return KernelItem(made.kernel.name, made.buffers, access, made.kernel.sizes, nodes, made.kernel)
 
 

@@ -92,7 +92,11 @@ def _attention(node: Node, graph: Graph) -> Replaced:
         raise CannotRetarget(op=node.op.name, device="CUDA devices", why=why, source=node.loc.short or None)
     general = op("aten.scaled_dot_product_attention.default")
     query, key, value, dropout, causal = node.args[:5]
-    args = bind(general, (query, key, value, node["attn_mask"], dropout, causal), {"scale": node["scale"]})
+    args = bind(
+        general,
+        (query, key, value, node["attn_mask"], dropout, causal),
+        {"scale": node["scale"], "enable_gqa": query.tensor.shape[1] != key.tensor.shape[1]},
+    )
     return general, args, (node.outputs[0], *node.outputs[2:])
 
 

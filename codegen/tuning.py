@@ -1,4 +1,4 @@
-"""Measured choices: which implementation runs a matmul, from the profile table or by measuring it now."""
+"""Which implementation runs a matmul: by what the processor has for its dtype, or measured, now or before."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..cost.device import cpu_flags
 from ..cost.profile import open_table, user_path
 from ..ir import Node, Symbols, Value, op
 from .kernels import current_cache
@@ -13,6 +14,28 @@ from .matmul import Chooser, Matmul
 from .templates.matmul_choice import MKL, ONEDNN, MatmulProblem, candidate_names, choose_matmul
 
 _MEASURABLE = 1 << 28  # elements of an operand; larger ones are not made just to time them
+_FEW_ROWS = 16  # products of fewer read the weight and do little else: there the template is as fast, and fuses
+_WIDE = {  # instructions that multiply more than the template's do, and that oneDNN uses, by dtype of A
+    torch.bfloat16: ("amx_bf16", "avx512_bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16"),
+    torch.int8: ("amx_int8", "avx512_vnni"),
+    torch.uint8: ("amx_int8", "avx512_vnni"),
+}
+
+
+def default_choice(symbols: Symbols) -> Chooser:
+    """A function that leaves products of halves and bytes to oneDNN where the processor has instructions for them that the
+    template does not use, and the product has more than a few rows. All others go to the template."""
+
+    def choose(_: Node, made: Matmul) -> tuple[str, str] | None:
+        has = next((flag for flag in _WIDE.get(made.a.tensor.dtype, ()) if flag in cpu_flags()), None)
+        rows = _number(made.m, symbols)
+        if has is None or rows is None or rows < _FEW_ROWS or made.scale is not None:
+            return None
+        dtype = str(made.a.tensor.dtype).removeprefix("torch.")
+        return MKL, f"oneDNN's matmul: this CPU has {has} for {dtype}, which the template does not use"
+
+    return choose
 
 
 def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
@@ -36,6 +59,8 @@ def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
         if max(m * k, k * n, m * n) * batch > _MEASURABLE:
             return None
         dtype = str(made.a.tensor.dtype).removeprefix("torch.")
+        if made.scale is not None or (made.sums == "int32" and made.b.tensor.dtype is not torch.int8):
+            return None  # no library multiplies them otherwise than torch's own call
         problem = MatmulProblem(m, n, k, batch, dtype, made.a_layout, made.b_layout)
         best = choose_matmul(problem, table, threads, folder)
         table.save()

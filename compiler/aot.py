@@ -27,9 +27,9 @@ from ..runtime.artifact import Parts, write
 from ..runtime.cuda import DeviceBinary
 from ..runtime.state import hold
 from . import env
-from .backend import check_fallbacks
 from .cache import compile_cached
 from .options import Options
+from .plans import check_fallbacks
 from .source import CPU_ISAS, Source, Targets, parse_targets
 
 ALL_CPUS = Targets(isas=CPU_ISAS)

@@ -11,6 +11,7 @@ model.save("model.plait")
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,16 +30,16 @@ from ..passes.base import Step
 from ..runtime.executor import Executable
 from ..runtime.plan import Launch
 from ..runtime.structure import Structure
-from .backend import check_fallbacks, codegen_options, plait
-from .cache import compile_cached
+from .backend import plait
 from .debugging.history import find_step, step_diff
 from .debugging.interpret import check_inputs, random_inputs
 from .debugging.ledger import Entry, ledger
 from .debugging.walk import Walk
 from .export import Exported, capture_model, name_of
-from .observe import Record, active, observe
+from .observe import KERNELS, Record, active, observe
 from .options import Options
 from .pipelines import Run, Session
+from .plans import generated, runnable
 from .terminal import coverage_text
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ def compile(
     Raises CannotExport, TrainingMode, CannotImport, CannotLower, UnknownOption, what the passes raise, and NoCompiler or
     KernelBuildFailed where the kernels cannot be built.
     """
-    done = prepare(model, example_inputs, dynamic_shapes=dynamic_shapes, passes=passes, options=options)
-    assert done.executable is not None  # builds the kernels now, not in the first call
-    return done
+    return _compile(model, example_inputs, dynamic_shapes, Options.of(options, passes=passes), build=True)
 
 
 def prepare(
@@ -77,11 +76,18 @@ def prepare(
     passes: Iterable[Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> CompiledModel:
-    """`compile` without building kernels for this machine: for looking at them, and for artifacts, which build their own."""
-    chosen = Options.of(options, passes=passes)
+    """`compile` without building kernels for this machine, whatever the budget: for looking at them, and for artifacts,
+    which build their own."""
+    return _compile(model, example_inputs, dynamic_shapes, Options.of(options, passes=passes), build=False)
+
+
+def _compile(model: Any, example_inputs: Any, dynamic_shapes: Any, chosen: Options, *, build: bool) -> CompiledModel:
     for_inference(chosen)
     exported = capture_model(model, example_inputs, dynamic_shapes, training=chosen.training)
-    done = _compile(exported, Session(name_of(model), chosen))
+    session, started = Session(name_of(model), chosen), time.perf_counter()
+    walk = Walk(exported.graph, "forward", exported.inputs, session)
+    graph = walk.finish()
+    done = CompiledModel(exported, graph, tuple(walk.history), session, started if build else None)
     for observation in active():
         observation.graphs.append(done.record)
     return done
@@ -94,15 +100,14 @@ def for_inference(options: Options) -> None:
             raise WrongCapturePoint(name=one.name, at="joint", here="inference")
 
 
-def _compile(exported: Exported, session: Session) -> CompiledModel:
-    walk = Walk(exported.graph, "forward", exported.inputs, session)
-    return CompiledModel(exported, walk.finish(), tuple(walk.history), session)
-
-
 def allow_ones(compiled: CompiledGraph, symbols: frozenset[str]) -> CompiledGraph:
     """The plan with inputs of size 1 let in where the program was exported for them, see `Exported`."""
     specs = tuple(replace(s, low=1) if s.name in symbols and s.low == 2 else s for s in compiled.plan.symbols)
     return replace(compiled, plan=replace(compiled.plan, symbols=specs))
+
+
+def _checking(compiled: CompiledGraph) -> Run:
+    return compiled.executable_checking().run
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,15 @@ class CompiledModel:
     """A compiled model. Call it like the original; calls may overlap in threads where it has no state.
 
     `captured` and `graph` are the graph as captured and after the passes, `history` the passes in between, `compiled` the
-    plan and its kernels. `state` are buffers that the model writes, by its own names, tied ones under each: copies that
-    belong to this object, to be read or set in place. No gradients flow through it.
+    plan that runs and its kernels, `record` what became of plans that were compiled in the background. `state` are buffers
+    that the model writes, by its own names, tied ones under each: copies that belong to this object, to be read or set in
+    place. No gradients flow through it.
     """
 
-    def __init__(self, exported: Exported, graph: Graph, history: tuple[Step, ...], session: Session) -> None:
+    def __init__(
+        self, exported: Exported, graph: Graph, history: tuple[Step, ...], session: Session, started: float | None = None
+    ) -> None:
+        """With `started` kernels are built now, within the budget from then on; else when they are needed."""
         self.captured = exported.graph
         self.graph = graph
         self.history = history
@@ -130,15 +139,27 @@ class CompiledModel:
         self.state = MappingProxyType(dict(exported.state))
         self._exported = exported
         self._session = session
-        compiled = compile_cached(graph, codegen_options(session.options, graph), session.decisions)
-        self.compiled: CompiledGraph = allow_ones(compiled, exported.ones)
-        check_fallbacks(self.compiled, session.options)
-        session.dump_compiled(self.compiled)
-        self.record = Record(session.name, "inference", exported.graph, graph, history, self.compiled)
+        self.record = Record(session.name, "inference", exported.graph, graph, history)
         self._structure = Structure(exported.in_tree, exported.out_tree)
         self._held = exported.held
+        if started is None:
+            self.record.compiled = self._generated()
+        else:
+            self._run = runnable(session, graph, self.record, _checking, started, self._finish)
 
-    @cached_property
+    def _finish(self, made: CompiledGraph) -> CompiledGraph:
+        return allow_ones(made, self._exported.ones)
+
+    def _generated(self) -> CompiledGraph:
+        return generated(self._session, self.graph, self._finish)
+
+    @property
+    def compiled(self) -> CompiledGraph:
+        """The plan that runs, and its kernels."""
+        assert self.record.compiled is not None
+        return self.record.compiled
+
+    @property
     def executable(self) -> Executable:
         """The plan, ready to run on the state and the flat inputs; builds what is not built yet."""
         return self.compiled.executable_checking()
@@ -152,7 +173,7 @@ class CompiledModel:
 
     @cached_property
     def _run(self) -> Run:
-        return self._session.checked(self.compiled, self.executable.run)
+        return self._session.checked(self.compiled, _checking(self.compiled))
 
     @property
     def coverage(self) -> Coverage:
@@ -166,7 +187,8 @@ class CompiledModel:
         return tuple(Kernel(k, self.compiled.sources[k], steps.count(k)) for k in dict.fromkeys(steps))
 
     def __str__(self) -> str:
-        return coverage_text(asdict(self.coverage))
+        now = [self.record.plan] if self.record.plan else []
+        return "\n".join([coverage_text(asdict(self.coverage)), *now, *map(str, self.record.swaps)])
 
     def __repr__(self) -> str:
         c = self.coverage
@@ -228,7 +250,9 @@ class CompiledModel:
         from . import aot
 
         trees = self._structure.in_tree, self._structure.out_tree
-        return aot.Ready(self.compiled, self.captured, self.history, *trees, options=self.options, state=self.state)
+        pending = self.record.plan or any(s.plan == KERNELS and s.outcome == "failed" for s in self.record.swaps)
+        compiled = self._generated() if pending else self.compiled
+        return aot.Ready(compiled, self.captured, self.history, *trees, options=self.options, state=self.state)
 
     def report(self, path: str | Path, profile: Profile | None = None) -> None:
         """Write one HTML page: coverage, a profile where one is given, passes with their changes, graph, kernels. It needs

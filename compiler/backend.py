@@ -7,28 +7,27 @@ back with the joint graph and with what is to be compiled.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import GmWrapper
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
-from ..codegen.compile import CodegenOptions, CompiledGraph
 from ..errors import CannotCapture, CannotImport, CannotLower, FallbackRefused, PlaitError
-from ..ir import Graph, TensorType, from_fx
+from ..ir import Graph, from_fx
 from ..passes.decompositions import table
 from . import capture, pipelines, rng
-from .cache import compile_cached
 from .decisions import deciding_table, register_with_torch
 from .freeze import Frozen, freeze, static_inputs
 from .observe import Observation, Record, active
 from .options import Options
+from .partition import partition, saved_bytes
 from .pipelines import Session
+from .plans import runnable
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +62,7 @@ class _Compilation:
     seen_by: tuple[Observation, ...]
     not_applied: list[str] = field(default_factory=list)
     inputs: Sequence[Any] = ()
+    saved_bytes: int = 0
 
     def run(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.inputs = inputs
@@ -108,7 +108,7 @@ class _Compilation:
     # -- forward and backward in one ----------------------------------------------------------------------------------
 
     def partition(self, joint: GraphModule, inputs: Any, **how: Any) -> tuple[GraphModule, GraphModule]:
-        """Run the joint pipeline and cut by torch's min-cut."""
+        """Run the joint pipeline and cut as the option `recompute` says."""
         chosen = pipelines.passes("joint", self.session.options)
         if chosen:
             try:
@@ -121,7 +121,9 @@ class _Compilation:
                 with capture.real_tensors():
                     graph, _ = self.session.run(graph, "joint")
                 joint = capture.restore_joint(graph, links, joint)
-        return min_cut_rematerialization_partition(joint, inputs, **how)
+        forward, backward = partition(joint, inputs, self.session.options.recompute, **how)
+        self.saved_bytes = saved_bytes(forward, how["num_fwd_outputs"])
+        return forward, backward
 
     # -- what is compiled ---------------------------------------------------------------------------------------------
 
@@ -155,7 +157,8 @@ class _Compilation:
 
     def record(self, kind: str) -> Record:
         """A record to fill while a graph is compiled."""
-        return Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied))
+        saved = self.saved_bytes if kind == "forward" else 0
+        return Record(f"{self.session.name}_{kind}", kind, not_applied=tuple(self.not_applied), saved_bytes=saved)
 
     def counted(self, run: Boxed, record: Record) -> Boxed:
         """The callable, counting its executions; hands the record to everyone who observes."""
@@ -170,40 +173,13 @@ class _Compilation:
 
     def lowered(self, graph: Graph, record: Record) -> Boxed:
         """Run the passes and generate code. Raises CannotLower, FallbackRefused."""
+        started = time.perf_counter()
         with capture.real_tensors():
             record.captured = graph
             record.graph, steps = self.session.run(graph, "split")
             record.history = tuple(steps)
-            record.compiled = compile_cached(
-                record.graph, codegen_options(self.session.options, record.graph), self.session.decisions
-            )
-            check_fallbacks(record.compiled, self.session.options)
-            self.session.dump_compiled(record.compiled)
-            run = self.session.checked(record.compiled, record.compiled.executable.run)
+            run = runnable(self.session, record.graph, record, lambda made: made.executable.run, started)
             return self.counted(run, record)
-
-
-def codegen_options(options: Options, graph: Graph) -> CodegenOptions:
-    """What code generation wants to know of a compilation's options, and of the device that its graph was captured on."""
-    return CodegenOptions(target=target_of(graph), measured=options.tune)
-
-
-def target_of(graph: Graph) -> str:
-    """What to generate kernels for: the kind of the first CUDA device that a value of a graph lies on, "cpu" for none."""
-    for v in (*graph.inputs, *(v for n in graph.nodes for v in n.results)):
-        if isinstance(v.type, TensorType) and v.type.device.startswith("cuda"):
-            major, minor = torch.cuda.get_device_capability(v.type.device)
-            return f"cuda:{major}{minor}"
-    return "cpu"
-
-
-def check_fallbacks(compiled: CompiledGraph, options: Options) -> None:
-    """Raise FallbackRefused for the first op that runs in torch for want of a kernel, where the options forbid it."""
-    if options.fallback != "error":
-        return
-    for reported in compiled.coverage.reported:
-        if reported.kind == "fallback":
-            raise FallbackRefused(what=reported.op, why=reported.reason, source=reported.source or None)
 
 
 def _by_torch(gm: GraphModule) -> Boxed:

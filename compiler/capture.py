@@ -330,7 +330,8 @@ class _Lowering(Interpreter):
         result = self.run_unguarded(n)
         mode = get_proxy_mode()
         if mode is not None and isinstance(result, torch.Tensor):
-            slot: Any = get_proxy_slot(from_fun(result), mode.tracer, None)
+            inner: Any = from_fun(result)
+            slot: Any = get_proxy_slot(inner, mode.tracer, None)
             if slot is not None:
                 self.traced[n] = slot.proxy.node
         return result

@@ -103,6 +103,40 @@ def _numerics(cls: type[Pass]) -> str:
     return f"{promise.kind} (bound {promise.bound:g})" if promise.kind == "approximate" else promise.kind
 
 
+_BACKGROUND = (
+    "With `compile_budget_s` a compilation that does not fit into the budget goes on in a thread, and calls begin",
+    "with a plan that runs op by op in torch and needs no compiler. The budget counts plait's own part, from when the",
+    "graph is handed over; passes run in any case (0.1 ms for each node). What is ready is judged in the next call:",
+    "both plans run on its inputs, copied where the graph writes them, and the better one takes over if the answers",
+    'agree. A wrong plan is kept out, written down as a bundle and warned of; with `verify="each-pass"` it is an',
+    "error. Graphs that draw random numbers are not run twice: their plans are exchanged where both draw the same in",
+    'the same order. While choices are bisected there is no budget; with `fallback="error"` kernels are generated at',
+    "once, so that what is refused is refused at once. An artifact that is saved meanwhile holds the kernels,",
+    "compiled in full for it.",
+    "",
+    "`plait.wait(timeout)` waits until nothing is being compiled; `record.plan` and `record.swaps` (of",
+    "`plait.observe()`, or of a model of `plait.compile`) and the logs say which plan runs, what became of the better",
+    "one and how long it took.",
+    "",
+    "```python",
+    "import torch",
+    "import plait",
+    "",
+    'compiled = plait.compile(torch.nn.Linear(8, 8).eval(), (torch.ones(2, 8),), options={"compile_budget_s": 0})',
+    "compiled(torch.ones(2, 8))  # runs at once",
+    "plait.wait()",
+    "compiled(torch.ones(2, 8))  # judges the kernels: from now on they run",
+    "print(compiled.record.swaps)",
+    "```",
+    "",
+    'With `specialise="measured"` sizes that come again and again (16 calls) are tried as a static variant of the',
+    "dynamic graph: compiled in the background, judged in the same way, timed against the dynamic plan in twelve",
+    "calls of each by turns, and kept if it saves more than 5 % of the time and more than the spread explains. At",
+    "most four for a graph are tried; `record.swaps` lists them with their sizes and what they saved. Artifacts hold",
+    "the dynamic plan alone.",
+)
+
+
 def options_page() -> str:
     """What can be chosen for one compilation, and what holds for the process."""
     lines = [
@@ -115,6 +149,8 @@ def options_page() -> str:
         "| option | default | |",
         "|---|---|---|",
         *(f"| `{name}` | `{default!r}` | {doc} |" for name, default, doc in options.describe()),
+        "",
+        *_BACKGROUND,
         "",
         "Settings hold for the process. The environment overrides `plait.config.configure(...)` and",
         "`plait.config.patch(...)`; an option of the same name overrides both.",

@@ -12,6 +12,30 @@ from ..codegen.coverage import Coverage, Reported
 from ..ir import Graph
 from ..passes.base import Step
 
+#: What a `Swap` calls the plan with kernels that takes the place of the one that runs op by op.
+KERNELS = "kernels"
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What became of a plan that was compiled in the background.
+
+    `plan` says which: "kernels", or the sizes that it is for ("s0=8"). `outcome` is "swapped in", "wrong", "failed" (it
+    could not be compiled) or "not faster". `seconds` passed from when it was put off until it was ready, `gain` is the part
+    of a call's time that it saves, as measured (None: not measured).
+    """
+
+    plan: str
+    outcome: str
+    seconds: float
+    gain: float | None = None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        gain = "" if self.gain is None else f", {self.gain:.0%} of the time saved"
+        detail = f": {self.detail}" if self.detail else ""
+        return f"{self.plan}: {self.outcome} after {self.seconds:.1f} s in the background{gain}{detail}"
+
 
 @dataclass(eq=False)
 class Record:
@@ -20,7 +44,9 @@ class Record:
     `kind` is "inference", "forward" or "backward"; `captured` and `graph` are the graph as it came and after the passes,
     `history` the passes in between. `not_applied` says why passes before autograd or on the joint graph did not see the
     program. `torch_reason` is set where the whole graph runs in torch, and then `captured`, `graph` and `compiled` are
-    None. `runs` counts executions.
+    None. `runs` counts executions. `plan` says which plan runs where a better one is on its way ("" otherwise), `swaps` what
+    became of those that were compiled in the background; `compiled` is the plan that takes calls of any size. `saved_bytes`
+    is what a forward keeps for its backward besides its inputs.
     """
 
     name: str
@@ -33,6 +59,9 @@ class Record:
     torch_reason: str = ""
     torch_ops: int = 0
     runs: int = 0
+    plan: str = ""
+    swaps: tuple[Swap, ...] = ()
+    saved_bytes: int = 0
 
     @property
     def coverage(self) -> Coverage:
@@ -43,7 +72,8 @@ class Record:
 
     def __repr__(self) -> str:
         c = self.coverage
-        return f"<{self.name}: {c.generated} generated, {c.library} library, {c.fallback} fallback, {self.runs} runs>"
+        now = f", {self.plan}" if self.plan else ""
+        return f"<{self.name}: {c.generated} generated, {c.library} library, {c.fallback} fallback, {self.runs} runs{now}>"
 
 
 @dataclass(eq=False)

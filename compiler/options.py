@@ -22,6 +22,8 @@ from ..passes.base import PASSES, Pass
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+SPECIALISE = ("off", "measured")
+
 
 def option(default: Any, *, doc: str) -> Any:
     """A field of `Options`: its default and one line of docs."""
@@ -40,11 +42,23 @@ class Options:
     verify: str = option("off", doc="off, structure (once, at the end) or each-pass (structure and numerics)")
     fallback: str = option("allow", doc="allow, or error: refuse to run ops in torch that no kernel was generated for")
     freeze: bool = option(False, doc="inference only: treat parameters as constants; writes through `.data` are not seen")
+    recompute: str = option(
+        "torch", doc="what the backward computes again: torch (its min-cut), cost (plait's, by times) or none; tags win"
+    )
     training: bool = option(False, doc="plait.compile: take training mode as it is; batch norm updates, dropout draws")
     print_after: tuple[str, ...] = option((), doc="passes after which the graph is printed to stderr, or `all`")
     dump_dir: str | None = option(None, doc="folder for the graph after each pass, kernel sources and coverage")
     max_rel_err: float | None = option(
         None, doc="relative error that approximate passes may cause together; one that would overdraw is undone and named"
+    )
+    compile_budget_s: float | None = option(
+        None,
+        doc="seconds for generating and building, 0: at once; what takes longer goes on behind calls that run op by op, see "
+        "`plait.wait`; none: wait for all of it",
+    )
+    specialise: str = option(
+        "off",
+        doc="off, or measured: compile static variants for sizes that come again and again, keep those that are faster",
     )
     bisect_limit: int | None = option(
         None, doc="how many choices (firings, generated nodes, fusions, reuses of memory) are allowed; none: all"
@@ -101,6 +115,9 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     error, limit = values.get("max_rel_err"), values.get("bisect_limit")
     if error is not None and not (math.isfinite(error) and error >= 0):
         raise BadOption(name="max_rel_err", expected="a number from 0 on", value=error)
+    budget = values.get("compile_budget_s")
+    if budget is not None and not (math.isfinite(budget) and budget >= 0):
+        raise BadOption(name="compile_budget_s", expected="a number from 0 on", value=budget)
     if limit is not None and limit < 0:
         raise BadOption(name="bisect_limit", expected="a number from 0 on", value=limit)
 
@@ -143,7 +160,8 @@ def _passes(given: Any) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-_CHOICES = {"verify": config.VERIFY, "fallback": config.FALLBACK}
+RECOMPUTE = ("torch", "cost", "none")
+_CHOICES = {"verify": config.VERIFY, "fallback": config.FALLBACK, "specialise": SPECIALISE, "recompute": RECOMPUTE}
 
 
 def _convert(key: str, value: Any) -> Any:

@@ -21,6 +21,7 @@ from torch._logging import trace_structured
 from ..codegen.compile import CompiledGraph
 from ..errors import BadOption, InterfaceChanged, NumericsBroken, PassFailed
 from ..ir import Arg, Graph, TensorType, Value
+from ..passes.attention import Attention
 from ..passes.base import CapturePoint, Context, Pass, Pipeline, Step, reassociates
 from ..passes.decompositions import table
 from ..passes.fold import Fold
@@ -51,6 +52,7 @@ def ground() -> list[Pass]:
     return [
         Normalise(),  # one spelling for each operation, which the others match
         Fold(),
+        Attention(),
         Simplify(),
         Share(),
         Layout(),  # views move once sharing has shown who uses what

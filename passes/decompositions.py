@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions, decomposition_table, get_decompositions
 from torch._ops import OpOverload
 
+from . import foreach
+
 aten: Any = torch.ops.aten
 
 Table = dict[OpOverload, Callable[..., Any]]
@@ -299,11 +301,24 @@ def _base() -> Table:
                 table.pop(overload, None)
     for name, fn in OWN.items():
         table.update(dict.fromkeys(_overloads(name), fn))
+    table.update(foreach.decompositions())
     return table
+
+
+def _multiply_add(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
+    """a·b + c, rounded twice as torch's own implementation of `prims.fma` does."""
+    return a * b + c
+
+
+def _late() -> Table:
+    """Of ops that exist only once Dynamo has met what it writes with them: addcdiv with a factor and the like."""
+    fused = getattr(torch.ops.prims, "fma", None)
+    return {} if fused is None else {fused.default: _multiply_add}
 
 
 def table(keep: Iterable[str] = ()) -> Table:
     """Decompositions to hand to AOTAutograd. `keep` names further ops to leave whole, such as `aten.hardswish` (every
     overload) or `aten.hardswish.default`, for passes that match them."""
     kept = set(keep)
-    return {k: v for k, v in _base().items() if str(k) not in kept and str(k).rpartition(".")[0] not in kept}
+    found = {**_base(), **_late()}
+    return {k: v for k, v in found.items() if str(k) not in kept and str(k).rpartition(".")[0] not in kept}

@@ -1,9 +1,9 @@
 """The static checker: proves that a plan is safe to run, or says why not.
 
-It proves that every name exists, that values are written before they are read, that views and arena values lie inside
-their memory, that two arena values which share bytes are never alive together, that steps on different streams which
-touch the same memory are ordered by waits, and that nothing in the arena leaves the call. Writes are tracked per value,
-not per element. Sizes that depend on symbols count as ordered only where `proof.py` proves it.
+It proves that every name exists, that values are written before they are read and read before they are overwritten, that
+views and arena values lie inside their memory, that two arena values which share bytes are never alive together, that steps
+on different streams which touch the same memory are ordered by waits, and that nothing in the arena leaves the call. Writes
+are tracked per value, not per element. Sizes that depend on symbols count as ordered only where `proof.py` proves it.
 
 This module holds the entry, names and symbols; `dataflow.py` what happens in which order; `overlap.py` the memory.
 """

@@ -14,8 +14,8 @@ class Dataflow:
     """The accesses of a plan in order.
 
     `accesses[root]` lists (step, writes). A handle that an op may have made as an alias of other values (a view, a
-    reshape) *borrows* their memory: each access to it is one to theirs. `problems` lists reads of unwritten values, arena
-    memory that leaves the call, and accesses on different streams that no wait orders.
+    reshape) *borrows* their memory: each access to it is one to theirs. `problems` lists reads of unwritten values
+    and of overwritten ones, arena memory that leaves the call, and accesses on different streams that no wait orders.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -24,6 +24,8 @@ class Dataflow:
         self.accesses: dict[int, list[tuple[int, bool]]] = defaultdict(list)
         self.problems: list[str] = []
         self._borrowed: dict[int, set[int]] = {}
+        self._overwritten: dict[int, tuple[int, int]] = {}  # input or constant -> (last step that wrote it, as which value)
+        self._made: dict[int, int] = {}  # handle -> the step that made it
         self._written = {v.id for v in layout.specs.values() if v.storage in ("input", "constant")}
         self._access = {k.name: k.access for k in self._plan.kernels}
         self._clocks = self._make_clocks()
@@ -48,12 +50,41 @@ class Dataflow:
             self.accesses[owner].append((number, writes))
 
     def _need(self, number: int, id: int) -> None:
-        if self._root(id) not in self._written:
+        root = self._root(id)
+        if root not in self._written:
             self.problems.append(f"step {number} reads value {id} before anything has written it")
+        if root in self._overwritten and self._overwritten[root][1] not in self._views(id):
+            step, new = self._overwritten[root]
+            self.problems.append(f"step {number} reads value {id}, which step {step} has overwritten with value {new}")
+        for owner in sorted(self._borrowed.get(root, ())):
+            step, new = self._overwritten.get(owner, (-1, -1))
+            if step > self._made[root]:
+                self.problems.append(
+                    f"step {number} reads value {id}, which may lie where step {step} has written value {new}"
+                )
+
+    def _views(self, id: int) -> list[int]:
+        """A value, what it is a view of, what that is a view of, up to its root."""
+        chain = [id]
+        while (spec := self._layout.specs[chain[-1]]).storage == "view":
+            chain.append(spec.ref)  # type: ignore[arg-type]
+        return chain
+
+    def _overwrite(self, number: int, id: int) -> None:
+        root = self._root(id)
+        if self._storage(root) in ("input", "constant"):
+            self._overwritten[root] = number, id
 
     def _launch(self, number: int, step: Launch) -> None:
-        written = []
-        for id, mode in zip(step.buffers, self._access[step.kernel], strict=True):
+        written: list[int] = []
+        overwritten: list[int] = []
+        modes = list(zip(step.buffers, self._access[step.kernel], strict=True))
+        read = {self._root(id): id for id, mode in modes if mode == "read"}
+        for id, mode in modes:
+            root = self._root(id)
+            if mode == "write" and root in read and self._storage(root) in ("input", "constant"):
+                self.problems.append(f"step {number} reads value {read[root]} and overwrites it with value {id}")
+        for id, mode in modes:
             root = self._root(id)
             if self._storage(root) == "scalar":
                 self.problems.append(f"step {number} gives the number {id} to a kernel as a buffer")
@@ -62,10 +93,13 @@ class Dataflow:
             self._touch(number, id, mode != "read")
             if mode != "read":
                 written.append(root)
+                overwritten.append(id)
                 if self._borrowed.get(root):
                     lent = ", ".join(map(str, sorted(self._borrowed[root])))
                     self.problems.append(f"step {number} writes to value {root}, which may share the memory of value {lent}")
         self._written.update(written)
+        for id in overwritten:
+            self._overwrite(number, id)
 
     def _call(self, number: int, step: Call) -> None:
         arguments = argument_values(step)
@@ -79,12 +113,15 @@ class Dataflow:
                 self._need(number, id)
             self._touch(number, id, id in written)
         self._written.update(map(self._root, written))
+        for id in sorted(written):
+            self._overwrite(number, id)
         for id in step.outs:
             if id is None or id in written:
                 continue
             root = self._root(id)
             self._written.add(root)
             if self._storage(id) == "handle":
+                self._made[id] = number
                 lenders = set(map(self._root, aliased))
                 self._borrowed[id] = lenders.union(*(self._borrowed.get(r, set()) for r in lenders)) - {id}
             self._touch(number, id, True)

@@ -123,7 +123,8 @@ class OutputSpec:
 class KernelSpec:
     """A compiled function: `language` "cpp" or "triton", `source` its content hash, `grid` for devices (size exprs).
 
-    `access` says of each buffer whether the kernel reads it, writes it or both: "read", "write" or "read_write".
+    `access` says of each buffer whether the kernel reads it, writes it or both: "read", "write" or "read_write". One that
+    is "read_write" may take the place of another that the kernel reads: each element is stored after it was read.
     """
 
     name: str

@@ -9,9 +9,11 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ...cost.device import cpu_flags
 from ...cost.device import host_isa as host_isa  # for callers of this module: the instruction set to build for
@@ -116,10 +118,42 @@ def build(
     missing = {h: sources[n] for n, h in sorted(hashes.items()) if not (out / f"{h}.so").exists()}
     jobs = jobs or len(os.sched_getaffinity(0))
     groups = deal(missing, jobs)
-    with ThreadPoolExecutor(max(1, len(groups))) as pool:
-        for done in [pool.submit(_build_group, group, out, isa, flags) for group in groups]:
-            done.result()
+    side_by_side(lambda group: _build_group(group, out, isa, flags), groups, len(groups))
     return {name: (out / f"{h}.so").resolve() for name, h in hashes.items()}
+
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def side_by_side(do: Callable[[A], B], work: Sequence[A], at_once: int) -> list[B]:
+    """What `do` makes of each piece of work, `at_once` at a time; raises the first error once all have ended.
+
+    The threads are daemons. A process waits at its end for those of a pool, and so for compilers whose kernels nobody wants
+    any more; what a thread of the caller's waits for is waited for all the same.
+    """
+    todo, made, errors = deque(enumerate(work)), dict[int, B](), list[BaseException]()
+
+    def some() -> None:
+        while todo:
+            try:
+                i, piece = todo.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                made[i] = do(piece)
+            except BaseException as error:
+                errors.append(error)
+
+    others = [threading.Thread(target=some, daemon=True) for _ in range(min(at_once, len(work)) - 1)]
+    for thread in others:
+        thread.start()
+    some()
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [made[i] for i in range(len(work))]
 
 
 def deal(sources: Mapping[str, str], groups: int) -> list[dict[str, str]]:

@@ -237,9 +237,47 @@ PLAIT_BINARY(>>)
   }                                                                                                             \
   template <class T, int N> PLAIT_FN vec<bool, N> operator op(vec<T, N> a, T b) { return a op vec<T, N>(b); }   \
   template <class T, int N> PLAIT_FN vec<bool, N> operator op(T a, vec<T, N> b) { return vec<T, N>(a) op b; }
+template <class T> constexpr bool is_short = !is_float<T> && sizeof(T) < 4;
+
+// A register of 16 bytes with a shorter vector at its lower end; others as they are.
+template <class V> PLAIT_FN auto filled(V v) {
+  typedef long long Q __attribute__((vector_size(16)));
+  if constexpr (sizeof v == 8) return Q{__builtin_bit_cast(int64_t, v), 0};
+  else return v;
+}
+
+// Short integers as int32 by the instruction for it: GCC takes several for 16 bits, and one for each lane of 8 bits.
+template <class T, int N> PLAIT_FN vec<int32_t, N> lengthen(vec<T, N> x) {
+  using R = typename vec<int32_t, N>::raw;
+#if defined(__AVX2__)
+  if constexpr (N * 4 == REGISTER_BYTES && N >= 8) {
+    const auto w = filled(x.v);
+    constexpr bool sign = T(-1) < T(0);
+    typedef char B __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+    typedef short H __attribute__((vector_size(32)));
+    if constexpr (sizeof(T) == 2 && sign) return R(__builtin_ia32_pmovsxwd512_mask(H(w), R{}, -1));
+    else if constexpr (sizeof(T) == 2) return R(__builtin_ia32_pmovzxwd512_mask(H(w), R{}, -1));
+    else if constexpr (sign) return R(__builtin_ia32_pmovsxbd512_mask(B(w), R{}, -1));
+    else return R(__builtin_ia32_pmovzxbd512_mask(B(w), R{}, -1));
+#else
+    typedef short H __attribute__((vector_size(16)));
+    if constexpr (sizeof(T) == 2 && sign) return R(__builtin_ia32_pmovsxwd256(H(w)));
+    else if constexpr (sizeof(T) == 2) return R(__builtin_ia32_pmovzxwd256(H(w)));
+    else if constexpr (sign) return R(__builtin_ia32_pmovsxbd256(B(w)));
+    else return R(__builtin_ia32_pmovzxbd256(B(w)));
+#endif
+  }
+#endif
+  return __builtin_convertvector(x.v, R);
+}
+
 template <class D, class T, int N> PLAIT_FN vec<D, N> convert(vec<T, N> x) {  // between arithmetic types
   if constexpr (same<D, T>) return x;
-  else if constexpr (whole<T, N> && whole<D, N>) return __builtin_convertvector(x.v, typename vec<D, N>::raw);
+  else if constexpr (whole<T, N> && whole<D, N> && is_short<T> && sizeof(D) == 4) {
+    if constexpr (is_float<D>) return convert<D>(lengthen(x));
+    else return typename vec<D, N>::raw(lengthen(x).v);
+  } else if constexpr (whole<T, N> && whole<D, N>) return __builtin_convertvector(x.v, typename vec<D, N>::raw);
   else return join(convert<D>(low(x)), convert<D>(high(x)));
 }
 PLAIT_COMPARE(==)

@@ -58,16 +58,65 @@ template <class D, class S> PLAIT_FN rebind_t<S, D> number_cast(S x) {  // betwe
   else return D(x);
 }
 
+#if defined(__F16C__)
+// The processor's own conversions of float16; a scalar takes one lane of them.
+typedef short shorts __attribute__((vector_size(16)));
+typedef float floats __attribute__((vector_size(16)));
+PLAIT_FN float float_of(f16 h) { return __builtin_ia32_vcvtph2ps(shorts{short(h.bits)})[0]; }
+PLAIT_FN f16 f16_of(float x) { return {uint16_t(__builtin_ia32_vcvtps2ph(floats{x}, 0)[0])}; }
+template <int N> PLAIT_FN vec<float, N> float_of(vec<f16, N> h) {
+  using R = typename raw_of<float, N>::type;
+  if constexpr (N > REGISTER_BYTES / 4) return join(float_of(low(h)), float_of(high(h)));
+#if defined(__AVX512F__)
+  else if constexpr (N == 16) {
+    typedef short wide __attribute__((vector_size(32)));
+    return R(__builtin_ia32_vcvtph2ps512_mask(wide(h.bits.v), R{}, -1, 4));
+  }
+#endif
+  else if constexpr (N == 8) return R(__builtin_ia32_vcvtph2ps256(shorts(h.bits.v)));
+  else return bits_to_float(f16{}, convert<uint32_t>(h.bits));
+}
+template <int N> PLAIT_FN vec<f16, N> f16_of(vec<float, N> x) {
+  using R = typename raw_of<uint16_t, N>::type;
+  if constexpr (N > REGISTER_BYTES / 4) return join(f16_of(low(x)), f16_of(high(x)));
+#if defined(__AVX512F__)
+  else if constexpr (N == 16) {
+    typedef short wide __attribute__((vector_size(32)));
+    return vec<uint16_t, N>(R(__builtin_ia32_vcvtps2ph512_mask(x.v, 0, wide{}, -1)));
+  }
+#endif
+  else if constexpr (N == 8) return vec<uint16_t, N>(R(__builtin_ia32_vcvtps2ph256(x.v, 0)));
+  else return vec<uint16_t, N>(convert<uint16_t>(float_to_bits(f16{}, x)));
+}
+#endif
+
+// Integers below 65536 in half the room.
+PLAIT_FN uint16_t shorten(uint32_t x) { return uint16_t(x); }
+template <int N> PLAIT_FN vec<uint16_t, N> shorten(vec<uint32_t, N> x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (N == 16) {  // packed inside the halves of a register, whose quarters are then put in order
+    typedef int I __attribute__((vector_size(32)));
+    typedef long long Q __attribute__((vector_size(32)));
+    return typename vec<uint16_t, N>::raw(__builtin_ia32_permdi256(Q(__builtin_ia32_packusdw256(I(x.lo.v), I(x.hi.v))), 0xd8));
+  }
+#endif
+  return convert<uint16_t>(x);
+}
+
 // float -> int truncates (8 and 16 bits by way of int32, and wrap); -> bool is != 0; halves go by way of float.
 template <class D, class S> PLAIT_FN rebind_t<S, D> cast(S x) {
   using T = lane_t<S>;
   using R = rebind_t<S, D>;
   if constexpr (same<D, T>) return x;
+#if defined(__F16C__)
+  else if constexpr (same<T, f16>) return cast<D>(float_of(x));
+  else if constexpr (same<D, f16>) return f16_of(cast<float>(x));
+#endif
   else if constexpr (is_half<T>) {
     rebind_t<S, uint16_t> half = x.bits;
     return cast<D>(bits_to_float(T{}, number_cast<uint32_t>(half)));
   } else if constexpr (is_half<D>) {
-    return R{number_cast<uint16_t>(float_to_bits(D{}, cast<float>(x)))};
+    return R{shorten(float_to_bits(D{}, cast<float>(x)))};
   } else if constexpr (same<D, bool>) return x != T(0);
   else if constexpr (same<T, bool>) return where(x, R(D(1)), R(D(0)));
   else if constexpr (is_float<T> && !is_float<D> && sizeof(D) < 4) return number_cast<D>(number_cast<int32_t>(x));

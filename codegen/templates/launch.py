@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from . import attention
+from .attention import AttentionSpec
 from .matmul import MatmulSpec, workspace_elements
 
 
@@ -70,3 +72,31 @@ def bind_matmul(
     workspace = torch.empty(int(elements), dtype=getattr(torch, spec.dtype))
     at = {"A": a, "B": b, "workspace": workspace, **buffers}
     return bind(library, spec.name, [at[x] for x in spec.buffer_names], [sizes[x] for x in spec.size_names], threads)
+
+
+def attention_arguments(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    causal: bool = False,
+    threads: int = 1,
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Buffers and sizes of a call of an attention kernel; the last buffer is a workspace made here.
+
+    q [B, H, L, E], k [B, Hkv, S, E], v [B, Hkv, S, Ev] and out [B, H, L, Ev] have contiguous last axes, `mask` broadcasts to
+    [B, H, L, S], `lse` is [B, H, L].
+    """
+    (batch, heads, rows, width), shared, keys, deep = q.shape, k.shape[1], k.shape[2], v.shape[3]
+    group = heads // shared if shared else 1
+    elements = attention.workspace_elements(group * rows, width, deep, threads)
+    workspace = torch.empty(int(elements), dtype=getattr(torch, spec.sums))
+    spread = None if mask is None else mask.expand(batch, heads, rows, keys)
+    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0,) * 4 if spread is None else spread.stride())]
+    strides += [*out.stride()[:3], *((0,) * 3 if lse is None else lse.stride())]
+    sizes = [batch, heads, shared, rows, keys, width, deep, int(causal), threads, *strides]
+    return [t for t in (q, k, v, spread, out, lse, workspace) if t is not None], sizes

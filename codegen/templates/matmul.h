@@ -16,15 +16,17 @@ constexpr double GRAIN = 1 << 17;  // multiply-adds below which a second thread 
 
 enum class Kind { plain, prologue };  // how A is packed: as it is, or by the call's prologue
 
-// B, `count` times, -> panels [count][ceil(N / NR)][K][NR]: once for a weight that the caller owns.
-template <class T, B layout>
-static void pack(const T* src, T* dst, int64_t N, int64_t K, int64_t ldb, int64_t count, int64_t step, int nt) {
-  const int64_t panels = ceildiv(N, NR), total = count * panels;
+// B, `count` times, -> panels of words [count][ceil(N / NR)][ceil(K / per)][NR]: once for a weight that the caller owns.
+template <class T, class U, B layout>
+static void pack(const U* src, U* dst, int64_t N, int64_t K, int64_t ldb, int64_t count, int64_t step, int nt) {
+  const int64_t panels = ceildiv(N, NR), total = count * panels, size = ceildiv(K, per<T, U>) * per<T, U> * NR;
   const auto one = [=](int64_t i) {
-    const Rows<T> b{src + i / panels * step, ldb, nullptr};
+    const Rows<U> b{src + i / panels * step, ldb, nullptr};
     const int64_t n0 = i % panels * NR, cols = least(NR, N - n0);
-    if constexpr (layout == B::k) pack_b_k(b, 0, K, n0, cols, dst + i * K * NR);
-    else pack_b_n(b, 0, K, n0, cols, dst + i * K * NR);
+    U* const panel = dst + i * size;
+    if constexpr (!same<T, U>) pack_words<T, U, layout>(b, K, n0, cols, panel);
+    else if constexpr (layout == B::k) pack_b_k(b, 0, K, n0, cols, panel);
+    else pack_b_n(b, 0, K, n0, cols, panel);
   };
   if (nt <= 1 || double(total) * double(K) * NR < GRAIN) {
     for (int64_t i = 0; i < total; i++) one(i);
@@ -36,19 +38,21 @@ static void pack(const T* src, T* dst, int64_t N, int64_t K, int64_t ldb, int64_
 
 // ---- driver ----------------------------------------------------------------------------------------------------------
 
-// Elements of scratch that one thread needs; `workspace_elements` in matmul.py says the same.
-inline int64_t slot_elements(const Dims& d, bool packed) {
-  const int64_t rows = ceildiv(least(d.M, MC), PR) * PR, blocks = least(ceildiv(d.K, KB), THIN_BLOCKS);
-  const int64_t sums = d.K > KB ? rows * ceildiv(least(d.N, NC), NR) * NR : 0;
-  return most(rows * AS, blocks * THIN_BLOCK) + (packed ? 0 : KB * NR) + sums;
+// Elements of scratch that one thread needs; `workspace_elements` in matmul.py says no less.
+template <class T> int64_t slot_elements(const Dims& d, bool in_place) {
+  const int64_t rows = ceildiv(least(d.M, MC), PR) * PR, blocks = least(ceildiv(d.K, KS<T>), THIN_BLOCKS);
+  const int64_t sums = d.K > KS<T> ? rows * ceildiv(least(d.N, NC), NR) * NR : 0;
+  return most(rows * AS, blocks * THIN_BLOCK) + (in_place ? 0 : KB * NR) + sums;
 }
 
-template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
+// Sums in T, A in memory as UA, B as U.
+template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   const Call& call;
   const Dims& d = call.d;
 
   static constexpr int a_row = a_layout == A::m ? 1 : int(AS), a_step = a_layout == A::m ? MR : 1;
-  static constexpr bool packed = b_layout == B::packed;
+  static constexpr bool packed = b_layout == B::packed, in_place = packed && same<T, U>;
+  static constexpr bool windows = b_layout == B::window;
 
   void finish(const Task& t, int64_t m, int64_t rows, int64_t n, int64_t cols, const T* tile, int64_t step) const {
     if constexpr (b_layout == B::window) {  // columns are pixels of images; the epilogue takes them image by image
@@ -70,8 +74,8 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
     } else if constexpr (a_layout == A::window) {
       pack_a_window((const T*)call.a, d.window, m0, rows, k0, kc, dst);
     } else {
-      const T* base = (const T*)call.a + t.b0 * d.a_step[0] + t.b1 * d.a_step[1];
-      const Rows<T> a{base, d.lda, call.a_ids};
+      const UA* base = (const UA*)call.a + t.b0 * d.a_step[0] + t.b1 * d.a_step[1];
+      const Rows<UA> a{base, d.lda, call.a_ids};
       if constexpr (a_layout == A::k) pack_a_k(a, m0, rows, k0, kc, dst);
       else pack_a_m(a, m0, rows, k0, kc, dst);
     }
@@ -83,11 +87,20 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
     return {base, d.ldb, call.b_ids};
   }
 
+  // The words of a packed B from column n0 and step k0 on.
+  const T* words(const Task& t, int64_t k0, int64_t n0) const {
+    constexpr int P = per<T, U>;
+    return (const T*)rows_of_b(t).base + n0 * ceildiv(d.K, P) + k0 / P * NR;
+  }
+
   const T* panel(const Task& t, int64_t k0, int64_t kc, int64_t n0, T* scratch) const {
-    const Rows<U> b = rows_of_b(t);
-    if constexpr (packed) {
-      return b.base + n0 * d.K + k0 * NR;
+    if constexpr (in_place) {
+      return words(t, k0, n0);
+    } else if constexpr (packed) {
+      widen_panel<T, U>(words(t, k0, n0), kc, scratch);
+      return scratch;
     } else {
+      const Rows<U> b = rows_of_b(t);
       const int64_t cols = least(NR, d.N - n0);
       if constexpr (b_layout == B::k) pack_b_k(b, k0, kc, n0, cols, scratch);
       else if constexpr (b_layout == B::window) pack_b_window((const T*)call.b, d.window, k0, kc, n0, cols, scratch);
@@ -99,17 +112,17 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   // Rows m0:m1 (at most MC) by columns n0:n1 (at most NC).
   void block(const Task& t, int64_t m0, int64_t m1, int64_t n0, int64_t n1, T* scratch) const {
     const int64_t rows = ceildiv(m1 - m0, PR) * PR;
-    constexpr int64_t SLICE = NV * lanes<T>;  // of a panel's columns; slices without any are skipped
+    constexpr int64_t SLICE = windows ? NV * lanes<T> : NR;  // of a panel's columns
     T* const a = scratch;
     T* const b = a + rows * AS;
-    T* const sums = b + (packed ? 0 : KB * NR);
+    T* const sums = b + (in_place ? 0 : KB * NR);
     alignas(64) T tile[MR * NR];
-    const bool one = t.k1 - t.k0 <= KB;  // block of k: the sums of a tile never leave L1
-    const bool direct = b_layout == B::window && is_direct<T>(d.window);
-    int64_t from[KB];
+    const bool one = t.k1 - t.k0 <= KS<T>;  // block of k: the sums of a tile never leave L1
+    const bool direct = windows && is_direct<T>(d.window);
+    int64_t from[windows ? KB : 1];
     int64_t k0 = t.k0;
     do {  // also where K is 0
-      const int64_t kc = least(KB, t.k1 - k0);
+      const int64_t kc = least(KS<T>, t.k1 - k0);
       if (direct) offsets(d.window, k0, kc, from);
       for (int64_t m = m0; m < m1; m += tile_rows(m1 - m))
         pack_a(t, m, tile_rows(m1 - m), k0, kc, a + ceildiv(m - m0, MR) * MR * AS);
@@ -122,13 +135,14 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
           for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
             const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
             T* c = (one ? tile : sums + (n - n0) * rows + first * NR) + h;
-            if (direct) micro_window_rows<T, AS>(mr, kc, a + first * AS, at, from, c, k0 > t.k0);
-            else micro_rows<T, a_row, a_step, SLICE>(mr, kc, a + first * AS, bp + h, NR, c, k0 > t.k0);
-            if (k0 + KB >= t.k1) finish(t, m, mr, n + h, least(SLICE, cols - h), c, NR);
+            const T* ap = a + first * AS;
+            if (direct) micro_window_rows<T, AS>(mr, kc, ap, at, from, c, k0 > t.k0);
+            else micro_rows<T, a_row, a_step, SLICE>(mr, elements<T>(kc), ap, bp + h, NR, c, k0 > t.k0);
+            if (k0 + KS<T> >= t.k1) finish(t, m, mr, n + h, least(SLICE, cols - h), c, NR);
           }
         }
       }
-      k0 += KB;
+      k0 += KS<T>;
     } while (k0 < t.k1);
   }
 
@@ -137,28 +151,32 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
     static_assert(R <= MR);
     const int64_t rows = t.m1 - t.m0, K = t.k1 - t.k0;
     T* const a = scratch;
-    T* const b = a + most(1, ceildiv(K, KB)) * THIN_BLOCK;
-    for (int64_t k = 0; k < K; k += KB) pack_a(t, t.m0, rows, t.k0 + k, least(KB, K - k), a + k / KB * THIN_BLOCK);
-    const Rows<U> from = rows_of_b(t);
-    if constexpr (b_layout == B::n && same<T, U>) {
+    T* const b = a + most(1, ceildiv(K, KS<T>)) * THIN_BLOCK;
+    for (int64_t k = 0; k < K; k += KS<T>)
+      pack_a(t, t.m0, rows, t.k0 + k, least(KS<T>, K - k), a + k / KS<T> * THIN_BLOCK);
+    if constexpr (b_layout == B::n) {
+      const Rows<U> from = rows_of_b(t);
       for (int64_t n = t.n0; n < t.n1; n += STRIP) {
-        thin_n<T, R, a_row, a_step>(K, a, from, t.k0, n, least(STRIP, t.n1 - n), b);
+        thin_n<T, U, R, a_row, a_step>(K, a, from, t.k0, n, least(STRIP, t.n1 - n), b);
         finish(t, t.m0, rows, n, least(STRIP, t.n1 - n), b, STRIP);
       }
       return;
     }
     alignas(64) T tile[MR * NR];
     for (int64_t n = t.n0; n < t.n1; n += NR) {
-      if constexpr (b_layout == B::k && same<T, U>) {
-        const T* src[NR];
+      if constexpr (b_layout == B::k) {
+        const Rows<U> from = rows_of_b(t);
+        const U* src[NR];
         for (int j = 0; j < NR; j++) src[j] = from[least(n + j, t.n1 - 1)] + t.k0;
-        for (int h = 0; h < NR; h += lanes<T>) thin_k<T, R, a_row, a_step>(K, a, src + h, tile + h);
+        for (int h = 0; h < NR; h += lanes<T>) thin_k<T, U, R, a_row, a_step>(K, a, src + h, tile + h);
       } else {
         int64_t k = 0;
         do {
-          const int64_t kc = least(KB, K - k);
-          micro<T, R, a_row, a_step>(kc, a + k / KB * THIN_BLOCK, panel(t, t.k0 + k, kc, n, b), NR, tile, k > 0);
-          k += KB;
+          const int64_t kc = least(KS<T>, K - k);
+          const T* at = a + k / KS<T> * THIN_BLOCK;
+          if constexpr (windows) micro<T, U, R, a_row, a_step>(kc, at, panel(t, t.k0 + k, kc, n, b), NR, tile, k > 0);
+          else micro<T, U, R, a_row, a_step>(elements<T>(kc), at, words(t, t.k0 + k, n), NR, tile, k > 0);
+          k += KS<T>;
         } while (k < K);
       }
       finish(t, t.m0, rows, n, least(NR, t.n1 - n), tile, NR);
@@ -168,7 +186,7 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   void run(const Task& t, T* scratch) const {
     const int64_t many = t.m1 - t.m0;
     if (many <= 0) return;
-    if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KB) {
+    if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KS<T>) {
       if constexpr (THIN > 4) {
         if (many > 4) return thin<8>(t, scratch);
       }
@@ -193,7 +211,7 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
       for (int64_t n = nt / m;; n = 1) {
         const double share = double(ceildiv(count * m * n, nt));
         const double r = double(ceildiv(ceildiv(rows, m), 4) * 4), c = double(ceildiv(panels, n) * NR);
-        const double repack = packed ? 0.0 : 0.4 * c * double(ceildiv(int64_t(r), MC));
+        const double repack = in_place ? 0.0 : 0.4 * c * double(ceildiv(int64_t(r), MC));
         const double cost = share * (r * c / 16 + repack + 0.1 * r);
         if (least_cost < 0 || cost < least_cost) least_cost = cost, best = {m, n};
         if (n == 1) break;
@@ -223,7 +241,7 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
     const double work = double(d.M) * double(d.N) * double(d.K > 0 ? d.K : 1) * double(by_m || by_k ? 1 : count);
     nt = work < 2 * GRAIN ? 1 : int(least(nt, d.slots));
     const Cut c = cut(count, by_m ? ceildiv(d.M, count) : d.M, nt);
-    const int64_t tasks = count * c.m * c.n, step = slot_elements(d, packed);
+    const int64_t tasks = count * c.m * c.n, step = slot_elements<T>(d, in_place);
     T* const scratch = (T*)call.workspace;
     if (nt <= 1) {
       for (int64_t i = 0; i < tasks; i++) run(task(i, c), scratch);
@@ -237,8 +255,8 @@ template <class T, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   }
 };
 
-template <class T, class U, A a, B b, Kind kind> static void run(const Call& call, int nthreads) {
-  Driver<T, U, a, b, kind>{call}(nthreads);
+template <class T, class UA, class U, A a, B b, Kind kind> static void run(const Call& call, int nthreads) {
+  Driver<T, UA, U, a, b, kind>{call}(nthreads);
 }
 
 }  // namespace plait::matmul

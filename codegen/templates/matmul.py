@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from ...errors import InvalidMatmul
@@ -39,13 +40,20 @@ _I, _J = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("mm_i", "mm_
 
 Size = int | Any  # a size expression; sympy's own types say little
 
+OPERANDS = {
+    "float32": ("float32", "bfloat16", "float16", "int8", "uint8"),
+    "float64": ("float64",),
+    "int32": ("int8", "uint8"),
+}
+"""Dtypes of sums, and what operands in memory may be for each."""
+
 
 @dataclass(frozen=True)
 class MatmulSpec:
     """What one matmul kernel is compiled for. See `buffer_names` and `size_names` for its arguments.
 
-    dtype: of the sums and of packed operands ("float32" or "float64"). `a_dtype`, `b_dtype`: of A and B in memory, "" for
-    the same; others are converted on the way into the packed block.
+    dtype: of the sums. `a_dtype`, `b_dtype`: of A and B in memory, "" for the same; `OPERANDS` says what may be summed in
+    what. Others are widened on the way into the packed block, which loses nothing; sums of int32 wrap, as torch's do.
     a: contiguous axis of A, "k" (rows of m) or "m" (rows of k: A is a transposed view). b: contiguous axis of B, "k"
     (linear's weight [N, K]), "n" ([K, N]), or "packed" (`generate_pack` laid it out; for weights that the caller owns).
     a or b may be "window": convolution's view of images, whose pixels are the rows of A or the columns of B. In the second
@@ -77,16 +85,19 @@ class MatmulSpec:
     origin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        fields = {"dtype": ("float32", "float64"), "a": ("k", "m", "window"), "b": ("k", "n", "packed", "window"),
+        fields = {"dtype": tuple(OPERANDS), "a": ("k", "m", "window"), "b": ("k", "n", "packed", "window"),
                   "batch": (0, 1, 2), "group": ("", "m", "k")}  # fmt: skip
         for field, allowed in fields.items():
             if getattr(self, field) not in allowed:
                 raise InvalidMatmul(name=self.name, why=f"{field} is {getattr(self, field)!r}, not one of {allowed}")
-        if self.b == "packed" and (self.b_ids or self.b_dtype not in ("", self.dtype) or self.group == "k"):
-            raise InvalidMatmul(name=self.name, why="a packed B has no row ids, no groups along k and the dtype of the sums")
-        windows = (self.a == "window") + (self.b == "window")
-        if windows == 2 or (windows and (self.batch or self.group or self.prologue or self.a_ids or self.b_ids)):
-            raise InvalidMatmul(name=self.name, why="one operand may be windows, without batch, groups, row ids, prologue")
+        for field, stored in (("a_dtype", self.stored_a), ("b_dtype", self.stored_b)):
+            if stored not in OPERANDS[self.dtype]:
+                raise InvalidMatmul(name=self.name, why=f"{field} {stored} is not summed in {self.dtype}")
+        if self.b == "packed" and (self.b_ids or self.group == "k"):
+            raise InvalidMatmul(name=self.name, why="a packed B has no row ids and no groups along k")
+        if self.dtype == "int32" and (self.group == "k" or self.prologue):
+            raise InvalidMatmul(name=self.name, why="sums of int32 have no prologue and no groups along k")
+        self._check_windows()
         if self.group and self.batch:
             raise InvalidMatmul(name=self.name, why="groups and batch axes exclude each other")
         if self.group_ids and self.group != "m":
@@ -96,6 +107,25 @@ class MatmulSpec:
                 raise InvalidMatmul(name=self.name, why=f"two arguments are called {', '.join(sorted(twice))}")
         if not any(isinstance(s, Store) for s in walk(self.epilogue)):
             raise InvalidMatmul(name=self.name, why="the epilogue stores nothing")
+
+    def _check_windows(self) -> None:
+        if "window" not in (self.a, self.b):
+            return
+        other = self.batch or self.group or self.prologue or self.a_ids or self.b_ids
+        if self.a == self.b or other:
+            raise InvalidMatmul(name=self.name, why="one operand may be windows, without batch, groups, row ids, prologue")
+        if {self.stored_a, self.stored_b} != {self.dtype} or self.dtype == "int32":
+            raise InvalidMatmul(name=self.name, why="windows are multiplied in the dtype that they have in memory, a float")
+
+    @property
+    def stored_a(self) -> str:
+        """The dtype of A in memory."""
+        return self.a_dtype or self.dtype
+
+    @property
+    def stored_b(self) -> str:
+        """The dtype of B in memory."""
+        return self.b_dtype or self.dtype
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
@@ -124,16 +154,21 @@ def workspace_elements(spec: MatmulSpec, m: Size, n: Size, k: Size, slots: Size)
     Sizes may be sympy expressions; the result is then one, an upper bound. Each slot is at most about 2.5 MB of float32.
     """
     rows = _up(_least(m, _ROW_BLOCK), _ROW_UNIT)
-    panel = 0 if spec.b == "packed" else _K_BLOCK * PANEL
+    panel = 0 if spec.b == "packed" and spec.stored_b == spec.dtype else _K_BLOCK * PANEL
     several = not isinstance(k, int) or k > _K_BLOCK
     sums = rows * _up(_least(n, _COLUMN_BLOCK), PANEL) if several else 0
     blocks = _least(_ceildiv(k, _K_BLOCK), _THIN_BLOCKS) * _ROW_UNIT
     return (_most(rows, blocks) * (_K_BLOCK + 16) + panel + sums) * slots
 
 
-def packed_elements(n: Size, k: Size) -> Size:
-    """Elements of B [N, K] packed into panels of `PANEL` columns."""
-    return _up(n, PANEL) * k
+def packed_elements(n: Size, k: Size, dtype: str = "float32") -> Size:
+    """Elements of B [N, K] packed into panels of `PANEL` columns, whose words hold one or more k of a column."""
+    return _up(n, PANEL) * _up(k, word(dtype))
+
+
+def word(dtype: str) -> int:
+    """How many elements of B a word of a panel holds: it has four bytes, or one element where that is longer."""
+    return max(1, 4 // getattr(torch, dtype).itemsize)
 
 
 def _least(size: Size, bound: int) -> Size:
@@ -156,7 +191,9 @@ def generate(spec: MatmulSpec) -> str:
     """C++ source of `extern "C" void NAME(void* const* bufs, const int64_t* sizes, int nthreads)`."""
     at = {name: i for i, name in enumerate(spec.buffer_names)}
     prologue = _prologue(spec)
-    operands = f"{CTYPE[spec.dtype]}, {CTYPE[spec.b_dtype or spec.dtype]}, {spec.a}, {spec.b}, {_kind(spec)}"
+    read = spec.dtype if prologue else spec.stored_a
+    types = ", ".join(CTYPE[t] for t in (spec.dtype, read, spec.stored_b))
+    operands = f"{types}, {spec.a}, {spec.b}, {'prologue' if prologue else 'plain'}"
     lines = [
         f"// {spec.name}",
         *(f"//   {row}".rstrip() for origin in spec.origin for row in origin.splitlines()),
@@ -191,14 +228,14 @@ def drivers(source: str) -> dict[str, str]:
     same PLAIT_CORE as the kernel."""
     found: dict[str, str] = {}
     for operands in re.findall(r"^PLAIT_USES_MATMUL\((.*)\);$", source, re.MULTILINE):
-        t, u, a, b, kind = operands.split(", ")
-        found[f"matmul_{t}_{u}_{a}_{b}_{kind}"] = "\n".join([
+        *types, a, b, kind = operands.split(", ")
+        found["matmul_" + operands.replace(", ", "_")] = "\n".join([
             f"// the driver of matrix products {operands}",
             '#include "matmul.h"',
             "using namespace plait;",
             "",
             f"PLAIT_USES_MATMUL({operands}) {{",
-            f"  matmul::run<{t}, {u}, matmul::A::{a}, matmul::B::{b}, matmul::Kind::{kind}>(call, nthreads);",
+            f"  matmul::run<{', '.join(types)}, matmul::A::{a}, matmul::B::{b}, matmul::Kind::{kind}>(call, nthreads);",
             "}",
             "",
         ])  # fmt: skip
@@ -277,16 +314,11 @@ def _epilogue(spec: MatmulSpec) -> list[str]:
     ]
 
 
-def _kind(spec: MatmulSpec) -> str:
-    """How the driver packs A: "plain", or by the kernel's "prologue"."""
-    return "prologue" if spec.prologue or spec.a_dtype not in ("", spec.dtype) else "plain"
-
-
 def _prologue(spec: MatmulSpec) -> list[str]:
-    """The function that fills a packed block of A, or nothing where A is copied as it is."""
-    if _kind(spec) == "plain":
+    """The function that fills a packed block of A, or nothing where the driver does that by itself."""
+    if not spec.prologue:
         return []
-    a_dtype = spec.a_dtype or spec.dtype
+    a_dtype = spec.stored_a
     row, inner = (M, K) if spec.a == "k" else (K, M)
     stride = {name: sympy.Symbol(f"mm_{name}", integer=True) for name in ("lda", "a_step0", "a_step1")}
     which: sympy.Expr = row
@@ -330,17 +362,18 @@ def generate_pack(name: str, dtype: str = "float32", b: str = "k") -> str:
     """C++ source of the kernel that packs B for specs with b="packed".
 
     Buffers: B, packed. Sizes: N, K, ldb, count, step: `count` matrices, `step` elements apart; the panels of each follow
-    those of the one before, so that `b_group` or `b_batch0` of the packed form is `packed_elements(N, K)`.
+    those of the one before, so that `b_group` or `b_batch0` of the packed form is `packed_elements(N, K, dtype)`.
     """
     t = CTYPE[dtype]
+    long = t if word(dtype) == 1 else "float"  # any type as long as a word
     return "\n".join([
         f"// {name}: B [N, K] to panels of {PANEL} columns",
         '#include "matmul.h"',
         "using namespace plait;",
         "",
         f'extern "C" void {name}(void* const* bufs, const int64_t* sizes, int nthreads) {{',
-        f"  matmul::pack<{t}, matmul::B::{b}>(static_cast<const {t}*>(bufs[0]), static_cast<{t}*>(bufs[1]), sizes[0],",
-        "      sizes[1], sizes[2], sizes[3], sizes[4], nthreads);",
+        f"  matmul::pack<{long}, {t}, matmul::B::{b}>(static_cast<const {t}*>(bufs[0]), static_cast<{t}*>(bufs[1]),",
+        "      sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], nthreads);",
         "}",
         "",
     ])  # fmt: skip

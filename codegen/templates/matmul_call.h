@@ -49,17 +49,17 @@ struct Call {
 
 }  // namespace plait::matmul
 
-// PLAIT_MATMUL(T, BT, a, b, prologue) names the driver for sums in T, B in memory as BT, the contiguous axes a and b, and
-// with or without a prologue; PLAIT_USES_MATMUL declares it.
+// PLAIT_MATMUL(T, AT, BT, a, b, prologue) names the driver for sums in T, A and B in memory as AT and BT, the contiguous axes
+// a and b, and with or without a prologue; PLAIT_USES_MATMUL declares it.
 #ifdef PLAIT_CORE
-#define PLAIT_MATMUL_NAME(T, BT, a, b, p, core) plait_matmul_##T##_##BT##_##a##_##b##_##p##_##core
-#define PLAIT_MATMUL_OF(T, BT, a, b, p, core) PLAIT_MATMUL_NAME(T, BT, a, b, p, core)
-#define PLAIT_MATMUL(T, BT, a, b, p) PLAIT_MATMUL_OF(T, BT, a, b, p, PLAIT_CORE)
-#define PLAIT_USES_MATMUL(T, BT, a, b, p) \
-  extern "C" void PLAIT_MATMUL(T, BT, a, b, p)(const plait::matmul::Call& call, int nthreads)
+#define PLAIT_MATMUL_NAME(T, AT, BT, a, b, p, core) plait_matmul_##T##_##AT##_##BT##_##a##_##b##_##p##_##core
+#define PLAIT_MATMUL_OF(T, AT, BT, a, b, p, core) PLAIT_MATMUL_NAME(T, AT, BT, a, b, p, core)
+#define PLAIT_MATMUL(T, AT, BT, a, b, p) PLAIT_MATMUL_OF(T, AT, BT, a, b, p, PLAIT_CORE)
+#define PLAIT_USES_MATMUL(T, AT, BT, a, b, p) \
+  extern "C" void PLAIT_MATMUL(T, AT, BT, a, b, p)(const plait::matmul::Call& call, int nthreads)
 #else
 #include "matmul.h"
-#define PLAIT_MATMUL(T, BT, a, b, p) \
-  plait::matmul::run<T, BT, plait::matmul::A::a, plait::matmul::B::b, plait::matmul::Kind::p>
-#define PLAIT_USES_MATMUL(T, BT, a, b, p) static_assert(true)
+#define PLAIT_MATMUL(T, AT, BT, a, b, p) \
+  plait::matmul::run<T, AT, BT, plait::matmul::A::a, plait::matmul::B::b, plait::matmul::Kind::p>
+#define PLAIT_USES_MATMUL(T, AT, BT, a, b, p) static_assert(true)
 #endif

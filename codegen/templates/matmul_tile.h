@@ -1,8 +1,9 @@
-// The lower level of matmul.h: one register tile, and the packing of operands for it.
+// The lower level of matmul.h: registers, the formats of operands in memory, and one register tile.
 //
 // The k-sum of one output has one order, whatever M, N, the row's position, the tiling, the instruction set and the number
 // of threads are: k runs in blocks of KB; inside a block one fused multiply-add after the other, starting from zero; block
-// sums are added in order. So a batch equals its rows, and a whole equals its chunks, bit for bit.
+// sums are added in order. So a batch equals its rows, and a whole equals its chunks, bit for bit. Halves and bytes are
+// widened to float exactly and summed like floats; sums of int32 are exact in any order (they wrap, as torch's do).
 #pragma once
 #include "vops.h"
 
@@ -36,11 +37,28 @@ template <class T> PLAIT_FN reg<T> get(const T* p) {
   __builtin_memcpy(&r, p, sizeof r);
   return r;
 }
+// n lanes at p; the others are zero, and are not stored.
+template <class T> PLAIT_FN reg<T> get_part(const T* p, int64_t n) {
+  reg<T> r = {};
+  __builtin_memcpy(&r, p, n * sizeof(T));
+  return r;
+}
+template <class T> PLAIT_FN void put_part(T* p, reg<T> v, int64_t n) { __builtin_memcpy(p, &v, n * sizeof(T)); }
+// The same of lanes that are stored as U.
 template <class T, class U> PLAIT_FN reg<T> get_as(const U* p) {
   if constexpr (same<T, U>) return get(p);
   else {
     plait::vec<U, lanes<T>> x;
     __builtin_memcpy(&x, p, sizeof x);
+    return cast<T>(x).v;
+  }
+}
+template <class T, class U> PLAIT_FN reg<T> get_part_as(const U* p, int64_t n) {
+  if constexpr (same<T, U>) return get_part(p, n);
+  else {
+    plait::vec<U, lanes<T>> x;
+    __builtin_memset(&x, 0, sizeof x);
+    __builtin_memcpy(&x, p, n * sizeof(U));
     return cast<T>(x).v;
   }
 }
@@ -72,6 +90,19 @@ PLAIT_FN reg<double> muladd(reg<double> a, reg<double> b, reg<double> c) {
   return c;
 }
 #endif
+
+// c plus both products of the int16 pairs in each lane of a and b
+PLAIT_FN reg<int32_t> muladd(reg<int32_t> a, reg<int32_t> b, reg<int32_t> c) {
+#if defined(__AVX512BW__)
+  using H = typename raw_of<int16_t, 32>::type;
+  return c + reg<int32_t>(__builtin_ia32_pmaddwd512_mask(H(a), H(b), reg<int32_t>{}, -1));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  using H = typename raw_of<int16_t, 16>::type;
+  return c + reg<int32_t>(__builtin_ia32_pmaddwd256(H(a), H(b)));
+#else
+  return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
 
 // In each 16-byte lane, a0 b0 a1 b1 ... of the lower (High 0) or upper (High 1) half of that lane: one instruction.
 template <int E, int High, class V, int... I> PLAIT_FN V unpack(V a, V b, indices<I...>) {
@@ -112,39 +143,119 @@ template <class T, int E = 16 / sizeof(T)> PLAIT_FN void columns(const T* const*
   }
 }
 
-// L rows by L columns of k: src[row][k] -> dst[k * NR + row].
-template <class T> PLAIT_FN void transpose(const T* const* src, int64_t k, T* dst) {
-  constexpr int L = lanes<T>, E = 16 / sizeof(T);
+// ---- formats ---------------------------------------------------------------------------------------------------------
+// A *word* is as long as a sum and holds consecutive k of one row of A or column of B, as they lie in memory: one float, two
+// halves, four bytes. Widened it becomes *elements*, what the register tile multiplies: floats of one k each, or, for sums
+// of int32, pairs of int16 of two k each. Another format of B is another `widen`.
+
+template <class T> constexpr int depth = same<T, int32_t> ? 2 : 1;                // k of an element
+template <class T, class U> constexpr int per = int(sizeof(T) / sizeof(U));       // k of a word
+template <class T, class U> constexpr int steps = per<T, U> / depth<T>;           // elements of a word
+template <class T> constexpr int64_t KS = KB * depth<T>;                          // k of a block
+template <class T> PLAIT_FN int64_t elements(int64_t k) { return depth<T> == 1 ? k : ceildiv(k, 4) * 2; }
+
+template <class U> struct shifts { using half = int16_t; using whole = int32_t; };  // types whose shifts keep U's sign
+template <> struct shifts<uint8_t> { using half = uint16_t; using whole = uint32_t; };
+
+// The even halves of L words, then the odd ones: sorted in each quarter first, since that takes one instruction.
+template <int L, class V, int... I, int... J> PLAIT_FN auto sorted_halves(V words, indices<I...>, indices<J...>) {
+  using H = typename raw_of<uint16_t, 2 * L>::type;
+  using Q = typename raw_of<uint64_t, L / 2>::type;
+  const Q q = Q(__builtin_shufflevector(H(words), H(words), (I / 8 * 8 + I % 4 * 2 + I % 8 / 4)...));
+  return H(__builtin_shufflevector(q, q, (J % (L / 4) * 2 + J / (L / 4))...));
+}
+
+template <class T, class U> PLAIT_FN void widen(reg<T> word, reg<T>* x) {
+  constexpr int L = lanes<T>;
+  if constexpr (same<T, U>) {
+    x[0] = word;
+  } else if constexpr (same<U, bf16>) {
+    x[0] = reg<T>(reg<uint32_t>(word) << 16);
+    x[1] = reg<T>(reg<uint32_t>(word) & 0xffff0000u);
+  } else if constexpr (same<U, f16>) {
+    const plait::vec<uint16_t, 2 * L> halves = sorted_halves<L>(word, iota_of<2 * L>{}, iota_of<L / 2>{});
+    x[0] = cast<T>(plait::vec<f16, L>(low(halves))).v, x[1] = cast<T>(plait::vec<f16, L>(high(halves))).v;
+  } else if constexpr (same<T, int32_t>) {  // k and k + 2, then k + 1 and k + 3
+    using H = typename raw_of<typename shifts<U>::half, 2 * L>::type;
+    x[0] = reg<T>(H(word) << 8 >> 8), x[1] = reg<T>(H(word) >> 8);
+  } else {
+    using N = reg<typename shifts<U>::whole>;
 #pragma GCC unroll 4
-  for (int side = 0; side < L; side += E) {
-    reg<T> v[E];
-    columns(src, k + side, v);
+    for (int i = 0; i < 4; i++) x[i] = __builtin_convertvector(reg<int32_t>(N(word) << (24 - 8 * i) >> 24), reg<T>);
+  }
+}
+// The word at k of L rows, of which `left` k exist; the others are zero.
+template <class T, class U> PLAIT_FN reg<T> part_words(const U* const* src, int64_t k, int64_t left) {
+  alignas(64) T word[lanes<T>] = {};
+#pragma GCC unroll 1
+  for (int j = 0; j < lanes<T>; j++) __builtin_memcpy(word + j, src[j] + k, left * sizeof(U));
+  return get(word);
+}
+
+// f(e, x) with x the element e, over L rows, of src[row][k0 : k0 + kc], in order.
+template <class T, class U, class F> PLAIT_FN void each_element(const U* const* src, int64_t k0, int64_t kc, F f) {
+  constexpr int E = 16 / sizeof(T), P = per<T, U>, S = steps<T, U>;
+  const T* words[lanes<T>];
+  for (int j = 0; j < lanes<T>; j++) words[j] = reinterpret_cast<const T*>(src[j] + k0);
+  int64_t k = 0, e = 0;
+  reg<T> v[E], x[S];
+  for (; k + E * P <= kc; k += E * P) {
+    columns(words, k / P, v);
 #pragma GCC unroll 4
-    for (int i = 0; i < E; i++) put(dst + (side + i) * NR, v[i]);
+    for (int i = 0; i < E; i++) {
+      widen<T, U>(v[i], x);
+#pragma GCC unroll 4
+      for (int s = 0; s < S; s++) f(e++, x[s]);
+    }
+  }
+  for (; k < kc; k += P) {
+    widen<T, U>(part_words<T>(src, k0 + k, least(P, kc - k)), x);
+#pragma GCC unroll 4
+    for (int s = 0; s < S; s++)
+      if (depth<T> > 1 || k + s < kc) f(e++, x[s]);
   }
 }
 
 // ---- register tile ---------------------------------------------------------------------------------------------------
 
-// c[r][0:Width] = (add ? c : 0) + sum over k < kc of a[r * Row + k * Step] * b[k * ldb + 0:Width], for R rows of c, NR apart.
-template <class T, int R, int Row, int Step, int Width = NR>
-[[gnu::noinline]] static void micro(int64_t kc, const T* a, const T* b, int64_t ldb, T* c, bool add) {
-  constexpr int L = lanes<T>;
+// c[r][0:Width] = (add ? c : 0) + sum over e < n of a[r * Row + e * Step] * (element e of b[][0:Width]), for R rows of c, NR
+// apart. b holds words of U, rows `ldb` apart: elements themselves where U is T.
+template <class T, class U, int R, int Row, int Step, int Width = NR>
+[[gnu::noinline]] static void micro(int64_t n, const T* a, const T* b, int64_t ldb, T* c, bool add) {
+  constexpr int L = lanes<T>, S = same<T, U> ? 1 : steps<T, U>;
   if (add)
     for (int i = 0; i < R * NR; i += 64 / int(sizeof(T))) __builtin_prefetch(c + i, 1);
   for (int h = 0; h < Width; h += NV * L) {
     reg<T> acc[R][NV] = {};
     const T* row = b + h;
-    for (int64_t k = 0; k < kc; k++, row += ldb) {
-      reg<T> bv[NV];
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) bv[v] = get(row + v * L);
+    int64_t e = 0;
+    const auto step = [&](int s, reg<T> (*x)[S]) PLAIT_BODY {
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
-        const reg<T> av = a[r * Row + k * Step] - reg<T>{};
+        const reg<T> av = a[r * Row + (e + s) * Step] - reg<T>{};
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) acc[r][v] = muladd(av, bv[v], acc[r][v]);
+        for (int v = 0; v < NV; v++) acc[r][v] = muladd(av, x[v][s], acc[r][v]);
       }
+    };
+    const auto load = [&](reg<T> (*x)[S]) PLAIT_BODY {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) {
+        if constexpr (S == 1) x[v][0] = get(row + v * L);
+        else widen<T, U>(get(row + v * L), x[v]);
+      }
+    };
+    for (; e + S <= n; e += S, row += ldb) {
+      reg<T> x[NV][S];
+      load(x);
+#pragma GCC unroll 4
+      for (int s = 0; s < S; s++) step(s, x);
+    }
+    if (S > 1 && e < n) {
+      reg<T> x[NV][S];
+      load(x);
+#pragma GCC unroll 4
+      for (int s = 0; s < S - 1; s++)
+        if (e + s < n) step(s, x);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
@@ -160,78 +271,15 @@ template <class T, int R, int Row, int Step, int Width = NR>
 inline int64_t tile_rows(int64_t left) { return MR == 12 && left > 12 && left <= 16 ? 8 : least(left, MR); }
 
 // May compute and write more rows: up to the next of 4, 6, 8, 12. (Products of few rows take the path of matmul_thin.h.)
-template <class T, int Row, int Step, int Width>
-static void micro_rows(int64_t rows, int64_t kc, const T* a, const T* b, int64_t ldb, T* c, bool add) {
+template <class T, int Row, int Step, int Width = NR>
+static void micro_rows(int64_t rows, int64_t n, const T* a, const T* b, int64_t ldb, T* c, bool add) {
   if constexpr (MR == 12) {
-    if (rows > 8) return micro<T, 12, Row, Step, Width>(kc, a, b, ldb, c, add);
-    if (rows > 4) return micro<T, 8, Row, Step, Width>(kc, a, b, ldb, c, add);
+    if (rows > 8) return micro<T, T, 12, Row, Step, Width>(n, a, b, ldb, c, add);
+    if (rows > 4) return micro<T, T, 8, Row, Step, Width>(n, a, b, ldb, c, add);
   } else {
-    if (rows > 4) return micro<T, 6, Row, Step, Width>(kc, a, b, ldb, c, add);
+    if (rows > 4) return micro<T, T, 6, Row, Step, Width>(n, a, b, ldb, c, add);
   }
-  return micro<T, 4, Row, Step, Width>(kc, a, b, ldb, c, add);
-}
-
-// ---- packing ---------------------------------------------------------------------------------------------------------
-
-// Rows of a matrix in memory: row i starts `ld` elements after row i - 1, or where the table of row ids says.
-template <class T> struct Rows {
-  const T* base;
-  int64_t ld;
-  const int64_t* ids;
-  PLAIT_FN const T* operator[](int64_t i) const { return base + (ids ? ids[i] : i) * ld; }
-};
-
-// B at (k0, n0), kc x cols, stored as rows of n -> panel[k][NR]. Columns from `cols` on are copies of the last one.
-template <class T, class U> static void pack_b_k(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
-  constexpr int L = lanes<T>;
-  for (int h = 0; h < NR; h += L) {
-    const U* src[L];
-    for (int j = 0; j < L; j++) src[j] = b[n0 + least(h + j, cols - 1)] + k0;
-    int64_t k = 0;
-    if constexpr (same<T, U>) {
-      for (; k + L <= kc; k += L) transpose(src, k, panel + k * NR + h);
-      if (k < kc && kc > L) transpose(src, kc - L, panel + (kc - L) * NR + h), k = kc;
-    } else {
-      for (; k + L <= kc; k += L) {
-        T rows[L][L];
-        const T* at[L];
-#pragma GCC unroll 1
-        for (int j = 0; j < L; j++) put(rows[j], get_as<T>(src[j] + k)), at[j] = rows[j];
-        transpose(at, 0, panel + k * NR + h);
-      }
-    }
-    for (; k < kc; k++)
-#pragma GCC unroll 1
-      for (int j = 0; j < L; j++) panel[k * NR + h + j] = cast<T>(src[j][k]);
-  }
-}
-
-// The same of B stored as rows of k.
-template <class T, class U> static void pack_b_n(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
-  for (int64_t k = 0; k < kc; k++, panel += NR) {
-    const U* src = b[k0 + k] + n0;
-    if (cols == NR) {
-#pragma GCC unroll 1
-      for (int h = 0; h < NR; h += lanes<T>) put(panel + h, get_as<T>(src + h));
-    } else {
-      for (int64_t j = 0; j < NR; j++) panel[j] = j < cols ? cast<T>(src[j]) : T(0);
-    }
-  }
-}
-
-// A at (m0, k0), rows x kc, stored as rows of m -> dst[row][AS].
-template <class T> static void pack_a_k(Rows<T> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
-  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(dst + r * AS, a[m0 + r] + k0, kc * sizeof(T));
-}
-
-// A at (m0, k0), rows x kc, stored as rows of k -> dst[k][MR].
-template <class T> static void pack_a_m(Rows<T> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
-  for (int64_t k = 0; k < kc; k++, dst += MR) {
-    const T* src = a[k0 + k] + m0;
-    if (rows == MR) __builtin_memcpy(dst, src, MR * sizeof(T));
-    else
-      for (int64_t r = 0; r < rows; r++) dst[r] = src[r];
-  }
+  return micro<T, T, 4, Row, Step, Width>(n, a, b, ldb, c, add);
 }
 
 }  // namespace plait::matmul

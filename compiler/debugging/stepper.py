@@ -22,10 +22,10 @@ from ...ir.text import value_names
 from ...passes.base import Step
 from ...runtime.structure import Structure
 from ..api import CompiledModel
-from ..backend import codegen_options
 from ..decisions import Decisions
 from ..export import Exported
 from ..pipelines import Session
+from ..plans import codegen_options
 from .computed import Computed, computed
 from .edit import edit
 from .history import find_step, step_diff

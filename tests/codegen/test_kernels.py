@@ -44,8 +44,8 @@ def test_products_share_drivers_and_compilers(tmp_path: Path, runs: list[list[st
     cache = Cache(tmp_path)
     found = kernels.load_kernels(compiled.sources, cache)
     assert found.keys() == compiled.sources.keys() and len(found) == 3
-    shared = [r for r in runs if r[0].startswith("matmul_float_float")]
-    assert sorted(r[0] for r in shared) == ["matmul_float_float_k_k_plain", "matmul_float_float_k_n_plain"]
+    shared = [r for r in runs if r[0].startswith("matmul_float_float_float")]
+    assert sorted(r[0] for r in shared) == ["matmul_float_float_float_k_k_plain", "matmul_float_float_float_k_n_plain"]
     assert sorted(n for r in runs if r not in shared for n in r) == sorted(compiled.sources)
     before = len(runs)
     assert kernels.load_kernels(compiled.sources, Cache(tmp_path)) == found

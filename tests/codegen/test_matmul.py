@@ -2,113 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import sympy
 import torch
-from plait.codegen.cpp.build import build
 from plait.codegen.kernel_ir import Buffer, Compute, Const, Load, Store
 from plait.codegen.templates import matmul as mm
-from plait.codegen.templates.launch import bind, bind_matmul
-from plait.codegen.templates.matmul import MatmulSpec, generate, generate_pack, packed_elements, workspace_elements
+from plait.codegen.templates.launch import bind
+from plait.codegen.templates.matmul import MatmulSpec, generate, workspace_elements
 from plait.cost.device import host_isa
 from plait.errors import InvalidMatmul
 
-OUT_M, OUT_B0, OUT_B1 = (sympy.Symbol(s, integer=True) for s in ("out_m", "out_b0", "out_b1"))
-PLAIN = MatmulSpec(
-    "mm",
-    (Store("out", mm.B0 * OUT_B0 + mm.B1 * OUT_B1 + mm.M * OUT_M + mm.N, mm.ACC),),
-    (Buffer("out", "float32", "write"),),
-    (OUT_B0, OUT_B1, OUT_M),
-)
-
-
-LAYOUTS = list(itertools.product("km", ("k", "n", "packed")))
-SOME = [("k", "k"), ("m", "n"), ("k", "packed")]
-
-
-def named(spec: MatmulSpec) -> MatmulSpec:
-    """`spec` under a name of its own, so that many kernels can share one translation unit."""
-    return replace(spec, name="mm_" + hashlib.sha256(repr(spec).encode()).hexdigest()[:16])
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """The shared object of a spec, or of the kernel that packs float32 or float64; built once, the common ones together."""
-    folder = tmp_path_factory.mktemp("kernels")
-    plain = [replace(PLAIN, a=a, b=b) for a, b in LAYOUTS]
-    some = [replace(PLAIN, a=a, b=b) for a, b in SOME]
-    common = {"native": plain + [typed(s, "float64") for s in some] + [replace(s, batch=n) for s in some for n in (1, 2)]}
-    packing = {f"pack_{dtype}": generate_pack(f"pack_{dtype}", dtype, "n") for dtype in ("float32", "float64")}
-    built: dict[str, dict[str, Path]] = {}
-
-    def get(spec: MatmulSpec | str, isa: str = "native") -> tuple[str, Path]:
-        if isa not in built:
-            sources = {s.name: generate(s) for s in map(named, common.get(isa, plain))}
-            built[isa] = build(sources | packing, folder, isa=isa)
-        name = spec if isinstance(spec, str) else named(spec).name
-        if name not in built[isa]:
-            built[isa] |= build({name: generate(named(spec))}, folder, isa=isa)
-        return name, built[isa][name]
-
-    return get
-
-
-def typed(spec: MatmulSpec, dtype: str) -> MatmulSpec:
-    return replace(spec, dtype=dtype, buffers=tuple(replace(b, dtype=dtype) for b in spec.buffers))
-
-
-def stored(x: torch.Tensor, contiguous: int) -> torch.Tensor:
-    """The values of x in a view whose axis `contiguous` has stride 1, with room between rows."""
-    moved = x.movedim(contiguous, -1)
-    room = torch.full((*moved.shape[:-1], moved.shape[-1] + 3), torch.nan, dtype=x.dtype)
-    room[..., : moved.shape[-1]] = moved
-    return room[..., : moved.shape[-1]].movedim(-1, contiguous)
-
-
-def run(compiled, spec, a, b, buffers, isa="native", **sizes):
-    bind_matmul(compiled(spec, isa)[1], named(spec), a, b, buffers, **sizes)()
-
-
-class Product:
-    """a @ b by the template, in the layouts of a spec."""
-
-    def __init__(self, compiled, spec=PLAIN, threads=2, isa="native", **changes):
-        self.compiled, self.spec, self.threads, self.isa = compiled, replace(spec, **changes), threads, isa
-
-    def pack(self, b: torch.Tensor) -> torch.Tensor:
-        k, n = b.shape[-2:]
-        flat = b[None] if b.dim() == 2 else b.flatten(0, -3)
-        packed = torch.full((flat.shape[0], packed_elements(n, k)), torch.nan, dtype=b.dtype)
-        name, library = self.compiled(f"pack_{self.spec.dtype}", self.isa)
-        bind(library, name, [flat.contiguous(), packed], [n, k, n, flat.shape[0], k * n], self.threads)()
-        return packed.view(*b.shape[:-2], packed.shape[-1])
-
-    def __call__(self, a, b, out=None, **tables):
-        spec, n = self.spec, b.shape[-1]
-        batch = torch.broadcast_shapes(a.shape[: spec.batch], b.shape[: spec.batch])
-        rows = tables["a_ids"].numel() if "a_ids" in tables and spec.a == "k" else a.shape[-2]
-        if out is None:
-            out = torch.full((*batch, rows, n), torch.nan, dtype=getattr(torch, spec.dtype))
-        a = stored(a, -1 if spec.a == "k" else -2)
-        b = self.pack(b) if spec.b == "packed" else stored(b, -2 if spec.b == "k" else -1)
-        symbols = {"out_m": out.stride(-2), "out_b0": 0, "out_b1": 0}
-        symbols |= {f"out_b{i}": out.stride(i) for i in range(spec.batch)}
-        run(self.compiled, spec, a, b, {"out": out, **tables}, n=n, symbols=symbols, threads=self.threads, isa=self.isa)
-        return out
-
-
-def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype)
-
-
-def integers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
-
+from tests.codegen.products import LAYOUTS, PLAIN, SOME, Product, integers, named, randn, run, stored, typed
 
 SHAPES = [(1, 1, 1), (1, 33, 5), (2, 31, 17), (3, 64, 256), (5, 32, 257), (8, 100, 40), (12, 96, 300), (13, 5, 16),
           (16, 32, 31), (25, 65, 64), (64, 48, 513), (250, 40, 33), (7, 2100, 270)]  # fmt: skip
@@ -122,12 +29,8 @@ SHAPES = [(1, 1, 1), (1, 33, 5), (2, 31, 17), (3, 64, 256), (5, 32, 257), (8, 10
 def test_equals_torch_on_every_layout_and_tail(compiled, layout, dtype):
     product = Product(compiled, typed(PLAIN, dtype), a=layout[0], b=layout[1])
     for m, n, k in SHAPES:
-        a, b = integers(m, k).to(product_dtype(dtype)), integers(k, n, seed=1).to(product_dtype(dtype))
+        a, b = integers(m, k).to(getattr(torch, dtype)), integers(k, n, seed=1).to(getattr(torch, dtype))
         torch.testing.assert_close(product(a, b), a @ b, rtol=0, atol=0)  # integers: exact in any order
-
-
-def product_dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
 
 
 def test_is_as_accurate_as_torch(compiled):
@@ -339,14 +242,6 @@ def test_prologue_computes_rows_of_a(compiled, a, ids):
     assert torch.equal(out, Product(compiled)(gathered + shift, b))
 
 
-@pytest.mark.parametrize("layout", [("k", "k"), ("m", "n")], ids="-".join)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_operands_are_summed_in_float32(compiled, layout, dtype):
-    a, b = randn(30, 270).to(product_dtype(dtype)), randn(270, 45).to(product_dtype(dtype))
-    product = Product(compiled, a_dtype=dtype, b_dtype=dtype, a=layout[0], b=layout[1])
-    assert torch.equal(product(a, b), Product(compiled)(a.float(), b.float()))
-
-
 # ---- limits -----------------------------------------------------------------------------------------------------------
 
 
@@ -376,9 +271,11 @@ def test_uses_no_more_threads_than_the_workspace_has_slots(compiled):
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"dtype": "int32"}, "dtype is 'int32'"),
+        ({"dtype": "int16"}, "dtype is 'int16'"),
+        ({"dtype": "int32"}, "a_dtype int32 is not summed in int32"),
+        ({"dtype": "float64", "b_dtype": "int8"}, "b_dtype int8 is not summed in float64"),
+        ({"dtype": "int32", "a_dtype": "int8", "b_dtype": "int8", "group": "k"}, "no groups along k"),
         ({"b": "packed", "b_ids": True}, "a packed B"),
-        ({"b": "packed", "b_dtype": "bfloat16"}, "a packed B"),
         ({"batch": 1, "group": "m"}, "exclude"),
         ({"group_ids": True}, "group_ids"),
         ({"epilogue": ()}, "stores nothing"),

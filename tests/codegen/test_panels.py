@@ -20,12 +20,14 @@ from torch import nn
 
 @pytest.mark.parametrize("layout", ["k", "n"])
 @pytest.mark.parametrize(("n", "k"), [(32, 8), (33, 5), (1, 7), (70, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.uint8])
 def test_packing_loses_nothing(layout: str, n: int, k: int, dtype: torch.dtype) -> None:
     one = Panels("a|b: c", layout, n, k)
-    weight = torch.randn((n, k) if layout == "k" else (k, n), dtype=dtype)
+    weight = (torch.randn((n, k) if layout == "k" else (k, n)) * 50).to(dtype)
     packed = one.pack(weight)
-    assert panels.WIDTH == PANEL and packed.shape == (one.elements,) == (packed_elements(n, k),)
+    assert panels.WIDTH == PANEL and packed.shape == (one.elements(dtype),) == (
+        packed_elements(n, k, str(dtype).removeprefix("torch.")),
+    )
     assert torch.equal(one.unpack(packed), weight)
     assert Panels.named(one.name) == one and Panels.named("a|b: c") is None
 

@@ -19,9 +19,9 @@ from plait.codegen.compile import CodegenOptions, compile_graph
 from plait.codegen.target import Target
 from plait.codegen.triton import build
 from plait.compiler.aot import device_graphs
-from plait.compiler.backend import target_of
 from plait.compiler.cli import main
 from plait.compiler.options import Options
+from plait.compiler.plans import target_of
 from plait.compiler.source import Targets
 from plait.errors import CannotRetarget, DamagedArtifact, DeviceNotAvailable, FallbackRefused, NoSuchPart
 from plait.ir import parse_graph

@@ -315,3 +315,41 @@ def test_regions_are_checked_too():
     plan = make_plan(INPUTS, [X], [call("plait.call", [{"g": "r"}, {"l": [v(0)]}], [None])], [0], regions=(("r", inner),))
     with pytest.raises(UnsafePlan, match="region r: output 1 is never written"):
         check(plan)
+
+
+def overwriting(*steps, access=("read", "read_write")):
+    """A plan whose value 2 is what input 0 becomes, value 3 a view of the old and value 4 one of the new."""
+    values = (
+        X, value(1, "fresh", (8,)), value(2, "view", (8,), 0), value(3, "view", (4,), 0), value(4, "view", (4,), 2),
+        value(5, "handle", (8,)),
+    )  # fmt: skip
+    kernels = (KernelSpec("update", "cpp", "0", access), KernelSpec("copy", "cpp", "0", ("read", "write")))
+    return Plan(tuple(INPUTS), (), values, steps, (OutputSpec("value", 1),), kernels, 0)
+
+
+UPDATE = Launch("update", (0, 2), ())
+
+
+def test_an_input_may_be_overwritten_after_its_last_reader():
+    for reader in (0, 3):
+        assert not why(overwriting(Launch("copy", (reader, 1), ()), UPDATE))
+    for reader in (2, 4):
+        assert not why(overwriting(UPDATE, Launch("copy", (reader, 1), ())))
+
+
+@pytest.mark.parametrize("reader", [0, 3])
+def test_old_values_are_not_read_once_they_are_overwritten(reader):
+    plan = overwriting(UPDATE, Launch("copy", (reader, 1), ()))
+    assert f"step 1 reads value {reader}, which step 0 has overwritten with value 2" in why(plan)
+
+
+def test_a_kernel_that_overwrites_what_it_reads_says_so():
+    plan = overwriting(UPDATE, Launch("copy", (2, 1), ()), access=("read", "write"))
+    assert "step 0 reads value 0 and overwrites it with value 2" in why(plan)
+
+
+def test_views_that_calls_made_of_old_values_are_not_read_after():
+    view = call("aten.view.default", [v(0), {"l": [{"c": 8}]}], [5])
+    assert not why(overwriting(view, Launch("copy", (5, 1), ()), UPDATE))
+    late = overwriting(view, UPDATE, Launch("copy", (5, 1), ()))
+    assert "step 2 reads value 5, which may lie where step 1 has written value 2" in why(late)
