@@ -21,8 +21,6 @@ from .views import unravel
 
 NAME = "aten.convolution.default"
 _DTYPES = (torch.float32, torch.float64)
-_FEW = 8  # channels
-_MANY = 128  # pixels
 _REGISTER = 8  # pixels
 
 
@@ -56,7 +54,7 @@ def convolution_of(node: Node) -> Convolution | str:
         return why
     image, kernel, out = x.tensor, weight.tensor, node.out.tensor
     last = _is_channels_last(out)
-    each = [_each(node[n], image.rank - 2) for n in ("stride", "padding", "dilation")]
+    each = [spread(node[n], image.rank - 2) for n in ("stride", "padding", "dilation")]
     taps, shape, result, steps = kernel.shape[2:], image.shape[2:], out.shape[2:], image.strides[2:]
     single = all(n == 1 for n in taps)
     taps_first = single or not _lies(kernel, contiguous_strides(kernel.shape))
@@ -76,7 +74,7 @@ def convolution_of(node: Node) -> Convolution | str:
 def pad_first(m: Match, b: Builder) -> Value:
     """The convolution of an image that was padded by an op of its own, once instead of for every tap."""
     node = m.node
-    around = tuple(n for p in reversed(_each(node["padding"], node["input"].tensor.rank - 2)) for n in (p, p))
+    around = tuple(n for p in reversed(spread(node["padding"], node["input"].tensor.rank - 2)) for n in (p, p))
     x = b.call("aten.constant_pad_nd.default", node["input"], around, 0.0)
     args = {"input": x, "padding": (0,) * len(node["padding"])}
     out = Value(node.out.type, node.out.hint)
@@ -100,28 +98,13 @@ def check_pad_first(m: Match) -> Reason | None:
 
 
 def faster_library(made: Convolution) -> str | None:
-    """Why oneDNN's convolution is the better choice; None where it is not, by measurements (docs/design.md).
+    """Why a convolution that nobody measured is left to oneDNN; None where the template takes it (docs/design.md).
 
-    oneDNN computes float32 and half types; torch's own float64 convolution is slower than the template's throughout.
+    oneDNN computes float32; float64 would go to a convolution of torch's own.
     """
-    size: dict[str, Any] = window_sizes(made.window)
-    images: Any = made.x.tensor.shape[0]
-    fixed = [n for name, n in size.items() if name != "window_x_n"]
-    if made.x.tensor.dtype != torch.float32:
+    if made.x.tensor.dtype is not torch.float32:
         return None
-    if not all(isinstance(n, int) for n in fixed):
-        return "an image whose size is known only at run time"
-    if size["window_KH"] == size["window_KW"] == 1:
-        return "windows of one pixel"
-    if size["window_OW"] < _REGISTER:  # oneDNN is bad at rows of few pixels, and neither is good at few pixels in all
-        pixels = images * size["window_OH"] * size["window_OW"]
-        return None if isinstance(pixels, int) and pixels >= _MANY else "few pixels"
-    if made.window.pixels == "a":
-        return "channels-last rows of many pixels"
-    channels: Any = made.m
-    if size["window_C"] < _FEW or channels < _FEW:
-        return "few channels"
-    return None if _is_direct(made.window) else "pixels that do not fill registers side by side"
+    return "the template takes float32 only where mode='max-autotune' measures it to be faster"
 
 
 def _is_direct(window: Window) -> bool:
@@ -167,7 +150,8 @@ def _lies(kind: TensorType, strides: Sequence[Dim]) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(kind.shape, kind.strides, strides, strict=True))
 
 
-def _each(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+def spread(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """A size for each of `count` axes, where one may stand for all."""
     return tuple(sizes) if len(sizes) == count else tuple(sizes) * count
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +11,11 @@ import torch
 from ..cost.device import cpu_flags
 from ..cost.profile import open_table, user_path
 from ..ir import Node, Symbols, Value, op
+from .convolution import Window, convolution_of, faster_library, spread
 from .kernels import current_cache
 from .matmul import Chooser, Matmul
-from .templates.matmul_choice import MKL, ONEDNN, MatmulProblem, candidate_names, choose_matmul
+from .templates.convolution_choice import ONEDNN_CONVOLUTION, ConvolutionProblem, choose_convolution
+from .templates.matmul_choice import MKL, ONEDNN, TEMPLATE, MatmulProblem, candidate_names, choose_matmul
 
 _MEASURABLE = 1 << 28  # elements of an operand; larger ones are not made just to time them
 _FEW_ROWS = 16  # products of fewer read the weight and do little else: there the template is as fast, and fuses
@@ -25,9 +29,12 @@ _WIDE = {  # instructions that multiply more than the template's do, and that on
 
 def default_choice(symbols: Symbols) -> Chooser:
     """A function that leaves products of halves and bytes to oneDNN where the processor has instructions for them that the
-    template does not use, and the product has more than a few rows. All others go to the template."""
+    template does not use, and the product has more than a few rows, and float32 convolutions (docs/design.md). All others
+    go to the template."""
 
-    def choose(_: Node, made: Matmul) -> tuple[str, str] | None:
+    def choose(node: Node, made: Matmul) -> tuple[str, str] | None:
+        if made.window is not None:
+            return _unmeasured_convolution(node)
         has = next((flag for flag in _WIDE.get(made.a.tensor.dtype, ()) if flag in cpu_flags()), None)
         rows = _number(made.m, symbols)
         if has is None or rows is None or rows < _FEW_ROWS or made.scale is not None:
@@ -41,8 +48,7 @@ def default_choice(symbols: Symbols) -> Chooser:
 def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
     """A function that names the library which runs a matmul faster than plait's template, and says by how much.
 
-    It gives None where the template is the fastest, and for convolutions, which are chosen by shape. For sizes that are only
-    hints the sizes seen at capture decide.
+    It gives None where the template is the fastest, and for sizes that are only hints the sizes seen at capture decide.
     Timings come from the user's profile table and are kept there.
     """
     table = open_table(user_path())
@@ -51,7 +57,7 @@ def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
 
     def choose(node: Node, made: Matmul) -> tuple[str, str] | None:
         if made.window is not None:
-            return None
+            return measured_convolution(node, made.window)
         sizes = [_number(d, symbols) for d in (made.m, made.n, made.k, made.batch[0] if made.batch else 1)]
         if any(s is None or s == 0 for s in sizes):
             return None
@@ -74,7 +80,47 @@ def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
         mine = timings["template"].median * 1e6
         return name, f"{name}, measured: {timings[name].median * 1e6:.0f} µs against {mine:.0f} µs of the template"
 
+    def measured_convolution(node: Node, window: Window) -> tuple[str, str] | None:
+        problem = _convolution_problem(node, window, symbols)
+        if problem is None:
+            return _unmeasured_convolution(node)
+        best = choose_convolution(problem, table, threads, folder)
+        table.save()
+        if best.name == TEMPLATE:
+            return None
+        timings = table.get(problem.key(threads))
+        mine, theirs = (timings[name].median * 1e6 for name in (TEMPLATE, ONEDNN_CONVOLUTION))
+        return best.name, f"oneDNN's convolution, measured: {theirs:.0f} µs against {mine:.0f} µs of the template"
+
     return choose
+
+
+def _unmeasured_convolution(node: Node) -> tuple[str, str] | None:
+    made = convolution_of(node)
+    why = None if isinstance(made, str) else faster_library(made)
+    return None if why is None else (ONEDNN_CONVOLUTION, f"oneDNN's convolution: {why}")
+
+
+def _convolution_problem(node: Node, window: Window, symbols: Symbols) -> ConvolutionProblem | None:
+    """A convolution's sizes as numbers; None where they are unknown, or too large or small to be measured."""
+    made = convolution_of(node)
+    assert not isinstance(made, str), "a product with a window is a convolution"
+
+    def numbers(sizes: Sequence[Any]) -> tuple[int, ...] | None:
+        found = [_number(n, symbols) for n in sizes]
+        return None if None in found else tuple(n for n in found if n is not None)
+
+    kinds = [(numbers(v.tensor.shape), numbers(v.tensor.strides)) for v in (made.x, made.weight)]
+    sizes, product = numbers(window.sizes), numbers((made.m, made.n, made.k))
+    image, weight = ((shape, strides) if shape and strides else None for shape, strides in kinds)
+    if image is None or weight is None or sizes is None or product is None or 0 in product:
+        return None
+    m, n, k = product
+    if max(m * n, math.prod(image[0]), math.prod(weight[0])) > _MEASURABLE:
+        return None
+    dtype = str(made.x.tensor.dtype).removeprefix("torch.")
+    stride, padding, dilation = (spread(node[name], made.x.tensor.rank - 2) for name in ("stride", "padding", "dilation"))
+    return ConvolutionProblem(dtype, image, weight, stride, padding, dilation, window.pixels, m, n, k, sizes)
 
 
 def linear_call(node: Node, made: Matmul, producers: dict[Value, Node]) -> Node | None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import plait
 import pytest
 import torch
+from plait.codegen import tuning
+from plait.codegen.templates.convolution_choice import ConvolutionProblem, convolution_candidates
+from plait.cost import profile
+from plait.cost.profile import Choice, Table, Timing
 from torch import nn
 from torch.nn import functional as F
 
@@ -52,9 +57,33 @@ def compiled(fn: Any, dynamic: bool | None = False) -> Any:
     return torch.compile(fn, backend="plait", dynamic=dynamic, fullgraph=True)
 
 
-def reasons(fn: Any, *operands: Any) -> list[str]:
+def tuned(fn: Any) -> Any:
     torch._dynamo.reset()
-    return [why for name, why in plait.explain(fn)(*operands).coverage.reasons if name.startswith("aten.convolution")]
+    return torch.compile(fn, backend="plait", mode="max-autotune", dynamic=False, fullgraph=True)
+
+
+def reasons(fn: Any, *operands: Any, **options: Any) -> list[str]:
+    torch._dynamo.reset()
+    return [
+        why
+        for name, why in plait.explain(fn, options=options)(*operands).coverage.reasons
+        if name.startswith("aten.convolution")
+    ]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that makes a candidate the fastest in every measurement."""
+
+    def let(winner: str) -> None:
+        def measure(candidates: Any, threads: int, budget: float) -> dict[str, Timing]:
+            seconds = {name: 1e-6 if name == winner else 2e-6 for name in candidates}
+            return {name: Timing(20, s, s, s, s) for name, s in seconds.items()}
+
+        monkeypatch.setattr(profile, "measure_alternating", measure)
+        monkeypatch.setattr(tuning, "open_table", lambda path: Table())
+
+    return let
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -71,15 +100,18 @@ def test_random_convolutions_are_eagers(seed):
 @pytest.mark.parametrize(
     ("image", "weight", "how"),
     [
-        ((2, 16, 12, 16), (24, 16, 3, 3), {"padding": 1}),  # windows read where they lie
+        ((2, 16, 12, 16), (24, 16, 3, 3), {"padding": 1}),
         ((1, 40, 9, 24), (7 + 6, 40, 5, 3), {"padding": (2, 1), "stride": (2, 1)}),
         ((3, 9, 8, 8), (65, 9, 3, 3), {"padding": 2, "dilation": 2}),
         ((8, 70, 4, 4), (40, 70, 3, 3), {"padding": 1}),  # packed: several images in a panel
+        ((2, 24, 18, 18), (30, 24, 3, 3), {}),  # windows read where they lie
+        ((2, 40, 9, 7), (24, 40, 1, 1), {"stride": 2}),
         ((130, 32, 1, 1), (20, 32, 3, 3), {"padding": 1}),
     ],
 )
 @pytest.mark.parametrize("last", [False, True])
-def test_float32_is_as_exact_as_eagers(image, weight, how, last):
+def test_float32_is_as_exact_as_eagers(image, weight, how, last, measured):
+    measured("template")
     g = torch.Generator().manual_seed(0)
     x, w, bias = torch.randn(image, generator=g), torch.randn(weight, generator=g), torch.randn(weight[0], generator=g)
     if last:
@@ -89,7 +121,7 @@ def test_float32_is_as_exact_as_eagers(image, weight, how, last):
         return F.gelu(F.conv2d(x, w, bias, **how))
 
     exact = fn(x.double(), w.double(), bias.double())
-    ours, eagers = ((f(x, w, bias) - exact).abs().max() for f in (compiled(fn), fn))
+    ours, eagers = ((f(x, w, bias) - exact).abs().max() for f in (tuned(fn), fn))
     print(f"error {ours:.2e}, of eager {eagers:.2e}")
     assert ours <= 4 * eagers + 1e-6
 
@@ -149,7 +181,7 @@ class Block(nn.Module):
 
 def test_what_follows_is_fused_and_an_artifact_runs(tmp_path):
     torch.manual_seed(0)
-    model, x = Block().eval(), torch.randn(2, 16, 16, 16)
+    model, x = Block().eval().double(), torch.randn(2, 16, 16, 16, dtype=torch.float64)
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     made = plait.compile(exported)
@@ -158,8 +190,8 @@ def test_what_follows_is_fused_and_an_artifact_runs(tmp_path):
     made.save(tmp_path / "block.plait")
     loaded = plait.load(tmp_path / "block.plait")
     for count in (2, 5):
-        x = torch.randn(count, 16, 16, 16)
-        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+        x = torch.randn(count, 16, 16, 16, dtype=torch.float64)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-11, atol=1e-11)
 
 
 def test_training_gives_eagers_gradients():
@@ -181,6 +213,45 @@ def test_what_stays_with_onednn_says_why():
     assert "groups" in why(lambda x, w: F.conv2d(x, w, groups=8, padding=1), (1, 8, 16, 16), (8, 1, 3, 3))
     assert "transposed" in why(F.conv_transpose2d, (1, 8, 16, 16), (8, 8, 3, 3))
     assert "three dimensions" in why(F.conv3d, (1, 8, 8, 8, 8), (8, 8, 3, 3, 3))
-    assert "one pixel" in why(F.conv2d, (1, 8, 16, 16), (8, 8, 1, 1))
-    assert "few channels" in why(lambda x, w: F.conv2d(x, w, padding=1), (1, 3, 16, 16), (8, 3, 3, 3))
-    assert "few pixels" in why(lambda x, w: F.conv2d(x, w, padding=1), (1, 16, 4, 4), (16, 16, 3, 3))
+    assert "max-autotune" in why(F.conv2d, (1, 8, 16, 16), (8, 8, 3, 3))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_max_autotune_measures_the_template_against_onednn(last, measured):
+    fn = lambda x, w: F.conv2d(x, w, None, 2, 1)  # noqa: E731
+
+    def operands(channels: int) -> tuple[torch.Tensor, ...]:
+        layout = torch.channels_last if last else torch.contiguous_format
+        return tuple(t.to(memory_format=layout) for t in (torch.randn(2, 16, 9, 12), torch.randn(channels, 16, 3, 3)))
+
+    measured("template")
+    assert not reasons(fn, *operands(24), mode="max-autotune")
+    measured("onednn-convolution")
+    x, w = operands(20)
+    (why,) = reasons(fn, x, w, mode="max-autotune")
+    assert "oneDNN's convolution, measured: 1 µs against 2 µs" in why
+    torch.testing.assert_close(tuned(fn)(x, w), fn(x, w), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("how", [((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 2), (1, 2))])
+def test_what_is_measured_gives_one_result(last, how, tmp_path):
+    x, w = torch.randn(2, 16, 9, 12), torch.randn(24, 16, 3, 3)
+    if last:
+        x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    found: list[ConvolutionProblem] = []
+    choose = lambda problem, *_: found.append(problem) or Choice("template", Timing(1, 1, 1, 1, 1), False)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "choose_convolution", choose)
+        tuned(lambda x, w: F.conv2d(x, w, None, *how))(x, w)
+    both = convolution_candidates(found[0], 2, tmp_path)
+    mine, theirs = (both[name]() for name in ("template", "onednn-convolution"))
+    rows = theirs.movedim(1, -1) if last else theirs
+    torch.testing.assert_close(mine.reshape(rows.shape), rows, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_of_an_image_are_widened_before_windows_are_taken(measured):
+    measured("template")
+    fn = lambda x, w: F.conv2d(x.float(), w, padding=1)  # noqa: E731
+    x, w = torch.randint(0, 256, (2, 16, 9, 8), dtype=torch.uint8), torch.randn(24, 16, 3, 3)
+    torch.testing.assert_close(tuned(fn)(x, w), fn(x, w), rtol=1e-4, atol=1e-2)
