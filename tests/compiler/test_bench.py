@@ -193,7 +193,7 @@ def test_dynamic_sizes_are_those_of_the_inputs() -> None:
 
 def test_plans_of_devices_are_not_profiled(compiled: plait.CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = replace(compiled.compiled, options=CodegenOptions(target="cuda:90"))
-    monkeypatch.setattr(compiled, "compiled", elsewhere)
+    monkeypatch.setattr(plait.CompiledModel, "compiled", elsewhere)
     with pytest.raises(CannotProfile, match="cuda:90"):
         compiled.profile()
 
