@@ -27,6 +27,11 @@ _WIDE = {  # instructions that multiply more than the template's do, and that on
 }
 
 
+def instructions() -> tuple[str, ...]:
+    """Those of this processor that `default_choice` decides by."""
+    return tuple(sorted({flag for flags in _WIDE.values() for flag in flags} & cpu_flags()))
+
+
 def default_choice(symbols: Symbols) -> Chooser:
     """A function that leaves products of halves and bytes to oneDNN where the processor has instructions for them that the
     template does not use, and the product has more than a few rows, and float32 convolutions (docs/design.md). All others

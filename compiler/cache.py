@@ -24,6 +24,7 @@ from ..codegen.compile import CodegenOptions, CompiledGraph, compile_graph
 from ..codegen.coverage import Coverage, Reported
 from ..codegen.cpp.build import host_isa
 from ..codegen.kernels import current_cache
+from ..codegen.tuning import instructions
 from ..errors import ArtifactVersion, DamagedArtifact
 from ..ir import Graph, print_graph
 from ..runtime.plan import Plan, from_json, to_json
@@ -66,7 +67,7 @@ def _machine() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": str(env.version("triton")),
         "compiler": env.compiler(),
-        "machine": " ".join((env.processor(), host_isa(), *env.devices())),
+        "machine": " ".join((env.processor(), host_isa(), *instructions(), *env.devices())),
     }
 
 

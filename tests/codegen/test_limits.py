@@ -1,13 +1,12 @@
-"""What code generation refuses, by name: sizes without an integer form, arguments that a plan cannot hold."""
+"""What code generation refuses, by name: sizes without an integer form."""
 
 from __future__ import annotations
 
 import pytest
 import sympy
-from plait.codegen.compile import compile_graph
 from plait.codegen.size_expr import prefix
-from plait.errors import CannotLower, SizeNotSupported
-from plait.ir import parse_graph, size_symbol
+from plait.errors import SizeNotSupported
+from plait.ir import size_symbol
 
 
 def test_sizes_in_prefix_form():
@@ -20,12 +19,3 @@ def test_sizes_in_prefix_form():
 def test_a_size_without_an_integer_form_is_refused():
     with pytest.raises(SizeNotSupported, match="static"):
         prefix(sympy.sqrt(size_symbol("s0")))
-
-
-def test_complex_arguments_are_refused():
-    graph = parse_graph("""def f(x: "c64[3]"):
-        y = aten.add.Tensor(x, x, alpha=complex(1.0, 2.0))
-        return (y,)
-    """)
-    with pytest.raises(CannotLower, match="complex"):
-        compile_graph(graph)

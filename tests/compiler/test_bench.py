@@ -15,6 +15,7 @@ from plait.codegen.compile import CodegenOptions
 from plait.compiler import peers
 from plait.compiler.cli import main
 from plait.compiler.peers import PEERS, Peer, Task, chosen
+from plait.compiler.profile import profile
 from plait.compiler.timing import Alternated, Spread, alternate
 from plait.errors import CannotProfile, MissingPackage, PeerRefused, UnknownPeer
 from torch import nn
@@ -191,11 +192,10 @@ def test_dynamic_sizes_are_those_of_the_inputs() -> None:
     assert flops == {2: 2 * 2 * 8 * 4, 7: 2 * 7 * 8 * 4}
 
 
-def test_plans_of_devices_are_not_profiled(compiled: plait.CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_of_devices_are_not_profiled(compiled: plait.CompiledModel) -> None:
     elsewhere = replace(compiled.compiled, options=CodegenOptions(target="cuda:90"))
-    monkeypatch.setattr(compiled, "compiled", elsewhere)
     with pytest.raises(CannotProfile, match="cuda:90"):
-        compiled.profile()
+        profile(elsewhere, compiled.executable, ())
 
 
 def test_bench_shows_and_writes_the_profile(folder: Path) -> None:
