@@ -27,6 +27,7 @@ from ..cost.profile import open_table, user_path
 from ..errors import CannotImport
 from ..ir import Node, from_fx
 from ..ir.fx import FxLinks
+from .capture import real_tensors
 
 Parts = tuple[GraphModule, GraphModule]
 
@@ -131,7 +132,8 @@ class _Costs:
             if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol
         }
         table = open_table(user_path())
-        machine = ceilings(table, torch.get_num_threads())
+        with real_tensors():
+            machine = ceilings(table, torch.get_num_threads())
         table.save()
         self.byte, self.flop = _PICO / machine.levels[-1].read, _SHARE_OF_PEAK * _PICO / machine.fma
 
