@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their own set-up in .venv; a second run finds it done.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: test lint format demo bench gpu-check docs clean help
+.PHONY: test test-slow lint format demo bench gpu-check docs clean help
 
 # The first Python that is new enough. Override: make PYTHON=/path/to/python3.12 test
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -30,8 +30,11 @@ $(BIN)/python:
 	@touch $@
 
 # Two workers with two threads each share the cores: waiting threads must not spin.
-test: lint  ## lint, types, then every test that needs no GPU
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+test: lint  ## lint, types, then every test that needs no GPU and is not slow
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow"
+
+test-slow: .venv/.test  ## the slow ones: kernels that take long to build, whole benchmarks
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
 lint: .venv/.test  ## style, format, types
 	$(BIN)/ruff check .

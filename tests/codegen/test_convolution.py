@@ -16,6 +16,8 @@ from plait.cost.profile import Choice, Table, Timing
 from torch import nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.slow  # the compiler builds many drivers
+
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
 
 
@@ -241,7 +243,7 @@ def test_what_is_measured_gives_one_result(last, how, tmp_path):
         x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
     found: list[ConvolutionProblem] = []
     choose = lambda problem, *_: found.append(problem) or Choice("template", Timing(1, 1, 1, 1, 1), False)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, plait.config.patch(cache_dir=str(tmp_path / "cache")):
         patch.setattr(tuning, "choose_convolution", choose)
         tuned(lambda x, w: F.conv2d(x, w, None, *how))(x, w)
     both = convolution_candidates(found[0], 2, tmp_path)

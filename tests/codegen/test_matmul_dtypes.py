@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from tests.generate.judge import judge
 from tests.models import build, example
 
+pytestmark = pytest.mark.slow  # the compiler builds many drivers
+
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 

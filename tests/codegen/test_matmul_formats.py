@@ -11,6 +11,8 @@ import torch
 
 from tests.codegen.products import LAYOUTS, PLAIN, Product, randn, typed
 
+pytestmark = pytest.mark.slow  # the compiler builds many drivers
+
 HALVES = ["bfloat16", "float16"]
 MIXED = [("float32", "int8"), ("float32", "uint8"), ("bfloat16", "int8"), ("float16", "uint8")]
 BYTES = [("int8", "int8"), ("uint8", "int8"), ("int8", "uint8"), ("uint8", "uint8")]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import sympy
-from plait.codegen.compile import compile_graph
 from plait.codegen.size_expr import prefix
-from plait.errors import CannotLower, SizeNotSupported
-from plait.ir import parse_graph, size_symbol
+from plait.errors import SizeNotSupported
+from plait.ir import size_symbol
 from plait.runtime.sizes import evaluate
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, Mod, ModularIndexing
 
@@ -38,16 +37,3 @@ def test_sizes_evaluate_to_what_sympy_says(expr: sympy.Basic, value: int) -> Non
 def test_sizes_without_an_integer_form_are_refused(expr: sympy.Expr) -> None:
     with pytest.raises(SizeNotSupported):
         prefix(expr)
-
-
-def test_complex_constants_are_refused() -> None:
-    graph = parse_graph(
-        """
-graph(level="tensor", symbols={})
-def forward(x: "c64[2]"):
-    mul = aten.mul.Scalar(x, complex(0.0, 1.0))
-    return (mul,)
-"""
-    )
-    with pytest.raises(CannotLower, match="complex"):
-        compile_graph(graph)
