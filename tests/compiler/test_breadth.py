@@ -9,7 +9,7 @@ from typing import Any
 import plait
 import pytest
 import torch
-from plait.errors import CannotExport, CannotImport
+from plait.errors import CannotExport, CannotImport, CannotLower
 from plait.runtime.ops import _as_strided, _as_strided_scatter
 from torch import nn
 from torch.nn import functional as F
@@ -144,6 +144,18 @@ def test_addresses_past_the_end_are_refused() -> None:
     with pytest.raises(RuntimeError, match="out of bounds"):
         _as_strided_scatter(inside, torch.ones(2, 2), (2, 2), (3, 1), 2, (2, 3), (3, 1), 0)
     assert torch.equal(whole, torch.arange(100.0))
+
+
+def test_addresses_inside_a_view_that_torch_makes() -> None:
+    """Where the view begins in its memory only torch knows: refused ahead of time, run by torch under torch.compile."""
+
+    def parts(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(x * 2).as_strided((2, 2), (2, 1), 1)
+
+    x = torch.randn(4, dtype=torch.complex64)
+    torch.testing.assert_close(torch.compile(parts, backend="plait")(x), parts(x))
+    with pytest.raises(CannotLower, match=r"as_strided.*view that torch makes"):
+        plait.compile(Called(parts), (x,))
 
 
 # -- what graphs do not hold ---------------------------------------------------------------------------------------------
