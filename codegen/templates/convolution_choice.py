@@ -83,8 +83,8 @@ def choose_convolution(
     problem: ConvolutionProblem, table: Table, threads: int, folder: Path, budget: float = BUDGET
 ) -> Choice:
     """The fastest implementation of `problem`: from the table where it is known, else measured and recorded there."""
-    candidates = lambda: convolution_candidates(problem, threads, folder)  # noqa: E731
-    return table.choose(problem.key(threads), CANDIDATES, candidates, budget=budget)
+    key = problem.key(threads)
+    return table.choose(key, CANDIDATES, lambda: convolution_candidates(problem, threads, folder), budget=budget)
 
 
 def _operand(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
