@@ -151,20 +151,27 @@ def test_chunks_of_a_batch_and_threads_change_no_bit(last, width):
 def test_values_that_are_not_finite_stay_in_their_windows():
     x, w = torch.randn(1, 8, 16, 16), torch.randn(8, 8, 3, 3)
     x[0, 3, 0, 0], x[0, 2, 15, 15] = float("nan"), float("inf")
-    fn = lambda x, w: F.conv2d(x, w, None, 1, 1)  # noqa: E731
+
+    def fn(x, w):
+        return F.conv2d(x, w, None, 1, 1)
+
     torch.testing.assert_close(compiled(fn)(x, w), fn(x, w), equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 16, 16), (0, 8, 4, 4)])
 def test_an_empty_batch(shape):
-    fn = lambda x, w: F.conv2d(x, w, None, 1, 1)  # noqa: E731
+    def fn(x, w):
+        return F.conv2d(x, w, None, 1, 1)
+
     for dtype in (torch.float32, torch.float64):
         got = compiled(fn)(torch.randn(shape, dtype=dtype), torch.randn(16, 8, 3, 3, dtype=dtype))
         assert got.shape == (0, 16, *shape[2:])
 
 
 def test_sizes_that_change_from_call_to_call():
-    fn = lambda x, w: torch.relu(F.conv2d(x, w, None, 2, 1))  # noqa: E731
+    def fn(x, w):
+        return torch.relu(F.conv2d(x, w, None, 2, 1))
+
     f, w = compiled(fn, dynamic=True), torch.randn(12, 6, 3, 3, dtype=torch.float64)
     for batch, height, width in ((2, 9, 11), (3, 16, 16), (5, 7, 20)):
         x = torch.randn(batch, 6, height, width, dtype=torch.float64)
@@ -220,7 +227,8 @@ def test_what_stays_with_onednn_says_why():
 
 @pytest.mark.parametrize("last", [False, True])
 def test_max_autotune_measures_the_template_against_onednn(last, measured):
-    fn = lambda x, w: F.conv2d(x, w, None, 2, 1)  # noqa: E731
+    def fn(x, w):
+        return F.conv2d(x, w, None, 2, 1)
 
     def operands(channels: int) -> tuple[torch.Tensor, ...]:
         layout = torch.channels_last if last else torch.contiguous_format
@@ -242,7 +250,11 @@ def test_what_is_measured_gives_one_result(last, how, tmp_path):
     if last:
         x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
     found: list[ConvolutionProblem] = []
-    choose = lambda problem, *_: found.append(problem) or Choice("template", Timing(1, 1, 1, 1, 1), False)  # noqa: E731
+
+    def choose(problem, *_):
+        found.append(problem)
+        return Choice("template", Timing(1, 1, 1, 1, 1), False)
+
     with pytest.MonkeyPatch.context() as patch, plait.config.patch(cache_dir=str(tmp_path / "cache")):
         patch.setattr(tuning, "choose_convolution", choose)
         tuned(lambda x, w: F.conv2d(x, w, None, *how))(x, w)
@@ -254,6 +266,9 @@ def test_what_is_measured_gives_one_result(last, how, tmp_path):
 
 def test_bytes_of_an_image_are_widened_before_windows_are_taken(measured):
     measured("template")
-    fn = lambda x, w: F.conv2d(x.float(), w, padding=1)  # noqa: E731
+
+    def fn(x, w):
+        return F.conv2d(x.float(), w, padding=1)
+
     x, w = torch.randint(0, 256, (2, 16, 9, 8), dtype=torch.uint8), torch.randn(24, 16, 3, 3)
     torch.testing.assert_close(tuned(fn)(x, w), fn(x, w), rtol=1e-4, atol=1e-2)

@@ -20,25 +20,12 @@ from plait.compiler.timing import Alternated, Spread, alternate
 from plait.errors import CannotProfile, MissingPackage, PeerRefused, UnknownPeer
 from torch import nn
 
-FACTORIES = """
-import torch
-
-class Mlp(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
-
-    def forward(self, x):
-        return self.down(torch.nn.functional.gelu(self.up(x))) + x
-
-def mlp(): return Mlp(), (torch.ones(4, 8),)
-"""
+from tests.compiler.factories import MLP
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "bench_factories.py").write_text(FACTORIES)
+    (tmp_path / "bench_factories.py").write_text(MLP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path

@@ -15,23 +15,13 @@ from plait.compiler.cli import main
 from plait.compiler.commands.models import default_output
 from plait.runtime.artifact import load
 
-FACTORIES = """
-import torch
+from tests.compiler.factories import MLP
 
-class Mlp(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
-
-    def forward(self, x):
-        return self.down(torch.nn.functional.gelu(self.up(x))) + x
-
+FACTORIES = f"""{MLP}
 class Jump(torch.nn.Module):
     def forward(self, x):
         return x.relu() if x.sum().item() > 0 else x
 
-def mlp(): return Mlp(), (torch.ones(4, 8),)
 def jump(): return Jump(), (torch.ones(3),)
 def broken(): raise RuntimeError("weights are missing")
 """
