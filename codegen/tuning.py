@@ -20,10 +20,10 @@ from .templates.matmul_choice import MKL, ONEDNN, TEMPLATE, MatmulProblem, candi
 _MEASURABLE = 1 << 28  # elements of an operand; larger ones are not made just to time them
 _FEW_ROWS = 16  # products of fewer read the weight and do little else: there the template is as fast, and fuses
 _WIDE = {  # instructions that multiply more than the template's do, and that oneDNN uses, by dtype of A
-    torch.bfloat16: ("amx_bf16", "avx512_bf16"),
+    torch.bfloat16: ("amx_bf16",),
     torch.float16: ("amx_fp16", "avx512_fp16"),
-    torch.int8: ("amx_int8", "avx512_vnni"),
-    torch.uint8: ("amx_int8", "avx512_vnni"),
+    torch.int8: ("amx_int8",),
+    torch.uint8: ("amx_int8",),
 }
 
 

@@ -18,6 +18,7 @@ from ..codegen.coverage import Coverage
 from ..codegen.cpp import build
 from ..codegen.kernels import current_cache
 from ..codegen.target import Target, retarget
+from ..codegen.templates.matmul import has_dots
 from ..codegen.triton.build import binaries
 from ..errors import BadTarget
 from ..ir import Graph, print_graph
@@ -101,6 +102,7 @@ def parts(model: Ready, targets: Targets | None = None) -> Parts:
         raise BadTarget(target=targets.isas[0], why=f"the model was captured for {own.name}", isas=", ".join(CPU_ISAS))
     native_sources = compiled.sources if own.kind == "cpu" else {}
     headers = {header.name: header.read_text() for header in build.HEADERS} if native_sources else {}
+    isas = _useful(targets.isas, native_sources)
     devices = device_graphs(model, targets)
     held, names = _held(model.state, compiled.graph.constants)
     return Parts(
@@ -117,11 +119,17 @@ def parts(model: Ready, targets: Targets | None = None) -> Parts:
             **{f"{name}.py": text for made in devices.values() for name, text in made.sources.items()},
             **headers,
         },
-        binaries={isa: native_binaries(native_sources, isa) for isa in targets.isas} if native_sources else {},
+        binaries={isa: native_binaries(native_sources, isa) for isa in isas} if native_sources else {},
         device_binaries=device_binaries(devices),
         build=[*build.FLAGS],
         info=manifest(model, devices),
     )
+
+
+def _useful(isas: tuple[str, ...], sources: Mapping[str, str]) -> tuple[str, ...]:
+    """Instruction sets without the one that would only repeat the binaries of x86-64-v4."""
+    repeated = "x86-64-v4" in isas and not any(map(has_dots, sources.values()))
+    return tuple(isa for isa in isas if isa != build.DOTS or not repeated)
 
 
 def _held(

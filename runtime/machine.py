@@ -28,6 +28,7 @@ class Target:
 TARGETS = {
     "x86-64-v3": Target("x86_64", _V3),
     "x86-64-v4": Target("x86_64", (*_V3, *_V4)),
+    "x86-64-v4-dot": Target("x86_64", (*_V3, *_V4, "avx512_bf16", "avx512_vnni")),
     "aarch64": Target("aarch64", ()),
 }
 

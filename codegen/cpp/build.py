@@ -31,10 +31,14 @@ FLAGS = (
     "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
 )  # fmt: skip
 
+DOTS = "x86-64-v4-dot"
+"""The instruction set with products of bfloat16 pairs and of bytes, for kernels that `has_dots` names."""
+
 ISAS = {
     "native": ("-march=native",),
     "x86-64-v3": ("-march=x86-64-v3",),
     "x86-64-v4": ("-march=x86-64-v4",),
+    DOTS: ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
     "aarch64": ("-march=armv8.2-a",),
 }
 

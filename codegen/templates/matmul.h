@@ -25,8 +25,8 @@ static void pack(const U* src, U* dst, int64_t N, int64_t K, int64_t ldb, int64_
     const int64_t n0 = i % panels * NR, cols = least(NR, N - n0);
     U* const panel = dst + i * size;
     if constexpr (!same<T, U>) pack_words<T, U, layout>(b, K, n0, cols, panel);
-    else if constexpr (layout == B::k) pack_b_k(b, 0, K, n0, cols, panel);
-    else pack_b_n(b, 0, K, n0, cols, panel);
+    else if constexpr (layout == B::k) pack_b_k<T>(b, 0, K, n0, cols, panel);
+    else pack_b_n<T>(b, 0, K, n0, cols, panel);
   };
   if (nt <= 1 || double(total) * double(K) * NR < GRAIN) {
     for (int64_t i = 0; i < total; i++) one(i);
@@ -45,16 +45,16 @@ template <class T> int64_t slot_elements(const Dims& d, bool in_place) {
   return most(rows * AS, blocks * THIN_BLOCK) + (in_place ? 0 : KB * NR) + sums;
 }
 
-// Sums in T, A in memory as UA, B as U.
+// Elements T, A in memory as UA, B as U.
 template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct Driver {
   const Call& call;
   const Dims& d = call.d;
 
   static constexpr int a_row = a_layout == A::m ? 1 : int(AS), a_step = a_layout == A::m ? MR : 1;
-  static constexpr bool packed = b_layout == B::packed, in_place = packed && same<T, U>;
+  static constexpr bool packed = b_layout == B::packed, in_place = packed && steps<T, U> == 1;
   static constexpr bool windows = b_layout == B::window;
 
-  void finish(const Task& t, int64_t m, int64_t rows, int64_t n, int64_t cols, const T* tile, int64_t step) const {
+  void finish(const Task& t, int64_t m, int64_t rows, int64_t n, int64_t cols, const sum<T>* tile, int64_t step) const {
     if constexpr (b_layout == B::window) {  // columns are pixels of images; the epilogue takes them image by image
       const int64_t pixels = d.window.OH * d.window.OW;
       Task part = t;
@@ -68,16 +68,16 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
     }
   }
 
-  void pack_a(const Task& t, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) const {
+  void pack_a(const Task& t, int64_t m0, int64_t rows, int64_t k0, int64_t kc, sum<T>* dst) const {
     if constexpr (kind == Kind::prologue) {
       call.prologue(call.bufs, call.sizes, t, m0, rows, k0, kc, dst);
     } else if constexpr (a_layout == A::window) {
-      pack_a_window((const T*)call.a, d.window, m0, rows, k0, kc, dst);
+      pack_a_window((const sum<T>*)call.a, d.window, m0, rows, k0, kc, dst);
     } else {
       const UA* base = (const UA*)call.a + t.b0 * d.a_step[0] + t.b1 * d.a_step[1];
       const Rows<UA> a{base, d.lda, call.a_ids};
-      if constexpr (a_layout == A::k) pack_a_k(a, m0, rows, k0, kc, dst);
-      else pack_a_m(a, m0, rows, k0, kc, dst);
+      if constexpr (a_layout == A::k) pack_a_k<T>(a, m0, rows, k0, kc, dst);
+      else pack_a_m<T>(a, m0, rows, k0, kc, dst);
     }
   }
 
@@ -88,12 +88,12 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
   }
 
   // The words of a packed B from column n0 and step k0 on.
-  const T* words(const Task& t, int64_t k0, int64_t n0) const {
+  const sum<T>* words(const Task& t, int64_t k0, int64_t n0) const {
     constexpr int P = per<T, U>;
-    return (const T*)rows_of_b(t).base + n0 * ceildiv(d.K, P) + k0 / P * NR;
+    return (const sum<T>*)rows_of_b(t).base + n0 * ceildiv(d.K, P) + k0 / P * NR;
   }
 
-  const T* panel(const Task& t, int64_t k0, int64_t kc, int64_t n0, T* scratch) const {
+  const sum<T>* panel(const Task& t, int64_t k0, int64_t kc, int64_t n0, sum<T>* scratch) const {
     if constexpr (in_place) {
       return words(t, k0, n0);
     } else if constexpr (packed) {
@@ -102,23 +102,23 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
     } else {
       const Rows<U> b = rows_of_b(t);
       const int64_t cols = least(NR, d.N - n0);
-      if constexpr (b_layout == B::k) pack_b_k(b, k0, kc, n0, cols, scratch);
-      else if constexpr (b_layout == B::window) pack_b_window((const T*)call.b, d.window, k0, kc, n0, cols, scratch);
-      else pack_b_n(b, k0, kc, n0, cols, scratch);
+      if constexpr (b_layout == B::k) pack_b_k<T>(b, k0, kc, n0, cols, scratch);
+      else if constexpr (b_layout == B::window) pack_b_window((const sum<T>*)call.b, d.window, k0, kc, n0, cols, scratch);
+      else pack_b_n<T>(b, k0, kc, n0, cols, scratch);
       return scratch;
     }
   }
 
   // Rows m0:m1 (at most MC) by columns n0:n1 (at most NC).
-  void block(const Task& t, int64_t m0, int64_t m1, int64_t n0, int64_t n1, T* scratch) const {
+  void block(const Task& t, int64_t m0, int64_t m1, int64_t n0, int64_t n1, sum<T>* scratch) const {
     const int64_t rows = ceildiv(m1 - m0, PR) * PR;
     constexpr int64_t SLICE = windows ? NV * lanes<T> : NR;  // of a panel's columns
-    T* const a = scratch;
-    T* const b = a + rows * AS;
-    T* const sums = b + (in_place ? 0 : KB * NR);
-    alignas(64) T tile[MR * NR];
+    sum<T>* const a = scratch;
+    sum<T>* const b = a + rows * AS;
+    sum<T>* const sums = b + (in_place ? 0 : KB * NR);
+    alignas(64) sum<T> tile[MR * NR], over[NR];
     const bool one = t.k1 - t.k0 <= KS<T>;  // block of k: the sums of a tile never leave L1
-    const bool direct = windows && is_direct<T>(d.window);
+    const bool direct = windows && is_direct<sum<T>>(d.window);
     int64_t from[windows ? KB : 1];
     int64_t k0 = t.k0;
     do {  // also where K is 0
@@ -127,17 +127,18 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
       for (int64_t m = m0; m < m1; m += tile_rows(m1 - m))
         pack_a(t, m, tile_rows(m1 - m), k0, kc, a + ceildiv(m - m0, MR) * MR * AS);
       for (int64_t n = n0; n < n1; n += NR) {
-        const T* bp = direct ? nullptr : panel(t, k0, kc, n, b);
+        const sum<T>* bp = direct ? nullptr : panel(t, k0, kc, n, b);
         const int64_t cols = least(NR, n1 - n);
+        if constexpr (moved<T> != 0) sum_up<T, NR>(elements<T>(kc), bp, NR, over);
         for (int64_t h = 0; h < cols; h += SLICE) {
-          const T* at[NV];
-          if (direct) corners((const T*)call.b, d.window, n + h, n1, at);
+          const sum<T>* at[NV];
+          if (direct) corners((const sum<T>*)call.b, d.window, n + h, n1, at);
           for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
             const int64_t mr = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
-            T* c = (one ? tile : sums + (n - n0) * rows + first * NR) + h;
-            const T* ap = a + first * AS;
-            if (direct) micro_window_rows<T, AS>(mr, kc, ap, at, from, c, k0 > t.k0);
-            else micro_rows<T, a_row, a_step, SLICE>(mr, elements<T>(kc), ap, bp + h, NR, c, k0 > t.k0);
+            sum<T>* c = (one ? tile : sums + (n - n0) * rows + first * NR) + h;
+            const sum<T>* ap = a + first * AS;
+            if (direct) micro_window_rows<sum<T>, AS>(mr, kc, ap, at, from, c, k0 > t.k0);
+            else micro_rows<T, a_row, a_step, SLICE>(mr, elements<T>(kc), ap, bp + h, NR, c, k0 > t.k0, over + h);
             if (k0 + KS<T> >= t.k1) finish(t, m, mr, n + h, least(SLICE, cols - h), c, NR);
           }
         }
@@ -147,11 +148,11 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
   }
 
   // At most THIN rows: all of k for a few columns, then the next columns.
-  template <int R> void thin(const Task& t, T* scratch) const {
+  template <int R> void thin(const Task& t, sum<T>* scratch) const {
     static_assert(R <= MR);
     const int64_t rows = t.m1 - t.m0, K = t.k1 - t.k0;
-    T* const a = scratch;
-    T* const b = a + most(1, ceildiv(K, KS<T>)) * THIN_BLOCK;
+    sum<T>* const a = scratch;
+    sum<T>* const b = a + most(1, ceildiv(K, KS<T>)) * THIN_BLOCK;
     for (int64_t k = 0; k < K; k += KS<T>)
       pack_a(t, t.m0, rows, t.k0 + k, least(KS<T>, K - k), a + k / KS<T> * THIN_BLOCK);
     if constexpr (b_layout == B::n) {
@@ -162,7 +163,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
       }
       return;
     }
-    alignas(64) T tile[MR * NR];
+    alignas(64) sum<T> tile[MR * NR];
     for (int64_t n = t.n0; n < t.n1; n += NR) {
       if constexpr (b_layout == B::k) {
         const Rows<U> from = rows_of_b(t);
@@ -173,9 +174,9 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
         int64_t k = 0;
         do {
           const int64_t kc = least(KS<T>, K - k);
-          const T* at = a + k / KS<T> * THIN_BLOCK;
-          if constexpr (windows) micro<T, U, R, a_row, a_step>(kc, at, panel(t, t.k0 + k, kc, n, b), NR, tile, k > 0);
-          else micro<T, U, R, a_row, a_step>(elements<T>(kc), at, words(t, t.k0 + k, n), NR, tile, k > 0);
+          const sum<T>* at = a + k / KS<T> * THIN_BLOCK;
+          const sum<T>* const from = windows ? panel(t, t.k0 + k, kc, n, b) : words(t, t.k0 + k, n);
+          micro<T, U, R, a_row, a_step, NR, true>(elements<T>(kc), at, from, NR, tile, k > 0, nullptr);
           k += KS<T>;
         } while (k < K);
       }
@@ -183,7 +184,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
     }
   }
 
-  void run(const Task& t, T* scratch) const {
+  void run(const Task& t, sum<T>* scratch) const {
     const int64_t many = t.m1 - t.m0;
     if (many <= 0) return;
     if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KS<T>) {
@@ -242,7 +243,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
     nt = work < 2 * GRAIN ? 1 : int(least(nt, d.slots));
     const Cut c = cut(count, by_m ? ceildiv(d.M, count) : d.M, nt);
     const int64_t tasks = count * c.m * c.n, step = slot_elements<T>(d, in_place);
-    T* const scratch = (T*)call.workspace;
+    sum<T>* const scratch = (sum<T>*)call.workspace;
     if (nt <= 1) {
       for (int64_t i = 0; i < tasks; i++) run(task(i, c), scratch);
       return;
@@ -255,8 +256,10 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
   }
 };
 
+// Sums in T. A prologue makes numbers of T.
 template <class T, class UA, class U, A a, B b, Kind kind> static void run(const Call& call, int nthreads) {
-  Driver<T, UA, U, a, b, kind>{call}(nthreads);
+  if constexpr (kind == Kind::prologue) Driver<T, UA, U, a, b, kind>{call}(nthreads);
+  else Driver<typename element_of<T, UA, U>::type, UA, U, a, b, kind>{call}(nthreads);
 }
 
 }  // namespace plait::matmul

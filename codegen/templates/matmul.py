@@ -223,6 +223,13 @@ def generate(spec: MatmulSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
+def has_dots(source: str) -> bool:
+    """Whether a kernel's C++ multiplies what some processors have instructions of their own for (`element_of` in
+    matmul_tile.h): bfloat16 by bfloat16, bytes by bytes."""
+    types = r"(float, bf16, bf16|int32_t, u?int8_t, u?int8_t)"
+    return re.search(rf"^PLAIT_USES_MATMUL\({types}, .*plain\);$", source, re.MULTILINE) is not None
+
+
 def drivers(source: str) -> dict[str, str]:
     """The drivers that a kernel's C++ uses, by name: the text of the shared object that holds each, to be built with the
     same PLAIT_CORE as the kernel."""

@@ -15,11 +15,27 @@ template <class T> struct Rows {
 // Pairs of int16 from int32 lanes.
 PLAIT_FN reg<int32_t> paired(reg<int32_t> first, reg<int32_t> second) { return (first & 0xffff) | (second << 16); }
 
+template <int Bytes> struct bits;
+template <> struct bits<1> { using type = uint8_t; };
+template <> struct bits<2> { using type = uint16_t; };
+
+// Which of the rows of a word is k number `at` of element i.
+template <class T> constexpr int row_of(int i, int at) { return same<T, int32_t> ? i + 2 * at : i * depth<T> + at; }
+
 // Lanes j to j + n of element i of a word whose k are rows in memory, of which G exist.
 template <class T, class U, int G> PLAIT_FN reg<T> element_of_rows(const U* const* row, int i, int64_t j, int64_t n) {
   if constexpr (depth<T> == 1) return get_part_as<T>(row[i] + j, n);
-  else
+  else if constexpr (same<T, int32_t>)
     return paired(i < G ? get_part_as<T>(row[i] + j, n) : reg<T>{}, i + 2 < G ? get_part_as<T>(row[i + 2] + j, n) : reg<T>{});
+  else {
+    using N = typename bits<sizeof(U)>::type;
+    reg<int32_t> word = {};
+#pragma GCC unroll 4
+    for (int at = 0; at < depth<T>; at++)
+      if (row_of<T>(i, at) < G)
+        word |= get_part_as<int32_t>(reinterpret_cast<const N*>(row[row_of<T>(i, at)] + j), n) << (at * 8 * int(sizeof(U)));
+    return reg<T>(word);
+  }
 }
 
 template <int N> struct Count {
@@ -48,7 +64,7 @@ template <class T, class U, class F> PLAIT_FN void each_rows(Rows<U> b, int64_t 
 }
 
 // B at (k0, n0), kc x cols, stored as rows of n -> panel[element][NR]. Columns from `cols` on are copies of the last one.
-template <class T, class U> static void pack_b_k(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
+template <class T, class U> static void pack_b_k(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, sum<T>* panel) {
   for (int h = 0; h < NR; h += lanes<T>) {
     const U* src[lanes<T>];
     for (int j = 0; j < lanes<T>; j++) src[j] = b[n0 + least(h + j, cols - 1)];
@@ -57,12 +73,12 @@ template <class T, class U> static void pack_b_k(Rows<U> b, int64_t k0, int64_t 
 }
 
 // The same of B stored as rows of k. Columns from `cols` on are zero.
-template <class T, class U> static void pack_b_n(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, T* panel) {
+template <class T, class U> static void pack_b_n(Rows<U> b, int64_t k0, int64_t kc, int64_t n0, int64_t cols, sum<T>* panel) {
   constexpr int L = lanes<T>;
   each_rows<T>(b, k0, kc, n0, [&](const U* const* row, auto count, int64_t e) PLAIT_BODY {
     constexpr int G = count.value;
     for (int i = 0; i < elements<T>(G); i++) {
-      T* const to = panel + (e + i) * NR;
+      sum<T>* const to = panel + (e + i) * NR;
 #pragma GCC unroll 1
       for (int64_t h = 0; h < NR; h += L) {
         if (h + L <= cols) put(to + h, element_of_rows<T, U, G>(row, i, h, L));
@@ -73,7 +89,7 @@ template <class T, class U> static void pack_b_n(Rows<U> b, int64_t k0, int64_t 
 }
 
 // A panel of words -> panel[element][NR].
-template <class T, class U> static void widen_panel(const T* words, int64_t kc, T* panel) {
+template <class T, class U> static void widen_panel(const sum<T>* words, int64_t kc, sum<T>* panel) {
   constexpr int S = steps<T, U>;
   const int64_t n = elements<T>(kc);
   for (int64_t e = 0; e < n; e += S, words += NR) {
@@ -102,8 +118,18 @@ static void pack_words(Rows<U> b, int64_t K, int64_t n0, int64_t cols, U* panel)
     }
 }
 
+// The word of A at src, of which `left` k exist; the others are zero.
+template <class T, class U> PLAIT_FN sum<T> word_of_a(const U* src, int64_t left) {
+  int32_t word = 0;
+  __builtin_memcpy(&word, src, least(left, per<T, U>) * sizeof(U));
+  word = in_bytes<T>(word);
+  sum<T> out;
+  __builtin_memcpy(&out, &word, sizeof out);
+  return out;
+}
+
 // A at (m0, k0), rows x kc, stored as rows of m -> dst[row][AS].
-template <class T, class U> static void pack_a_k(Rows<U> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
+template <class T, class U> static void pack_a_k(Rows<U> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, sum<T>* dst) {
   constexpr int L = lanes<T>;
   for (int64_t r = 0; r < rows; r++, dst += AS) {
     const U* src = a[m0 + r] + k0;
@@ -113,6 +139,13 @@ template <class T, class U> static void pack_a_k(Rows<U> a, int64_t m0, int64_t 
       int64_t k = 0;
       for (; k + L <= kc; k += L) put(dst + k, get_as<T>(src + k));
       if (k < kc) put_part(dst + k, get_part_as<T>(src + k, kc - k), kc - k);
+    } else if constexpr (steps<T, U> == 1) {
+      constexpr int P = per<T, U>;
+      const int64_t whole = kc / P;
+      if constexpr (moved<T> == 0) __builtin_memcpy(dst, src, whole * sizeof(T));
+      else
+        for (int64_t e = 0; e < whole; e++) dst[e] = word_of_a<T>(src + e * P, P);
+      if (whole * P < kc) dst[whole] = word_of_a<T>(src + whole * P, kc - whole * P);
     } else {
       for (int64_t k = 0; k < kc; k += 4) {
         U word[4] = {};
@@ -126,11 +159,11 @@ template <class T, class U> static void pack_a_k(Rows<U> a, int64_t m0, int64_t 
 }
 
 // A at (m0, k0), rows x kc, stored as rows of k -> dst[element][MR].
-template <class T, class U> static void pack_a_m(Rows<U> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, T* dst) {
+template <class T, class U> static void pack_a_m(Rows<U> a, int64_t m0, int64_t rows, int64_t k0, int64_t kc, sum<T>* dst) {
   each_rows<T>(a, k0, kc, m0, [&](const U* const* row, auto count, int64_t e) PLAIT_BODY {
     constexpr int G = count.value;
     for (int i = 0; i < elements<T>(G); i++) {
-      T* const to = dst + (e + i) * MR;
+      sum<T>* const to = dst + (e + i) * MR;
       if constexpr (same<T, U>) {
         if (rows == MR) {
           __builtin_memcpy(to, row[i], MR * sizeof(T));
@@ -139,7 +172,14 @@ template <class T, class U> static void pack_a_m(Rows<U> a, int64_t m0, int64_t 
       }
       for (int64_t r = 0; r < rows; r++) {
         if constexpr (depth<T> == 1) to[r] = cast<T>(row[i][r]);
-        else to[r] = ((i < G ? row[i][r] : 0) & 0xffff) | int32_t(uint32_t(i + 2 < G ? row[i + 2][r] : 0) << 16);
+        else if constexpr (steps<T, U> == 1) {
+          U word[depth<T>] = {};
+          for (int at = 0; at < depth<T>; at++)
+            if (row_of<T>(i, at) < G) word[at] = row[row_of<T>(i, at)][r];
+          to[r] = word_of_a<T>(word, depth<T>);
+        } else {
+          to[r] = ((i < G ? row[i][r] : 0) & 0xffff) | int32_t(uint32_t(i + 2 < G ? row[i + 2][r] : 0) << 16);
+        }
       }
     }
   });

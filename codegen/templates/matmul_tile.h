@@ -3,7 +3,9 @@
 // The k-sum of one output has one order, whatever M, N, the row's position, the tiling, the instruction set and the number
 // of threads are: k runs in blocks of KB; inside a block one fused multiply-add after the other, starting from zero; block
 // sums are added in order. So a batch equals its rows, and a whole equals its chunks, bit for bit. Halves and bytes are
-// widened to float exactly and summed like floats; sums of int32 are exact in any order (they wrap, as torch's do).
+// widened to float exactly and summed like floats; sums of int32 are exact in any order (they wrap, as torch's do). Only
+// where the processor multiplies pairs of bfloat16 (__AVX512BF16__) do their sums run in blocks of 2 * KB, the odd k of a
+// pair before the even one, with numbers below 2^-126 taken for zero.
 #pragma once
 #include "vops.h"
 
@@ -23,14 +25,27 @@ constexpr int64_t AS = KB + 16;     // row stride of packed A: 17 cache lines, s
 enum class A { k, m, window };          // the axis of A that is contiguous in memory; window: see matmul_window.h
 enum class B { k, n, packed, window };  // the same of B; packed: panels [ceil(N / NR)][K][NR]
 
-inline int64_t ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- one register ----------------------------------------------------------------------------------------------------
 
+// Elements: what a register tile multiplies, see "formats" below. They are told apart by types, and lie in memory and in
+// registers as numbers of the type that their products are summed in.
+struct bf16x2 {  // two k
+  uint32_t bits;
+};
+template <class UA, class U> struct bytes4 {  // four k, of A as UA and B as U
+  uint32_t bits;
+};
+template <class T> struct sums_of { using type = T; };
+template <> struct sums_of<bf16x2> { using type = float; };
+template <class UA, class U> struct sums_of<bytes4<UA, U>> { using type = int32_t; };
+template <class T> using sum = typename sums_of<T>::type;
+
 template <class T> constexpr int lanes = REGISTER_BYTES / sizeof(T);
-template <class T> using reg = typename raw_of<T, lanes<T>>::type;
+template <class T> using reg = typename raw_of<sum<T>, lanes<T>>::type;
 
 template <class T> PLAIT_FN reg<T> get(const T* p) {
   reg<T> r;
@@ -93,7 +108,10 @@ PLAIT_FN reg<double> muladd(reg<double> a, reg<double> b, reg<double> c) {
 
 // c plus both products of the int16 pairs in each lane of a and b
 PLAIT_FN reg<int32_t> muladd(reg<int32_t> a, reg<int32_t> b, reg<int32_t> c) {
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+  asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+#elif defined(__AVX512BW__)
   using H = typename raw_of<int16_t, 32>::type;
   return c + reg<int32_t>(__builtin_ia32_pmaddwd512_mask(H(a), H(b), reg<int32_t>{}, -1));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
@@ -103,6 +121,36 @@ PLAIT_FN reg<int32_t> muladd(reg<int32_t> a, reg<int32_t> b, reg<int32_t> c) {
   return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
+
+// One element in all lanes. Its bits may be those of a float's signalling NaN, which arithmetic would change.
+template <class T> PLAIT_FN reg<T> all(const sum<T>* p) {
+  if constexpr (same<T, sum<T>>) return *p - reg<T>{};
+  else {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return reg<T>(bits - reg<int32_t>{});
+  }
+}
+
+// Products of bytes take one operand as unsigned and the other as signed. Where both are alike, A is moved by 128 when it is
+// packed, and the sum over B that this adds or takes away is put right: `moved`.
+template <class T> constexpr int moved = 0;
+template <> constexpr int moved<bytes4<int8_t, int8_t>> = -128;
+template <> constexpr int moved<bytes4<uint8_t, uint8_t>> = 128;
+template <class T> PLAIT_FN int32_t in_bytes(int32_t word) { return moved<T> ? word ^ int32_t(0x80808080) : word; }
+
+// c plus the products of elements. The instructions are written out since the names of their functions change with GCC.
+template <class T> PLAIT_FN reg<T> dot(reg<T> a, reg<T> b, reg<T> c) {
+  if constexpr (same<T, bf16x2>) asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  else if constexpr (same<T, bytes4<int8_t, int8_t>> || same<T, bytes4<uint8_t, int8_t>>)
+    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  else if constexpr (same<T, bytes4<int8_t, uint8_t>> || same<T, bytes4<uint8_t, uint8_t>>)
+    asm("vpdpbusd %1, %2, %0" : "+v"(c) : "v"(a), "v"(b));
+  else c = muladd(a, b, c);
+  return c;
+}
+// s plus the k of elements of B.
+template <class T> PLAIT_FN reg<T> across(reg<T> b, reg<T> s) { return dot<T>(0x01010101 - reg<T>{}, b, s); }
 
 // In each 16-byte lane, a0 b0 a1 b1 ... of the lower (High 0) or upper (High 1) half of that lane: one instruction.
 template <int E, int High, class V, int... I> PLAIT_FN V unpack(V a, V b, indices<I...>) {
@@ -146,13 +194,28 @@ template <class T, int E = 16 / sizeof(T)> PLAIT_FN void columns(const T* const*
 // ---- formats ---------------------------------------------------------------------------------------------------------
 // A *word* is as long as a sum and holds consecutive k of one row of A or column of B, as they lie in memory: one float, two
 // halves, four bytes. Widened it becomes *elements*, what the register tile multiplies: floats of one k each, or, for sums
-// of int32, pairs of int16 of two k each. Another format of B is another `widen`.
+// of int32, pairs of int16 of two k each. Where the processor has instructions for words of bfloat16 or of bytes, they are
+// elements as they are. Another format of B is another `widen`.
 
-template <class T> constexpr int depth = same<T, int32_t> ? 2 : 1;                // k of an element
-template <class T, class U> constexpr int per = int(sizeof(T) / sizeof(U));       // k of a word
-template <class T, class U> constexpr int steps = per<T, U> / depth<T>;           // elements of a word
-template <class T> constexpr int64_t KS = KB * depth<T>;                          // k of a block
-template <class T> PLAIT_FN int64_t elements(int64_t k) { return depth<T> == 1 ? k : ceildiv(k, 4) * 2; }
+template <class T> constexpr int depth = 1;  // k of an element
+template <> constexpr int depth<int32_t> = 2;
+template <> constexpr int depth<bf16x2> = 2;
+template <class UA, class U> constexpr int depth<bytes4<UA, U>> = 4;
+template <class T, class U> constexpr int per = same<T, U> ? depth<T> : int(sizeof(T) / sizeof(U));  // k of a word
+template <class T, class U> constexpr int steps = per<T, U> / depth<T>;                              // elements of a word
+template <class T> constexpr int64_t KS = KB * depth<T>;                                             // k of a block
+template <class T> PLAIT_FN constexpr int64_t elements(int64_t k) {
+  return same<T, int32_t> ? ceildiv(k, 4) * 2 : ceildiv(k, depth<T>);
+}
+
+// What multiplies A as UA by B as U, summed in T.
+template <class T, class UA, class U> struct element_of { using type = T; };
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+template <> struct element_of<float, bf16, bf16> { using type = bf16x2; };
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+template <class UA, class U> struct element_of<int32_t, UA, U> { using type = bytes4<UA, U>; };
+#endif
 
 template <class U> struct shifts { using half = int16_t; using whole = int32_t; };  // types whose shifts keep U's sign
 template <> struct shifts<uint8_t> { using half = uint16_t; using whole = uint32_t; };
@@ -167,7 +230,7 @@ template <int L, class V, int... I, int... J> PLAIT_FN auto sorted_halves(V word
 
 template <class T, class U> PLAIT_FN void widen(reg<T> word, reg<T>* x) {
   constexpr int L = lanes<T>;
-  if constexpr (same<T, U>) {
+  if constexpr (steps<T, U> == 1) {
     x[0] = word;
   } else if constexpr (same<U, bf16>) {
     x[0] = reg<T>(reg<uint32_t>(word) << 16);
@@ -186,7 +249,7 @@ template <class T, class U> PLAIT_FN void widen(reg<T> word, reg<T>* x) {
 }
 // The word at k of L rows, of which `left` k exist; the others are zero.
 template <class T, class U> PLAIT_FN reg<T> part_words(const U* const* src, int64_t k, int64_t left) {
-  alignas(64) T word[lanes<T>] = {};
+  alignas(64) sum<T> word[lanes<T>] = {};
 #pragma GCC unroll 1
   for (int j = 0; j < lanes<T>; j++) __builtin_memcpy(word + j, src[j] + k, left * sizeof(U));
   return get(word);
@@ -195,12 +258,12 @@ template <class T, class U> PLAIT_FN reg<T> part_words(const U* const* src, int6
 // f(e, x) with x the element e, over L rows, of src[row][k0 : k0 + kc], in order.
 template <class T, class U, class F> PLAIT_FN void each_element(const U* const* src, int64_t k0, int64_t kc, F f) {
   constexpr int E = 16 / sizeof(T), P = per<T, U>, S = steps<T, U>;
-  const T* words[lanes<T>];
-  for (int j = 0; j < lanes<T>; j++) words[j] = reinterpret_cast<const T*>(src[j] + k0);
+  const sum<T>* words[lanes<T>];
+  for (int j = 0; j < lanes<T>; j++) words[j] = reinterpret_cast<const sum<T>*>(src[j] + k0);
   int64_t k = 0, e = 0;
   reg<T> v[E], x[S];
   for (; k + E * P <= kc; k += E * P) {
-    columns(words, k / P, v);
+    columns<sum<T>>(words, k / P, v);
 #pragma GCC unroll 4
     for (int i = 0; i < E; i++) {
       widen<T, U>(v[i], x);
@@ -218,24 +281,37 @@ template <class T, class U, class F> PLAIT_FN void each_element(const U* const* 
 
 // ---- register tile ---------------------------------------------------------------------------------------------------
 
+// over[0:Width] = the sum over B of n elements that is to be put right, see `moved`.
+template <class T, int Width> PLAIT_FN void sum_up(int64_t n, const sum<T>* b, int64_t ldb, sum<T>* over) {
+  for (int h = 0; h < Width; h += lanes<T>) {
+    reg<T> s = {};
+    for (int64_t e = 0; e < n; e++) s = across<T>(get(b + e * ldb + h), s);
+    put(over + h, moved<T> * s);
+  }
+}
+
 // c[r][0:Width] = (add ? c : 0) + sum over e < n of a[r * Row + e * Step] * (element e of b[][0:Width]), for R rows of c, NR
-// apart. b holds words of U, rows `ldb` apart: elements themselves where U is T.
-template <class T, class U, int R, int Row, int Step, int Width = NR>
-[[gnu::noinline]] static void micro(int64_t n, const T* a, const T* b, int64_t ldb, T* c, bool add) {
-  constexpr int L = lanes<T>, S = same<T, U> ? 1 : steps<T, U>;
+// apart. b holds words of U, rows `ldb` apart: elements themselves where U is T. `over` is what sum_up
+// says, for T that needs it;
+// Once finds it out on the way, for a panel that is read once.
+template <class T, class U, int R, int Row, int Step, int Width = NR, bool Once = false>
+[[gnu::noinline]] static void micro(int64_t n, const sum<T>* a, const sum<T>* b, int64_t ldb, sum<T>* c, bool add, const sum<T>* over) {
+  constexpr int L = lanes<T>, S = steps<T, U>;
   if (add)
     for (int i = 0; i < R * NR; i += 64 / int(sizeof(T))) __builtin_prefetch(c + i, 1);
   for (int h = 0; h < Width; h += NV * L) {
-    reg<T> acc[R][NV] = {};
-    const T* row = b + h;
+    reg<T> acc[R][NV] = {}, own[NV] = {};
+    const sum<T>* row = b + h;
     int64_t e = 0;
     const auto step = [&](int s, reg<T> (*x)[S]) PLAIT_BODY {
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
-        const reg<T> av = a[r * Row + (e + s) * Step] - reg<T>{};
+        const reg<T> av = all<T>(a + r * Row + (e + s) * Step);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) acc[r][v] = muladd(av, x[v][s], acc[r][v]);
+        for (int v = 0; v < NV; v++) acc[r][v] = dot<T>(av, x[v][s], acc[r][v]);
       }
+      if constexpr (Once && moved<T> != 0)
+        for (int v = 0; v < NV; v++) own[v] = across<T>(x[v][s], own[v]);
     };
     const auto load = [&](reg<T> (*x)[S]) PLAIT_BODY {
 #pragma GCC unroll 2
@@ -261,7 +337,8 @@ template <class T, class U, int R, int Row, int Step, int Width = NR>
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; v++) {
-        T* p = c + r * NR + h + v * L;
+        sum<T>* p = c + r * NR + h + v * L;
+        if constexpr (moved<T> != 0) acc[r][v] += Once ? moved<T> * own[v] : get(over + h + v * L);
         put(p, add ? get(p) + acc[r][v] : acc[r][v]);
       }
   }
@@ -272,14 +349,15 @@ inline int64_t tile_rows(int64_t left) { return MR == 12 && left > 12 && left <=
 
 // May compute and write more rows: up to the next of 4, 6, 8, 12. (Products of few rows take the path of matmul_thin.h.)
 template <class T, int Row, int Step, int Width = NR>
-static void micro_rows(int64_t rows, int64_t n, const T* a, const T* b, int64_t ldb, T* c, bool add) {
+static void micro_rows(int64_t rows, int64_t n, const sum<T>* a, const sum<T>* b, int64_t ldb, sum<T>* c, bool add,
+                       const sum<T>* over = nullptr) {
   if constexpr (MR == 12) {
-    if (rows > 8) return micro<T, T, 12, Row, Step, Width>(n, a, b, ldb, c, add);
-    if (rows > 4) return micro<T, T, 8, Row, Step, Width>(n, a, b, ldb, c, add);
+    if (rows > 8) return micro<T, T, 12, Row, Step, Width>(n, a, b, ldb, c, add, over);
+    if (rows > 4) return micro<T, T, 8, Row, Step, Width>(n, a, b, ldb, c, add, over);
   } else {
-    if (rows > 4) return micro<T, T, 6, Row, Step, Width>(n, a, b, ldb, c, add);
+    if (rows > 4) return micro<T, T, 6, Row, Step, Width>(n, a, b, ldb, c, add, over);
   }
-  return micro<T, T, 4, Row, Step, Width>(n, a, b, ldb, c, add);
+  return micro<T, T, 4, Row, Step, Width>(n, a, b, ldb, c, add, over);
 }
 
 }  // namespace plait::matmul

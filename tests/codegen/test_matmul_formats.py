@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from plait.codegen.cpp.build import DOTS, host_isa
+from plait.runtime import machine
+from torch.nn import functional as F
 
 from tests.codegen.products import LAYOUTS, PLAIN, Product, randn, typed
 
@@ -20,6 +23,8 @@ SHAPES = [(1, 1, 1), (1, 33, 5), (2, 31, 17), (3, 64, 256), (4, 600, 9), (5, 32,
           (25, 65, 64), (64, 48, 1030), (7, 2100, 270), (270, 40, 33)]  # fmt: skip
 
 Compiled = Callable[..., Any]
+dots = pytest.mark.skipif(DOTS not in machine.fitting({n: vars(t) for n, t in machine.TARGETS.items()}),
+                          reason="this processor has no instructions for pairs of bfloat16 and for bytes")  # fmt: skip
 
 
 def numbers(dtype: str, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,17 +44,33 @@ def exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
 @pytest.mark.parametrize("dtypes", [(h, h) for h in HALVES] + MIXED, ids="-".join)
 def test_floats_are_summed_as_if_they_had_been_float32(compiled: Compiled, layout: tuple[str, str], dtypes: Any) -> None:
-    narrow = Product(compiled, typed(PLAIN, "float32", *dtypes), a=layout[0], b=layout[1])
+    narrow = Product(compiled, typed(PLAIN, "float32", *dtypes), a=layout[0], b=layout[1], isa=host_isa())
     wide = Product(compiled, a=layout[0], b=layout[1])
     for m, n, k in SHAPES:
         a, b = numbers(dtypes[0], m, k), numbers(dtypes[1], k, n, seed=1)
         assert torch.equal(narrow(a, b), wide(a.float(), b.float())), (m, n, k)
 
 
+@dots
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+def test_pairs_of_bfloat16_are_summed_from_the_odd_one(compiled: Compiled, layout: tuple[str, str]) -> None:
+    pairs = Product(compiled, typed(PLAIN, "float32", "bfloat16", "bfloat16"), a=layout[0], b=layout[1], isa=DOTS)
+    wide = Product(compiled, a=layout[0], b=layout[1])
+    for m, n, k in SHAPES:
+        a, b = numbers("bfloat16", m, k), numbers("bfloat16", k, n, seed=1)
+        got = pairs(a, b)
+        if k <= 256:  # one block of either kernel
+            x, y = (F.pad(z.float(), (0, k % 2)).unflatten(1, (-1, 2)).flip(2).flatten(1) for z in (a, b.mT))
+            assert torch.equal(got, wide(x, y.mT)), (m, n, k)
+        exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+        assert ((got - exact).abs() <= 1e-7 * k**0.5 * size).all(), (m, n, k)
+
+
+@pytest.mark.parametrize("isa", ["native", host_isa()])
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
 @pytest.mark.parametrize("dtypes", BYTES, ids="-".join)
-def test_bytes_are_summed_exactly(compiled: Compiled, layout: tuple[str, str], dtypes: Any) -> None:
-    product = Product(compiled, typed(PLAIN, "int32", *dtypes), a=layout[0], b=layout[1])
+def test_bytes_are_summed_exactly(compiled: Compiled, layout: tuple[str, str], dtypes: Any, isa: str) -> None:
+    product = Product(compiled, typed(PLAIN, "int32", *dtypes), a=layout[0], b=layout[1], isa=isa)
     for m, n, k in SHAPES:
         a, b = numbers(dtypes[0], m, k), numbers(dtypes[1], k, n, seed=1)
         assert torch.equal(product(a, b), exact(a, b)), (m, n, k)
@@ -81,7 +102,7 @@ def test_every_half_arrives_as_the_float_that_it_is(compiled: Compiled, dtype: s
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(getattr(torch, dtype))
     one, many = torch.ones(1, 1, dtype=every.dtype), torch.ones(5, 1, dtype=every.dtype)
     for a, b in LAYOUTS:
-        product = Product(compiled, typed(PLAIN, "float32", dtype, dtype), a=a, b=b)
+        product = Product(compiled, typed(PLAIN, "float32", dtype, dtype), a=a, b=b, isa=host_isa())
         for rows in (one, many):
             out = product(rows, every[None])
             assert torch.equal(out.nan_to_num(7.5), every.float().nan_to_num(7.5).expand(rows.shape[0], -1))

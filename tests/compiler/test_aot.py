@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plait.codegen.compile import CodegenOptions
+from plait.codegen.compile import CodegenOptions, compile_graph
 from plait.compiler.aot import parts, save
 from plait.compiler.source import Targets
 from plait.errors import BadTarget
@@ -76,6 +76,17 @@ def test_kernels_travel_as_source_and_as_binaries(artifact: Path) -> None:
 
 def test_only_what_was_asked_for_is_built() -> None:
     assert set(parts(ready(), Targets(isas=("x86-64-v3",))).binaries) == {"x86-64-v3"}
+
+
+def test_products_of_halves_come_with_binaries_for_processors_that_multiply_pairs() -> None:
+    text = """def f(x: "bf16[3,5]", y: "bf16[5,7]"):
+    z = aten.mm.default(x, y)
+    return (z,)
+"""
+    graph = parse_graph(text)
+    halves = replace(ready(), compiled=compile_graph(graph), captured=graph)
+    assert set(parts(halves).binaries) == {"x86-64-v3", "x86-64-v4", "x86-64-v4-dot"}
+    assert set(parts(ready()).binaries) == {"x86-64-v3", "x86-64-v4"}
 
 
 def test_equal_models_give_equal_files(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_shapes_of_an_exported_program_are_fixed(tmp_path: Path) -> None:
 
 
 def test_targets() -> None:
-    assert source.parse_targets("cpu") == source.Targets(("x86-64-v3", "x86-64-v4"))
+    assert source.parse_targets("cpu") == source.Targets(("x86-64-v3", "x86-64-v4", "x86-64-v4-dot"))
     assert source.parse_targets("cpu:x86-64-v3, cuda:90,cuda:sm_80") == source.Targets(("x86-64-v3",), (90, 80))
 
 
