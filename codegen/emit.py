@@ -26,6 +26,8 @@ from .views import tidy, unravel
 
 _CHUNK = 4096  # elements of one partial sum over SIMD lanes: bounds the rounding error of long float32 sums
 _SERIAL_CHUNK = 128  # the same where one accumulator takes all elements in turn
+_LONG_ROW = 256  # columns from which chunks of rows are summed row after row
+_ROW_CHUNKS = 16  # chunks that are then wanted
 _MANY_ROWS = 16
 _SERIAL_LIMIT = 1 << 15  # elements that one core reduces about as fast as two can be woken for
 ROW_BYTES = 1 << 17  # of rows that one iteration keeps on the stack between its phases: they stay in a core's own cache
@@ -290,12 +292,16 @@ class GroupBody(Evaluator):
             row, rows = row * axis.extent + axis.symbol, rows * axis.extent
         chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
         partial = {u.value: self._partial(u, dim(chunks * rows)) for u in reductions}
-        with self.body.loop(chunk, chunks, kind="parallel"), self.loops(self.order.outer, "parallel"):
-            parts = {u.value: self._accumulator(u) for u in reductions}
-            self._chunk_points(work, parts, chunk, last, extent)
-            for u in reductions:
-                dtype = self.body.dtype[parts[u.value]]
-                self.body.store(partial[u.value], dtype, chunk * rows + row, parts[u.value])
+        if self._goes_by_rows(reductions, extent, rows):
+            with self.body.loop(chunk, chunks, kind="parallel"):
+                self._chunk_of_rows(reductions, partial, chunk, chunk * rows + row)
+        else:
+            with self.body.loop(chunk, chunks, kind="parallel"), self.loops(self.order.outer, "parallel"):
+                parts = {u.value: self._accumulator(u) for u in reductions}
+                self._chunk_points(work, parts, chunk, last, extent)
+                for u in reductions:
+                    dtype = self.body.dtype[parts[u.value]]
+                    self.body.store(partial[u.value], dtype, chunk * rows + row, parts[u.value])
         with self.loops(self.order.outer, "parallel"):
             accs = {u.value: self._accumulator(u) for u in reductions}
             with self.body.loop(chunk, chunks):
@@ -305,6 +311,36 @@ class GroupBody(Evaluator):
             self._finish(reductions, accs)
             self.now, self.kept = 1, {}
             self._outer_units(1)
+
+    def _goes_by_rows(self, sums: list[Unit], extent: Any, columns: Any) -> bool:
+        """Whether chunks are read row after row, their sums in memory, rather than column by column with sums in registers:
+        a column's rows lie on as many pages. There must be enough chunks for every core."""
+        last = self.order.reduced[-1]
+        down = self.order.vector != last.symbol and len(self.order.outer) > 0
+        only = all(u.reduce is not None and u.reduce.op == "sum" for u in self.group.units if self._runs_in(u, 0))
+        sizes = int(columns), int(extent)
+        return down and only and bool(sums) and sizes[0] >= _LONG_ROW and sizes[1] >= _ROW_CHUNKS * self.chunk
+
+    def _chunk_of_rows(self, sums: list[Unit], partial: Mapping[Value, str], chunk: sympy.Symbol, at: Any) -> None:
+        """The sums down the rows of one chunk, at `at` of their scratch."""
+        last, outer = self.order.reduced[-1], self.order.outer
+        extent = sympy.sympify(last.extent)
+        dtypes = {u.value: u.reduce.dtype for u in sums if u.reduce is not None}
+        with self.loops(outer, "serial"):
+            for v, dtype in dtypes.items():
+                self.body.store(partial[v], dtype, at, self.body.const(0, dtype))
+        inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
+        with (
+            self._moved({last.symbol: chunk * self.chunk + inner}),
+            self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk)),
+            self.loops(outer, "serial"),
+        ):
+            for u in sums:
+                dtype = dtypes[u.value]
+                element = self.body.cast(self.evaluate(u, self.form[u.value]), dtype)
+                total = self.body.op("add", self.body.load(partial[u.value], dtype, at), element)
+                self.body.store(partial[u.value], dtype, at, total)
+            self.kept = {}
 
     def _partial(self, unit: Unit, elements: Dim) -> str:
         """A scratch buffer for the partial results of a reduction."""

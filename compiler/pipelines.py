@@ -23,6 +23,7 @@ from ..errors import BadOption, InterfaceChanged, NumericsBroken, PassFailed
 from ..ir import Arg, Graph, TensorType, Value
 from ..passes.attention import Attention
 from ..passes.base import CapturePoint, Context, Pass, Pipeline, Step, reassociates
+from ..passes.channels_last import ChannelsLast
 from ..passes.decompositions import table
 from ..passes.fold import Fold
 from ..passes.layout import Layout
@@ -55,6 +56,7 @@ def ground() -> list[Pass]:
         Attention(),
         Simplify(),
         Share(),
+        ChannelsLast(),
         Layout(),  # views move once sharing has shown who uses what
         Prune(),
     ]

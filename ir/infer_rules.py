@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from .facts import Facts
 from .infer import Result, rule
@@ -471,6 +472,45 @@ def _linear(f: Facts, x: Any, weight: Any, bias: Any = None) -> Result:
     if not f.equal(x.shape[-1], weight.shape[1]) or (bias is not None and (bias.dtype, bias.rank) != (x.dtype, 1)):
         return None
     return x.with_(shape=(*x.shape[:-1], weight.shape[0]))
+
+
+# -- convolutions -----------------------------------------------------------------------------------------------------
+
+
+def _windows(f: Facts, size: Dim, taps: Dim, stride: Any, padding: Any, dilation: Any) -> Dim | None:
+    """How many windows fit into an axis; None where the parameters are no numbers, or none is known to fit."""
+    if not all(type(n) is int for n in (stride, padding, dilation)) or stride < 1 or dilation < 1 or padding < 0:
+        return None
+    room = dim(size + 2 * padding - dilation * (taps - 1) - 1)
+    if f.less(room, 0):
+        return None
+    return dim(room // stride + 1) if type(room) is int else dim(FloorDiv(room, stride) + 1)
+
+
+@rule("aten.convolution.default")
+def _convolution(f: Facts, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: Any,
+                 output_padding: Any, groups: Any) -> Result:  # fmt: skip
+    """Two-dimensional ones on CPUs; the result lies as the images do."""
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if transposed or x.rank != 4 or weight.rank != 4 or any((t.device, t.dtype) != ("cpu", x.dtype) for t in tensors):
+        return None
+    if not x.dtype.is_floating_point or type(groups) is not int or not f.equal(x.shape[1], dim(weight.shape[1] * groups)):
+        return None
+    out = weight.shape[0]
+    if (type(out) is int and out % groups) or (bias is not None and bias.shape != (out,)):
+        return None
+    if any(f.less(n, 1) for n in (*x.shape, *weight.shape)):
+        return None
+    each = [tuple(n) * (2 if len(n) == 1 else 1) for n in (stride, padding, dilation)]
+    sizes = [_windows(f, x.shape[2 + i], weight.shape[2 + i], *(n[i] for n in each)) for i in range(2)]
+    if any(n is None for n in sizes):
+        return None
+    shape: Any = (x.shape[0], out, *sizes)
+    if is_row_major(x) and is_row_major(weight):
+        return T(shape, x.dtype)
+    last = [t.strides == channels_last_strides(t.shape) for t in (x, weight)]
+    fits = last[0] and not is_row_major(x) and (last[1] or is_row_major(weight)) and x.dtype is not torch.float64
+    return T(shape, x.dtype, "cpu", channels_last_strides(shape)) if fits and f.less(1, x.shape[1]) else None
 
 
 __all__ = ["broadcast", "elementwise", "promote"]

@@ -1,6 +1,6 @@
 """Graph passes: the base class, the registry, and one module for each pass."""
 
-from . import attention, fold, layout, normalise, prune, share, simplify
+from . import attention, channels_last, fold, layout, normalise, prune, share, simplify
 from .base import (
     PASSES,
     CapturePoint,
@@ -19,7 +19,7 @@ from .base import (
 from .registry import OptionInfo, describe, find, make, parse, summary
 
 __all__ = [
-    "PASSES", "CapturePoint", "Context", "Numerics", "OptionInfo", "Pass", "Step", "approximate", "attention", "describe",
-    "exact", "find", "fold", "layout", "make", "map_regions", "normalise", "option", "parse", "prune", "reassociates",
-    "register", "run_pipeline", "share", "simplify", "summary",
+    "PASSES", "CapturePoint", "Context", "Numerics", "OptionInfo", "Pass", "Step", "approximate", "attention",
+    "channels_last", "describe", "exact", "find", "fold", "layout", "make", "map_regions", "normalise", "option", "parse",
+    "prune", "reassociates", "register", "run_pipeline", "share", "simplify", "summary",
 ]  # fmt: skip

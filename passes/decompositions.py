@@ -47,9 +47,9 @@ WHOLE: dict[str, tuple[str, ...]] = {
     # interpolation and pooling: gathers with several taps, which the library vectorises over channels (torch itself opens
     # interpolation by scale factors into gathers before this table is asked)
     "sampling": (
-        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
-        "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
-        "_upsample_nearest_exact3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "im2col", "col2im", "grid_sampler_2d",
+        "upsample_linear1d", "upsample_bilinear2d",
+        "upsample_trilinear3d", "upsample_bicubic2d",
+        "adaptive_max_pool1d", "adaptive_max_pool2d", "im2col", "col2im", "grid_sampler_2d",
     ),
     # their parts would draw other numbers than eager does for the same seed
     "random": ("bernoulli", "rrelu_with_noise", "rrelu_with_noise_functional", "native_dropout", "normal", "uniform"),

@@ -255,6 +255,23 @@ def test_long_columns_are_summed_in_chunks_of_rows():
     assert launches(compiled) == 1 and compiled.plan.arena == 2 * 71 * 130 * 4 // 64 * 64 + 64
 
 
+def test_wide_columns_are_summed_row_after_row_with_the_same_bits():
+    """A row of sums in memory takes the rows of a chunk in the order in which a register would."""
+    text = """def f(x: "f32[{n},{m}]", r: "f32[{n},1]"):
+        d = aten.sub.Tensor(x, r)
+        s = aten.sum.dim_IntList(d, (0,))
+        k = aten.sum.dim_IntList(x, (0,), True)
+        return (s, k)
+    """
+    x, r = rand(4100, 300), rand(4100, 1, seed=1)
+    wide = run(text.format(n=4100, m=300), x, r)
+    assert launches(wide) == 1
+    columns = compile_graph(parse_graph(text.format(n=4100, m=40))).executable(x[:, 5:45].contiguous(), r)
+    whole = compile_graph(parse_graph(text.format(n=4100, m=300))).executable(x, r)
+    for a, b in zip(whole, columns, strict=True):
+        assert torch.equal(a[..., 5:45], b)
+
+
 def test_residual_and_layer_norm_are_one_kernel():
     compiled = run(
         """def f(x: "f32[2,7,48]", y: "f32[2,7,48]", w: "f32[48]", b: "f32[48]"):

@@ -46,7 +46,7 @@ def test_passes_run_one_by_one(dbg: Debugger) -> None:
     assert dbg.step().pass_name == "lower" and dbg.next == "normalise"
     assert dbg.until("simplify").fired["mul-one"] == 1
     assert [s.pass_name for s in dbg.history] == ["lower", "normalise", "fold", "attention", "simplify"]
-    assert dbg.ahead == ["share", "layout", "prune"] and dbg.graph is dbg.history[-1].after
+    assert dbg.ahead == ["share", "channels-last", "layout", "prune"] and dbg.graph is dbg.history[-1].after
     with pytest.raises(errors.NothingAhead, match="no pass 'fold' is ahead"):
         dbg.until("fold")
     dbg.until("prune")

@@ -270,6 +270,23 @@ MAKERS: dict[str, Callable[[random.Random], tuple[Any, ...]]] = {
     "aten.index_select.default": lambda rng: (*along()(rng), tensor(rng, shape(rng, 1, 1), (torch.int64, torch.int32))),
     "aten.embedding.default": embedding, "aten.expand_as.default": expand_as,
 }  # fmt: skip
+
+
+def convolution(rng: random.Random) -> tuple[Any, ...]:
+    def lies(sizes: tuple[Any, ...]) -> TensorType:
+        last = infer_rules.channels_last_strides(sizes)
+        return TensorType(sizes, dtype, "cpu", rng.choice((contiguous_strides(sizes), last, layout(rng, sizes))))
+
+    dtype, groups = rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float64)), rng.choice((1, 1, 2))
+    channels, sides = rng.choice((1, 2, 3)), [rng.choice((3, 5, 8, S1 + 4, 1)) for _ in range(2)]
+    x = lies((rng.choice((1, 3, S0)), channels * groups, *sides))
+    weight = lies((rng.choice((2, 4)), channels, *(rng.choice((1, 3)) for _ in range(2))))
+    bias = rng.choice((None, TensorType((weight.shape[0],), dtype)))
+    pairs = [tuple(rng.choice(n) for _ in range(2)) for n in ((1, 2), (0, 1), (1, 2))]
+    return x, weight, bias, *pairs, False, (0, 0), groups
+
+
+MAKERS["aten.convolution.default"] = convolution
 for _name in ("zeros_like", "ones_like", "empty_like"):
     MAKERS[f"aten.{_name}.default"] = lambda rng: (
         tensor(rng), rng.choice((None, *DTYPES)), None, None, None, memory_format(rng)
