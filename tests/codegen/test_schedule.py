@@ -264,7 +264,7 @@ def test_wide_columns_are_summed_row_after_row_with_the_same_bits():
         return (s, k)
     """
     x, r = rand(4100, 300), rand(4100, 1, seed=1)
-    wide = run(text.format(n=4100, m=300), x, r)
+    wide = run(text.format(n=4100, m=300), (8 * x).round(), (8 * r).round(), exact=True)
     assert launches(wide) == 1
     columns = compile_graph(parse_graph(text.format(n=4100, m=40))).executable(x[:, 5:45].contiguous(), r)
     whole = compile_graph(parse_graph(text.format(n=4100, m=300))).executable(x, r)
