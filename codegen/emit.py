@@ -18,16 +18,15 @@ from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
 from .body import Body, Index, Tile, dtype_name
 from .convolution import rows_and_columns
-from .groups import Axis, Group, substitute
+from .groups import LONG_ROW, SUMMED_ROWS, Axis, Group, substitute
 from .items import KernelItem
 from .matmul import matmul_source, size_arguments, workspace
 from .templates import matmul as T
 from .views import tidy, unravel
 
 _CHUNK = 4096  # elements of one partial sum over SIMD lanes: bounds the rounding error of long float32 sums
-_SERIAL_CHUNK = 128  # the same where one accumulator takes all elements in turn
-_LONG_ROW = 256  # columns from which chunks of rows are summed row after row
-_ROW_CHUNKS = 16  # chunks that are then wanted
+_SERIAL_CHUNK = SUMMED_ROWS  # the same where one accumulator takes all elements in turn
+_ROW_CHUNKS = 16  # chunks of rows that are wanted where rows are summed in memory
 _MANY_ROWS = 16
 _SERIAL_LIMIT = 1 << 15  # elements that one core reduces about as fast as two can be woken for
 ROW_BYTES = 1 << 17  # of rows that one iteration keeps on the stack between its phases: they stay in a core's own cache
@@ -92,6 +91,7 @@ class GroupBody(Evaluator):
         self.rows: dict[Value, str] = {}  # arrays of the resident values
         self.position = _linear(order.reduced)
         self.tile: Tile | None = None  # the innermost loops of a tiled nest
+        self.down: dict[Value, tuple[str, Any]] = {}  # where sums down the rows add up: scratch and place
         for v in self.spilled:
             if v not in self.resident:
                 self.body.pinned.add(self.param(analysis.memory[v].root))
@@ -195,15 +195,63 @@ class GroupBody(Evaluator):
         if self.order.tiled is not None:
             self._tiles(self.order.tiled)
             return
+        if group.down and self.order.vector is not None:
+            self._rows_and_columns()
+            return
         with self.loops(self.order.outer, "parallel"):
-            row: Any = product(axis.extent for axis in self.order.reduced)  # a number where anything is resident
-            self.rows = {v: self.body.array(dtype_name(v.tensor.dtype), row) for v in self.resident}
-            for phase in range(max(group.phase.values()) + 2):
-                self.now, self.kept = phase, {}
-                self._outer_units(phase)
-                work = [u for u in group.units if self._runs_in(u, phase)]
-                if work:
-                    self._phase_loop(work)
+            self._row()
+
+    def _row(self) -> None:
+        """All phases at one point of the outer loops."""
+        row: Any = product(axis.extent for axis in self.order.reduced)  # a number where anything is resident
+        self.rows = {v: self.body.array(dtype_name(v.tensor.dtype), row) for v in self.resident}
+        for phase in range(max(self.group.phase.values()) + 2):
+            self.now, self.kept = phase, {}
+            self._outer_units(phase)
+            work = [u for u in self.group.units if self._runs_in(u, phase)]
+            if work:
+                self._phase_loop(work)
+
+    def _rows_and_columns(self) -> None:
+        """Rows one after the other, sums down them in a row of scratch for each chunk of rows; then these are added up."""
+        sums = [u for u in self.group.units if u.value in self.group.down]
+        extents = [axis.extent for axis in self.order.outer]
+        rows, columns = sympy.Integer(product(extents)), product(axis.extent for axis in self.order.reduced)
+        chunks = FloorDiv(rows + SUMMED_ROWS - 1, sympy.Integer(SUMMED_ROWS))
+        chunk, inner = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("rc", "re"))
+        at = chunk * columns + self.position
+        self.down = {u.value: (self._partial(u, dim(chunks * columns)), at) for u in sums}
+        names = unravel(chunk * SUMMED_ROWS + inner, extents)
+        with self.body.loop(chunk, chunks, kind="parallel"):
+            self._clear(sums, self.order.reduced)
+            with (
+                self._moved({axis.symbol: i for axis, i in zip(self.order.outer, names, strict=True)}),
+                self.body.loop(inner, sympy.Min(SUMMED_ROWS, rows - chunk * SUMMED_ROWS)),
+            ):
+                self._row()
+        with self.loops(self.order.reduced, "parallel"):
+            self._add_chunks(sums, chunk, chunks)
+
+    def _clear(self, sums: list[Unit], columns: tuple[Axis, ...]) -> None:
+        with self.loops(columns, "serial"):
+            for u in sums:
+                (scratch, at), dtype = self.down[u.value], _summed_in(u)
+                self.body.store(scratch, dtype, at, self.body.const(0, dtype))
+
+    def _add_chunks(self, sums: list[Unit], chunk: sympy.Symbol, chunks: Any) -> None:
+        accs = {u.value: self._accumulator(u) for u in sums}
+        with self.body.loop(chunk, chunks):
+            for u in sums:
+                scratch, at = self.down[u.value]
+                self.body.accumulate(accs[u.value], self.body.load(scratch, _summed_in(u), at))
+        self._finish(sums, accs)
+
+    def _add_down(self, unit: Unit) -> None:
+        """The current element of a sum down the rows."""
+        element = self.evaluate(unit, self.form[unit.value])
+        if unit.value in self.down:  # not so in the draft
+            (scratch, at), dtype = self.down[unit.value], _summed_in(unit)
+            self.body.store(scratch, dtype, at, self.body.op("add", self.body.load(scratch, dtype, at), element))
 
     def _tiles(self, rows: Axis) -> None:
         """A nest without reductions in tiles over the axis `rows` and the innermost one."""
@@ -263,7 +311,7 @@ class GroupBody(Evaluator):
             self.body.store(self.param(root), dtype, self.address(v, self.place[v]), value, stream=stream)
 
     def _phase_loop(self, work: list[Unit]) -> None:
-        reductions = [u for u in work if u.reduce is not None]
+        reductions = [u for u in work if u.reduce is not None and u.value not in self.group.down]
         accs = {u.value: self._accumulator(u) for u in reductions}
         axes = self.order.reduced
         if reductions and axes and self._is_long(axes):
@@ -292,9 +340,10 @@ class GroupBody(Evaluator):
             row, rows = row * axis.extent + axis.symbol, rows * axis.extent
         chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
         partial = {u.value: self._partial(u, dim(chunks * rows)) for u in reductions}
+        self.down = {v: (scratch, chunk * rows + row) for v, scratch in partial.items()}
         if self._goes_by_rows(reductions, extent, rows):
             with self.body.loop(chunk, chunks, kind="parallel"):
-                self._chunk_of_rows(reductions, partial, chunk, chunk * rows + row)
+                self._chunk_of_rows(reductions, chunk, last)
         else:
             with self.body.loop(chunk, chunks, kind="parallel"), self.loops(self.order.outer, "parallel"):
                 parts = {u.value: self._accumulator(u) for u in reductions}
@@ -303,12 +352,7 @@ class GroupBody(Evaluator):
                     dtype = self.body.dtype[parts[u.value]]
                     self.body.store(partial[u.value], dtype, chunk * rows + row, parts[u.value])
         with self.loops(self.order.outer, "parallel"):
-            accs = {u.value: self._accumulator(u) for u in reductions}
-            with self.body.loop(chunk, chunks):
-                for u in reductions:
-                    element = self.body.load(partial[u.value], self.body.dtype[accs[u.value]], chunk * rows + row)
-                    self.body.accumulate(accs[u.value], element)
-            self._finish(reductions, accs)
+            self._add_chunks(reductions, chunk, chunks)
             self.now, self.kept = 1, {}
             self._outer_units(1)
 
@@ -319,16 +363,12 @@ class GroupBody(Evaluator):
         down = self.order.vector != last.symbol and len(self.order.outer) > 0
         only = all(u.reduce is not None and u.reduce.op == "sum" for u in self.group.units if self._runs_in(u, 0))
         sizes = int(columns), int(extent)
-        return down and only and bool(sums) and sizes[0] >= _LONG_ROW and sizes[1] >= _ROW_CHUNKS * self.chunk
+        return down and only and bool(sums) and sizes[0] >= LONG_ROW and sizes[1] >= _ROW_CHUNKS * self.chunk
 
-    def _chunk_of_rows(self, sums: list[Unit], partial: Mapping[Value, str], chunk: sympy.Symbol, at: Any) -> None:
-        """The sums down the rows of one chunk, at `at` of their scratch."""
-        last, outer = self.order.reduced[-1], self.order.outer
-        extent = sympy.sympify(last.extent)
-        dtypes = {u.value: u.reduce.dtype for u in sums if u.reduce is not None}
-        with self.loops(outer, "serial"):
-            for v, dtype in dtypes.items():
-                self.body.store(partial[v], dtype, at, self.body.const(0, dtype))
+    def _chunk_of_rows(self, sums: list[Unit], chunk: sympy.Symbol, last: Axis) -> None:
+        """The sums down the rows of one chunk."""
+        outer, extent = self.order.outer, sympy.sympify(last.extent)
+        self._clear(sums, outer)
         inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
         with (
             self._moved({last.symbol: chunk * self.chunk + inner}),
@@ -336,10 +376,7 @@ class GroupBody(Evaluator):
             self.loops(outer, "serial"),
         ):
             for u in sums:
-                dtype = dtypes[u.value]
-                element = self.body.cast(self.evaluate(u, self.form[u.value]), dtype)
-                total = self.body.op("add", self.body.load(partial[u.value], dtype, at), element)
-                self.body.store(partial[u.value], dtype, at, total)
+                self._add_down(u)
             self.kept = {}
 
     def _partial(self, unit: Unit, elements: Dim) -> str:
@@ -403,6 +440,8 @@ class GroupBody(Evaluator):
                 last.append(u)
             elif u.reduce is None:
                 self._store(u, self.full(u))
+            elif u.value in self.group.down:
+                self._add_down(u)
             else:
                 element = self.evaluate(u, self.form[u.value])
                 self.body.accumulate(accs[u.value], element, self._reduced_position(u) if u.reduce.value_dtype else None)
@@ -418,6 +457,11 @@ class GroupBody(Evaluator):
         for d in unit.reduce.dims:
             total = total * unit.domain[d] + self.form[unit.value][d]
         return self.body.index(total)
+
+
+def _summed_in(unit: Unit) -> str:
+    assert unit.reduce is not None
+    return unit.reduce.dtype
 
 
 def _chunks(axis: Axis, size: int) -> sympy.Expr:
@@ -556,7 +600,7 @@ def _is_split(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...], 
     """True where a reduction has too few rows to keep the cores busy, or goes down columns of more rows than a core's cache
     holds (chunks of rows are read in the order of memory), and a form that can be combined from chunks."""
     rows = product(axis.extent for axis in outer)
-    if len(reduced) != 1 or not isinstance(rows, int) or not isinstance(reduced[0].extent, int):
+    if group.down or len(reduced) != 1 or not isinstance(rows, int) or not isinstance(reduced[0].extent, int):
         return False
     elements = reduced[0].extent * rows
     down = vector != reduced[0].symbol and elements > _CORE_CACHE and reduced[0].extent > 2 * _SERIAL_CHUNK

@@ -2,7 +2,8 @@
 
 A group iterates over axes; some of them may be reduced (all reductions of a group reduce the same axes). Its units are
 computed either at every point ("full") or once per point of the axes that are not reduced ("outer"). Loops over the
-reduced axes run in *phases*: a reduction that is read by a full unit separates two phases, as in softmax.
+reduced axes run in *phases*: a reduction that is read by a full unit separates two phases, as in softmax. Sums "down" the
+axes that are not reduced may join, such as the weights' gradients of a norm; only other groups read them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _MAX_PHASES = 6
 _MAX_SIBLINGS = 4  # groups that read the same value, tried in the order of the program
 _SERIAL_LIMIT = 1 << 15  # elements: above this a group keeps enough outer iterations for all cores
 _MIN_OUTER = 16
+LONG_ROW = 256  # columns from which rows add into a row of sums in memory rather than columns into registers
+SUMMED_ROWS = 128  # rows that add into one such row: bounds the rounding error
+_DOWN = 16 * SUMMED_ROWS  # rows from which there are enough of them for every core
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Axis:
 @dataclass(eq=False)
 class Group:
     """Units that one kernel computes. `form` gives each unit's canonical index in terms of the axes, `phase` the loop in
-    which (full) or before which (outer) it is computed, `outer` the units without reduced axes, `in_place` the units that
-    take the place in memory of what the kernel reads."""
+    which (full) or before which (outer) it is computed, `outer` the units without reduced axes, `down` the sums along the
+    axes that are not reduced, `in_place` the units that take the place in memory of what the kernel reads."""
 
     id: int
     axes: tuple[Axis, ...]
@@ -50,6 +54,7 @@ class Group:
     phase: dict[Value, int] = field(default_factory=dict)
     ready: dict[Value, int] = field(default_factory=dict)
     outer: set[Value] = field(default_factory=set)
+    down: set[Value] = field(default_factory=set)
     in_place: set[Value] = field(default_factory=set)
     reads: int = 0
 
@@ -72,6 +77,7 @@ class _Fit:
     outer: bool
     reduced: frozenset[int]
     phase: int
+    down: bool = False
 
 
 class Grouping:
@@ -187,8 +193,11 @@ class Grouping:
             at = {a.symbol: i for i, a in enumerate(group.axes)}
             gone = [index[d] for d in unit.reduce.dims if index[d] != 0]
             wanted = frozenset(at[i] for i in gone if i in at)
-            if not wanted or len(wanted) != len(gone) or (group.reduced and wanted != group.reduced):
+            if not wanted or len(wanted) != len(gone):
                 return None
+            if group.reduced and wanted != group.reduced:
+                phase = self._phase(unit, group, index, outer) if self._goes_down(unit, group, wanted) else None
+                return None if phase is None or phase > _MAX_PHASES else _Fit(index, False, group.reduced, phase, True)
             if not group.reduced and not self._may_reduce(group, wanted):
                 return None
             reduced = wanted
@@ -196,6 +205,19 @@ class Grouping:
             return None
         phase = self._phase(unit, group, index, outer)
         return None if phase is None or phase > _MAX_PHASES else _Fit(index, outer, reduced, phase)
+
+    def _goes_down(self, unit: Unit, group: Group, wanted: frozenset[int]) -> bool:
+        """Whether a reduction is a sum along all that the group's rows are counted by, over many long rows in memory."""
+        if self.analysis.target.kind != "cpu" or unit.reduce is None or unit.reduce.op != "sum":
+            return False
+        every = range(len(group.axes))
+        if wanted != frozenset(every) - group.reduced or every[-1] not in group.reduced:
+            return False
+        rows, columns = (product(group.axes[i].extent for i in axes) for axes in (wanted, group.reduced))
+        if not (isinstance(rows, int) and isinstance(columns, int) and rows >= _DOWN and columns >= LONG_ROW):
+            return False
+        homes = (self.analysis.memory[v].strides for v, _ in unit.reads if v in self.analysis.memory)
+        return all(strides[-1] in (0, 1) for strides in homes if strides)
 
     @staticmethod
     def _may_reduce(group: Group, reduced: frozenset[int]) -> bool:
@@ -213,6 +235,8 @@ class Grouping:
                 if self._lives_in(v, group):
                     return None
                 continue
+            if v in group.down:
+                return None
             if tuple(tidy(substitute(i, names)) for i in where) != group.place[v]:
                 return None
             phase = max(phase, group.ready[v])
@@ -239,7 +263,7 @@ class Grouping:
                 0 if d in gone else fit.index[d] for d in range(len(unit.domain)) if unit.reduce.keepdim or d not in gone
             )
             group.ready[value] = fit.phase + 1
-            group.outer.add(value)
+            (group.down if fit.down else group.outer).add(value)
         else:
             group.place[value] = fit.index
             group.ready[value] = fit.phase

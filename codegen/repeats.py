@@ -85,6 +85,7 @@ class _Signature:
         return (
             self.place(v), v in self.stored, v in group.in_place, self.analysis.weight.get(v), unit.domain, reduced,
             template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,
+            v in group.down,
             self.of_node(unit.node, v),
         )  # fmt: skip
 

@@ -272,6 +272,61 @@ def test_wide_columns_are_summed_row_after_row_with_the_same_bits():
         assert torch.equal(a[..., 5:45], b)
 
 
+NORM_BACKWARD = """def f(g: "{d}[{n},{m}]", x: "{d}[{n},{m}]", w: "{d}[{m}]"):
+        a = aten.mul.Tensor(g, w)
+        p = aten.mul.Tensor(a, x)
+        r = aten.sum.dim_IntList(p, ({last},), True)
+        y = aten.sub.Tensor(a, r)
+        q = aten.mul.Tensor(g, x)
+        s = aten.sum.dim_IntList(q, ({rows},), {keep})
+        b = aten.sum.dim_IntList(g, ({rows},))
+        v = aten.sub.Tensor(w, b)
+        return (y, s, b, v)
+    """
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "keep"), [((2100, 300), "0", False), ((3, 700, 260), "0, 1", True), ((2, 1100, 2, 150), "0, 1", False)]
+)
+def test_sums_down_many_rows_join_the_kernel_that_goes_along_them(shape: tuple[int, ...], rows: str, keep: bool):
+    lead = len(rows.split(","))
+    sizes, row = ", ".join(map(str, shape[:lead])), ", ".join(map(str, shape[lead:]))
+    last = ", ".join(str(i) for i in range(lead, len(shape)))
+    text = NORM_BACKWARD.format(d="f32", n=sizes, m=row, rows=rows, keep=keep, last=last)
+    g, x, w = ((4 * rand(*s, seed=i)).round() for i, s in enumerate((shape, shape, shape[lead:])))
+    compiled = run(text, g, x, w, exact=True)
+    assert launches(compiled) == 2  # the last difference reads a finished sum
+
+
+def test_joined_sums_have_the_bits_of_lonely_ones():
+    shape = (2300, 270)
+    text = NORM_BACKWARD.format(d="bf16", n=2300, m=270, rows="0", keep=False, last="1")
+    alone = """def f(g: "bf16[2300,270]", x: "bf16[2300,270]", w: "bf16[270]"):
+        q = aten.mul.Tensor(g, x)
+        s = aten.sum.dim_IntList(q, (0,))
+        return (s,)
+    """
+    given = [rand(*s, seed=i).bfloat16() for i, s in enumerate((shape, shape, shape[1:]))]
+    joined = compile_graph(parse_graph(text))
+    assert launches(joined) == 2
+    assert torch.equal(joined.executable(*given)[1], compile_graph(parse_graph(alone)).executable(*given)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "joined"),
+    [
+        (("f32[2100,300]", "f32[2000,300]"), False),  # too few rows for all cores
+        (("q = aten.mul.Tensor(g, x)", "q = aten.mul.Tensor(g, y)"), True),  # after the reduction along the rows
+        (("b = aten.sum.dim_IntList(g, (0,))", "b = aten.amax.default(g, (0,))"), True),  # the other sum alone
+    ],
+)
+def test_which_reductions_join_the_rows(change: tuple[str, str], joined: bool):
+    text = NORM_BACKWARD.format(d="f32", n=2100, m=300, rows="0", keep=False, last="1").replace(*change)
+    rows = 2000 if "2000" in text else 2100
+    compiled = run(text, *((4 * rand(*s, seed=i)).round() for i, s in enumerate(((rows, 300), (rows, 300), (300,)))))
+    assert ("rc < end" in source(compiled)) == joined
+
+
 def test_residual_and_layer_norm_are_one_kernel():
     compiled = run(
         """def f(x: "f32[2,7,48]", y: "f32[2,7,48]", w: "f32[48]", b: "f32[48]"):
