@@ -15,8 +15,10 @@ from typing import Any
 import sympy
 
 from ..ir import Dim, Graph, Node, ScalarType, TensorType, Value, dim
+from ..ir.strides import channels_last_strides
 from ..ir.types import type_symbols
 from ..runtime.panels import Panels
+from ..runtime.reordered import Reordered
 from . import activations, library, pointwise, special  # noqa: F401 (all but the second register their lowerings)
 from .allow import Allow, always
 from .attention import Attention, attention_of
@@ -125,6 +127,7 @@ class Analysis:
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.checks_rows = False
         self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
+        self.reordered: dict[Value, Reordered] = {}  # weights of convolutions, laid out for oneDNN
         self._classify()
         self._place()
         self.given = frozenset(self.memory[v].root for v in graph.results if v in self.memory)  # memory that a caller gets
@@ -294,8 +297,8 @@ class Analysis:
         users = self.graph.users.get(v, ())
         again = weight * (len(users) - 1) <= _INLINE_BUDGET and len(streams) <= 1
         inline = v not in wanted and (len(users) == 1 or again)
-        if inline and weight >= _HEAVY and any(self._amplifies(v, u) for u in users):
-            inline = False
+        if inline and any(self._amplifies(v, u) and (weight >= _HEAVY or (weight and _is_channels_last(u))) for u in users):
+            inline = False  # channels-last even a cheap one, which every pixel would compute for each channel
         if inline and self.allow("inline", node.op.name, node):
             self.inlined[v] = node
             self.weight[v] = weight
@@ -468,3 +471,9 @@ class Evaluator:
 
     def report(self, outside: str) -> None:
         """Called with the condition under which a row id is out of range."""
+
+
+def _is_channels_last(node: Node) -> bool:
+    """Whether a result has its channels side by side: what hangs on the channel is no scalar of the innermost loop then."""
+    kind = node.out.tensor
+    return kind.rank == 4 and kind.strides == channels_last_strides(kind.shape) and not kind.is_contiguous

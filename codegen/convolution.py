@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from ..ir import Builder, Dim, Match, Node, Reason, TensorType, Value, dim
+from ..ir import Builder, Dim, Match, Node, Reason, Symbols, TensorType, Value, dim, op, seen
 from ..ir.strides import channels_last_strides
 from ..ir.types import contiguous_strides, product
+from ..runtime.reordered import Reordered
 from .templates.matmul import WINDOW
 from .views import unravel
 
@@ -95,6 +96,33 @@ def check_pad_first(m: Match) -> Reason | None:
     if why is None and not isinstance(made, str) and (made.window.pixels == "a" or not _is_direct(made.window)):
         why = "windows that are packed, with their padding"
     return None if why is None else Reason(why)
+
+
+def reordered_weight(node: Node, name: str, symbols: Symbols) -> Reordered | None:
+    """How oneDNN is to lay out a convolution's weight, the constant `name`; None for convolutions that it does not take, or
+    whose images it would copy."""
+    x, weight = node["input"].tensor, node["weight"].tensor
+    if x.rank != 4 or node["transposed"] or x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype is not x.dtype:
+        return None
+    if torch.device(x.device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    if x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    last = x.strides == channels_last_strides(x.shape) and not x.is_contiguous
+    image = [seen(n, symbols) for n in x.shape]
+    if not last or None in image or 0 in (*image, *weight.shape) or not weight.is_static:
+        return None
+    if min(node["padding"]) < 0:
+        return None
+    stride, padding, dilation = (spread(node[n], 2) for n in ("stride", "padding", "dilation"))
+    return Reordered(name, tuple(n for n in image if n is not None), stride, padding, dilation, node["groups"])
+
+
+def reordered_call(node: Node, weight: Value) -> Node:
+    """A convolution as a call of oneDNN with a weight that `Reordered` has laid out."""
+    each = (spread(node[n], 2) for n in ("padding", "stride", "dilation"))
+    args = (node["input"], weight, node["bias"], *each, node["groups"], "none", (), "")
+    return Node(op("mkldnn._convolution_pointwise.default"), args, node.outputs, (), node.loc)
 
 
 def faster_library(made: Convolution) -> str | None:

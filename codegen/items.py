@@ -8,6 +8,7 @@ from typing import Any
 
 from ..ir import Dim, Graph, Node, Value
 from ..runtime.panels import Panels
+from ..runtime.reordered import Reordered
 from .kernel_ir import Kernel
 
 
@@ -61,11 +62,11 @@ Item = KernelItem | CallItem | AliasItem
 @dataclass(frozen=True)
 class Scheduled:
     """A graph at the kernel level: items in order. `scratch` are values that no node of the graph defines; `stored` maps a
-    value to the value in whose memory it lives: what is written back to an input. `panels` are weights laid out for the
-    matmul template."""
+    value to the value in whose memory it lives: what is written back to an input. `laid_out` are weights as the
+    matmul template or oneDNN reads them."""
 
     graph: Graph
     items: tuple[Item, ...]
     scratch: tuple[Value, ...] = ()
     stored: Mapping[Value, Value] = field(default_factory=dict)
-    panels: Mapping[Value, Panels] = field(default_factory=dict)
+    laid_out: Mapping[Value, Panels | Reordered] = field(default_factory=dict)

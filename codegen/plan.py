@@ -79,9 +79,9 @@ class _Planner:
         for i, v in enumerate(self.graph.inputs):
             if isinstance(v.type, TensorType):
                 self.define(v, "input", i)
-        for v, panels in self.scheduled.panels.items():
-            self.define(v, "constant", panels.name)
-        made: dict[Value, int] = {}
+        for v, made in self.scheduled.laid_out.items():
+            self.define(v, "constant", made.name)
+        first: dict[Value, int] = {}
         last: dict[Value, int] = {}
         for step, item in enumerate(self.scheduled.items):
             if isinstance(item, CallItem):
@@ -89,17 +89,17 @@ class _Planner:
                     if not isinstance(v.type, OpaqueType):
                         self.define(v, "handle")
                 for v in item.node.inputs:
-                    made.setdefault(self.root(v), step)
+                    first.setdefault(self.root(v), step)
                     last[self.root(v)] = step
             elif isinstance(item, KernelItem):
                 for v in item.buffers:
-                    made.setdefault(self.root(v), step)
+                    first.setdefault(self.root(v), step)
                     last[self.root(v)] = step
         for node in self.graph.nodes:
-            if node.op.name == "plait.constant" and (node.out in made or node.out in self.returned):
+            if node.op.name == "plait.constant" and (node.out in first or node.out in self.returned):
                 self.define(node.out, "constant", node.args[0])
         blocks: list[Block] = []
-        for v, step in made.items():
+        for v, step in first.items():
             if v in self.specs or not isinstance(v.type, TensorType):
                 continue
             if v in self.returned:

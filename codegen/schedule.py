@@ -13,6 +13,8 @@ from ..runtime import ops as runtime_ops
 from .allow import Allow, always
 from .analysis import Analysis
 from .attention import emit_attention
+from .convolution import NAME as CONVOLUTION
+from .convolution import reordered_call, reordered_weight
 from .emit import emit, emit_matmul
 from .emit_ordered import emit_ordered
 from .expand import expand
@@ -81,15 +83,32 @@ def schedule(
     if status is not None:
         scratch.append(status)
         items = [_clear(status), *items, _check(status)]
-    panels = dict(analysis.panels.values())
-    return Scheduled(graph, tuple(items), tuple(scratch), homes, panels)
+    laid_out = {**dict(analysis.panels.values()), **analysis.reordered}
+    return Scheduled(graph, tuple(items), tuple(scratch), homes, laid_out)
+
+
+def _with_reordered_weight(analysis: Analysis, node: Node) -> Node:
+    """A convolution with its weight laid out for oneDNN once, where the weight is the graph's own."""
+    origin = analysis.graph.producers.get(node["weight"])
+    if origin is None or origin.op.name != "plait.constant":
+        return node
+    found = reordered_weight(node, origin.args[0], analysis.graph.symbols)
+    if found is None or not analysis.allow("pack", "reorder", origin):
+        return node
+    weight = next((v for v, known in analysis.reordered.items() if known == found), None)
+    if weight is None:
+        weight = Value(node["weight"].type, f"{node['weight'].hint}_reordered")
+        analysis.reordered[weight] = found
+    return reordered_call(node, weight)
 
 
 def _implementation(analysis: Analysis, node: Node) -> Node:
     """The call that runs a node: its own op; one that counts from where a value begins, not from where memory does; oneDNN's
-    where that was measured to be the fastest."""
+    where that was measured to be the fastest, or where the graph owns a convolution's weight."""
     if node.op.name in _ADDRESSING:
         return _addressing(analysis, node)
+    if node.op.name == CONVOLUTION and analysis.target.kind == "cpu":
+        return _with_reordered_weight(analysis, node)
     made = matmul_of(node)
     if analysis.chosen.get(node) != ONEDNN or not isinstance(made, Matmul):
         return node

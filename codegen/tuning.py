@@ -10,7 +10,7 @@ import torch
 
 from ..cost.device import cpu_flags
 from ..cost.profile import open_table, user_path
-from ..ir import Node, Symbols, Value, op
+from ..ir import Node, Symbols, Value, op, seen
 from .convolution import Window, convolution_of, faster_library, spread
 from .kernels import current_cache
 from .matmul import Chooser, Matmul
@@ -41,7 +41,7 @@ def default_choice(symbols: Symbols) -> Chooser:
         if made.window is not None:
             return _unmeasured_convolution(node)
         has = next((flag for flag in _WIDE.get(made.a.tensor.dtype, ()) if flag in cpu_flags()), None)
-        rows = _number(made.m, symbols)
+        rows = seen(made.m, symbols)
         if has is None or rows is None or rows < _FEW_ROWS or made.scale is not None:
             return None
         dtype = str(made.a.tensor.dtype).removeprefix("torch.")
@@ -63,7 +63,7 @@ def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
     def choose(node: Node, made: Matmul) -> tuple[str, str] | None:
         if made.window is not None:
             return measured_convolution(node, made.window)
-        sizes = [_number(d, symbols) for d in (made.m, made.n, made.k, made.batch[0] if made.batch else 1)]
+        sizes = [seen(d, symbols) for d in (made.m, made.n, made.k, made.batch[0] if made.batch else 1)]
         if any(s is None or s == 0 for s in sizes):
             return None
         m, n, k, batch = (int(s) for s in sizes if s is not None)
@@ -112,7 +112,7 @@ def _convolution_problem(node: Node, window: Window, symbols: Symbols) -> Convol
     assert not isinstance(made, str), "a product with a window is a convolution"
 
     def numbers(sizes: Sequence[Any]) -> tuple[int, ...] | None:
-        found = [_number(n, symbols) for n in sizes]
+        found = [seen(n, symbols) for n in sizes]
         return None if None in found else tuple(n for n in found if n is not None)
 
     kinds = [(numbers(v.tensor.shape), numbers(v.tensor.strides)) for v in (made.x, made.weight)]
@@ -147,13 +147,3 @@ def linear_call(node: Node, made: Matmul, producers: dict[Value, Node]) -> Node 
         return None
     target = op("mkldnn._linear_pointwise.default")
     return Node(target, (made.a, weight, made.bias, "none", (), ""), node.outputs, (), node.loc)
-
-
-def _number(size: Any, symbols: Symbols) -> int | None:
-    """A size as a number: symbols stand for what was seen at capture."""
-    if isinstance(size, int):
-        return size
-    hints = {s: symbols[s].hint for s in size.free_symbols if s in symbols}
-    if len(hints) != len(size.free_symbols) or any(h is None for h in hints.values()):
-        return None
-    return int(size.subs(hints))

@@ -17,6 +17,7 @@ from .types import (
     ValueType,
     contiguous_strides,
     dim,
+    seen,
     size_symbol,
 )
 from .verify import verify
@@ -25,5 +26,5 @@ __all__ = [
     "NOWHERE", "Arg", "Builder", "Dim", "Graph", "Loc", "Match", "Node", "Op", "OpaqueType", "Pattern", "Program", "Reason",
     "Rule", "RuleLog", "ScalarType", "Such", "SymbolInfo", "Symbols", "TensorType", "TokenType", "Value", "ValueType", "Var",
     "bind", "contiguous_strides", "difference", "dim", "flatten", "from_fx", "infer", "map_arg", "op", "parse_graph",
-    "pattern", "print_graph", "prune", "rewrite", "size_symbol", "structurally_equal", "to_fx", "verify",
+    "pattern", "print_graph", "prune", "rewrite", "seen", "size_symbol", "structurally_equal", "to_fx", "verify",
 ]  # fmt: skip

@@ -245,3 +245,11 @@ def size_symbol(name: str, *, positive: bool = True) -> sympy.Symbol:
     Torch's symbols for sizes are positive; those for integers from outside or out of tensors only integer.
     """
     return sympy.Symbol(name, integer=True, positive=True) if positive else sympy.Symbol(name, integer=True)
+
+
+def seen(size: Dim, symbols: Symbols) -> int | None:
+    """A size as a number: symbols stand for what was seen at capture. None where nothing was."""
+    if isinstance(size, int):
+        return size
+    hints = {s: symbols[s].hint if s in symbols else None for s in size.free_symbols}
+    return None if None in hints.values() else int(size.subs(hints))

@@ -2,7 +2,8 @@
 
 oneDNN reads such images, and writes such results, without a copy of its own. Values lie so until something needs the layout
 that the program had: its results, random draws, views that would be copies. A convolution keeps its layout where its weight
-is larger than its images, and all do where the copies that are left would take longer than those that are saved.
+is larger than its images and not the graph's own, and all do where the copies that are left would take longer than those
+that are saved.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import InferenceFailed, NeedsSizeFact
-from ..ir import Arg, Builder, Dim, Graph, Node, Reason, TensorType, Value, map_arg
+from ..ir import Arg, Builder, Graph, Node, Reason, TensorType, Value, map_arg, seen
 from ..ir.strides import channels_last_strides, is_row_major
 from .base import Context, Numerics, Pass, map_regions, reassociates, register
 
@@ -21,7 +22,7 @@ CONVOLUTION = "aten.convolution.default"
 _POOLS = ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
 # Nanoseconds for an element (Zen 4, two threads, docs/design.md): of a copy in another layout; that oneDNN takes for its own
 # copies of images and results; by which torch's pools are faster channels-last.
-_COPY, _CONVOLUTION, _POOL = 2.2, 1.1, 2.0
+_COPY, _CONVOLUTION, _POOL = 0.5, 1.1, 2.0
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of oneDNN's convolution
 _KEEP = ("convolution", "convolution_backward", "as_strided", "as_strided_scatter", "view_as_real", "view_as_complex")
 
@@ -57,20 +58,13 @@ def _refusal(node: Node, graph: Graph) -> str | None:
         return "not a two-dimensional one of floats on a CPU"
     if not is_row_major(out):
         return "its result is not channels-first"
-    sizes = [_number(n, graph) for n in (x.numel, weight.numel, out.numel)]
+    sizes = [seen(n, graph.symbols) for n in (x.numel, weight.numel, out.numel)]
     if any(n is None for n in sizes):
         return "of unknown size"
     image, taps, result = (n for n in sizes if n is not None)
-    return "its weight is larger than its images" if taps > image + result else None
-
-
-def _number(size: Dim, graph: Graph) -> int | None:
-    """A size as a number: symbols stand for what was seen at capture."""
-    if isinstance(size, int):
-        return size
-    known = graph.symbols
-    hints = {s: known[s].hint if s in known else None for s in size.free_symbols}
-    return None if None in hints.values() else int(size.subs(hints))
+    origin = graph.producers.get(node["weight"])
+    owned = origin is not None and origin.op.name == "plait.constant"  # it will be laid out once
+    return "its weight is larger than its images" if taps > image + result and not owned else None
 
 
 class _Carry:
@@ -187,7 +181,7 @@ class _Carry:
         kind = v.tensor
         if is_row_major(kind):
             return self.builder.call("aten.clone.default", new, memory_format=torch.contiguous_format)
-        order = sorted(range(kind.rank), key=lambda d: -(_number(kind.strides[d], self.graph) or 0))
+        order = sorted(range(kind.rank), key=lambda d: -(seen(kind.strides[d], self.graph.symbols) or 0))
         turned = self.builder.call("aten.permute.default", new, tuple(order))
         if not is_row_major(turned.tensor):
             turned = self.builder.call("aten.clone.default", turned, memory_format=torch.contiguous_format)
@@ -197,7 +191,7 @@ class _Carry:
         return back
 
     def size(self, v: Value) -> int:
-        return _number(v.tensor.numel, self.graph) or 0
+        return seen(v.tensor.numel, self.graph.symbols) or 0
 
 
 def _lies_last(v: Value) -> bool:

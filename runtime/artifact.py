@@ -258,10 +258,10 @@ def load_weights(archive: Archive, plan: Plan) -> dict[str, torch.Tensor]:
         tensors |= {name: tensors[same] for name, same in notes["tied"].items()}  # type: ignore[index]
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedArtifact(part=MANIFEST, why=f"its notes on weights are ill-formed: {error}") from None
-    if any(str(v.ref) not in tensors for v in weights.constants(plan)):  # a device's plan reads no panels
+    if any(weights.source(str(v.ref)) not in tensors for v in weights.constants(plan)):  # a device's plan reads no panels
         tensors = weights.originals(tensors)
     for v in weights.constants(plan):
-        t = tensors.get(str(v.ref))
+        t = tensors.get(weights.source(str(v.ref)))
         if t is None or str(t.dtype) != f"torch.{v.dtype}" or list(t.shape) != list(v.shape):
             raise DamagedArtifact(part=WEIGHTS, why=f"the weight {v.ref!r} is missing or not what the plan expects")
         if list(t.stride()) != list(v.strides) and t.numel() > 1:

@@ -17,6 +17,7 @@ import torch
 from ..errors import DamagedArtifact
 from .panels import Panels
 from .plan import Plan, ValueSpec
+from .reordered import Reordered
 
 ALIGNMENT = 64
 DTYPES = {
@@ -103,13 +104,16 @@ def constants(plan: Plan) -> Iterator[ValueSpec]:
 
 def placed(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Constants where and as a plan has them: those of device values on their device, at multiples of 16 bytes; panels of
-    weights made where there are none."""
+    weights made where there are none, weights of convolutions laid out for this processor."""
     found = dict(tensors)
     made: dict[int, torch.Tensor] = {}
     for v in constants(plan):
         panels = Panels.named(str(v.ref))
         if panels is not None and str(v.ref) not in found:
             found[str(v.ref)] = panels.pack(tensors[panels.weight])
+        reordered = Reordered.named(str(v.ref))
+        if reordered is not None:
+            found[str(v.ref)] = reordered.lay_out(tensors[reordered.weight])
         if v.device != "cpu":
             t = tensors[str(v.ref)]
             if id(t) not in made:
@@ -124,6 +128,12 @@ def stored(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
     panels = [p for p in map(Panels.named, sorted(names)) if p is not None]
     gone = {p.weight for p in panels} - names
     return {**{n: t for n, t in tensors.items() if n not in gone}, **{p.name: p.pack(tensors[p.weight]) for p in panels}}
+
+
+def source(name: str) -> str:
+    """The constant of a file that a plan's constant is, or is made from."""
+    reordered = Reordered.named(name)
+    return name if reordered is None else reordered.weight
 
 
 def originals(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+from pathlib import Path
+
 import plait
 import pytest
 import torch
+from plait.codegen.compile import compile_graph
 from plait.ir import Graph, Value
 from plait.ir.strides import channels_last_strides
 from plait.passes.channels_last import ChannelsLast
+from plait.runtime import weights
+from plait.runtime.plan import Call
+from plait.runtime.reordered import Reordered
 from torch import nn
 
 from tests.helpers import apply, graph, random_inputs, refusals, run
@@ -102,7 +110,8 @@ def test_they_do_so_after_one_that_changed_too() -> None:
     same(before, step.after)
 
 
-def test_it_says_why_where_copies_would_cost_more() -> None:
+def test_it_says_why_where_copies_would_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.passes.channels_last._COPY", 2.0)
     step = apply(ChannelsLast(), graph(text(*TWO, "d = aten.sin.default(b)", result="a, b, c, d")))
     assert not step.changed and all("would save" in r for r in refusals(step)) and len(refusals(step)) == 1
 
@@ -144,3 +153,45 @@ def test_values_are_followed_by_what_took_their_place() -> None:
     became = step.became(first)
     assert isinstance(became, Value) and became is not first and became.tensor.shape == first.tensor.shape
     assert plait.passes.make("channels-last").numerics().kind == "reassociates"
+
+
+LINE = "aten.convolution.default(x, w, None, (2, 1), (1, 0), (1, 1), False, (0, 0), 2)"
+OWNED = f"""def f(x: "f32[{{n}},4,6,7]"):
+    w = plait.constant("w")
+    y = {LINE}
+    z = aten.relu.default(y)
+    return (z,)
+"""
+
+
+def test_weights_of_the_graph_are_laid_out_once() -> None:
+    w = torch.randn(6, 2, 3, 3)
+    text = 'graph(level="tensor", symbols={"s0": (2, None, 5)})\n' + OWNED.format(n="s0")
+    before = graph(text, {"w": w})
+    after = apply(ChannelsLast(), before).after
+    compiled = compile_graph(after)
+    (name,) = (str(v.ref) for v in weights.constants(compiled.plan))
+    found = Reordered.named(name)
+    assert found == Reordered("w", (5, 4, 6, 7), (2, 1), (1, 0), (1, 1), 2) and found.name == name
+    assert [i.op for i in compiled.plan.steps if isinstance(i, Call)] == ["mkldnn._convolution_pointwise.default"]
+    assert list(weights.stored(compiled.plan, after.constants)) == ["w"]
+    for rows in (2, 5, 33):
+        x = torch.randn(rows, 4, 6, 7)
+        torch.testing.assert_close(compiled.executable(x)[0], run(before, [x])[0])
+
+
+def test_artifacts_hold_the_weight_itself(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 300, 1)).eval()
+    x = torch.randn(3, 4, 5, 5)
+    compiled = plait.compile(model, (x,))
+    compiled.save(tmp_path / "m.plait")
+    loaded = plait.load(tmp_path / "m.plait")
+    assert torch.equal(loaded(x), compiled(x))
+    torch.testing.assert_close(loaded(x), model(x))
+    raw = zipfile.ZipFile(tmp_path / "m.plait").read("weights.safetensors")
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert sorted(header) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+
+
+def test_names_of_other_constants_are_no_layouts() -> None:
+    assert all(Reordered.named(n) is None for n in ("w", "w|panels:k:33x5", "w|onednn:3", "w|onednn:1x2:a:0:1:1"))
