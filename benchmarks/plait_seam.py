@@ -19,6 +19,17 @@ import torch
 KINDS = ("generated", "library", "fallback", "free", "launches")
 
 
+def multiply_add_ceiling() -> float:
+    """Float32 operations per second that generated code reaches here with the threads that torch uses."""
+    from plait.codegen.ceilings import ceilings
+    from plait.cost.profile import open_table, user_path
+
+    table = open_table(user_path())
+    found = ceilings(table, torch.get_num_threads())
+    table.save()
+    return found.fma
+
+
 class CoverageLike(Protocol):
     """How many nodes of a graph became what, and (op, reason) for each that no kernel was generated for."""
 

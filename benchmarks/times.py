@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.generate.judge import judge
 from tests.models import Scale, build, example, loss
@@ -18,7 +19,7 @@ from tests.models import Scale, build, example, loss
 from .harness import Probe, geometric_mean, side_by_side
 from .micro import MICROS, Micro
 from .models import FULL, LENGTH, TRAINED, doubled, float64, tiny
-from .plait_seam import cold_caches, fresh
+from .plait_seam import cold_caches, fresh, multiply_add_ceiling
 from .runner import Outcome, Run
 
 PEER = "inductor"
@@ -124,7 +125,8 @@ def model(
     name: str, backend: str, probe: Probe, variant: Variant = Variant(), *, rounds: int, seconds: float, calls: bool = True
 ) -> dict[str, Any]:
     """Time a model's forward, or forward and backward; with `calls` also the same architecture at width 16, for the cost of
-    a call."""
+    a call. A float32 forward also says which share of the multiply-adds that this machine reaches its products and
+    convolutions come to, all of the time counted."""
     fresh()
     contenders = Contenders(backend, frozen=variant.frozen)
     train = variant.train
@@ -168,7 +170,13 @@ def model(
             batch = 2 if train else 1  # batch norm trains on no single value
             small = contenders.make(bind(tiny(name), batch, 2), variant.model(name, tiny(name)), timed=False)
             overhead = side_by_side(small, rounds=rounds, seconds=seconds / 4, probe=probe).as_json("eager")
-    return _row(verdicts, timings.as_json("eager"), overhead, contenders, timings, backend)
+    row = _row(verdicts, timings.as_json("eager"), overhead, contenders, timings, backend)
+    if not train and variant.dtype is torch.float32:
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            candidates["eager"]()
+        reached = counted.get_total_flops() / (row["time"]["us"][backend][0] * 1e-6)
+        row["share of the ceiling"] = round(reached / multiply_add_ceiling(), 3)
+    return row
 
 
 def _row(verdicts: Any, full: Any, small: Any, contenders: Contenders, timings: Any, backend: str) -> dict[str, Any]:

@@ -31,7 +31,8 @@ SCALE = models.Scale(layers=1, width=4, image=16)
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[None]:
     monkeypatch.setenv("PLAIT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(emit, "ROW_BYTES", 0)  # only kernels for CPUs keep rows in arrays
+    monkeypatch.setattr(emit, "ROW_BYTES", 0)  # only kernels for CPUs keep rows in arrays,
+    monkeypatch.setattr(emit, "_TILE_ROWS", 1 << 30)  # or tiles of transposed reads
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
