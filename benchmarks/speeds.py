@@ -81,7 +81,7 @@ def _outcome(groups: Mapping[str, dict[str, Any]], others: Mapping[str, Any], ru
             mean = geometric_mean([row["speedup_over_inductor"][0] for row in found.values()])
             figure[f"{group} over Inductor"] = f"{mean:.2f}x of {len(found)}"
             holds = holds and mean >= GOALS[group]
-    large = {t: row["share of the ceiling"] for t, row in groups["transformers"].items() if t.endswith(" of 8")}
+    large = {t: row["share of the ceiling"] for t, row in groups.get("transformers", {}).items() if t.endswith(" of 8")}
     if large:
         least = min(large, key=lambda t: large[t])
         figure["transformers of 8, share of the multiply-add ceiling"] = f"{large[least]:.0%} ({least}) or more"

@@ -225,6 +225,15 @@ class TestSpeeds:
         assert found.figure["micro-benchmarks over Inductor"] == "3.00x of 1"
         assert found.figure["not shown to be as fast as eager and Inductor"] == "a"
 
+    @pytest.mark.parametrize(("share", "holds"), [(0.8, True), (0.7, False)])
+    def test_large_transformers_must_come_near_the_ceiling(self, share: float, holds: bool) -> None:
+        row = {"speedup_over_inductor": [3.0] * 3, "verdict": {"plait": "equal"}, "at least": {"eager": 1.5}}
+        rows = {f"{n} forward of 8": {**row, "share of the ceiling": s} for n, s in (("bert", share), ("t5", 0.9))}
+        found = speeds._outcome({"transformers": rows}, {}, Run())
+        assert found is not None and found.holds == holds
+        wanted = f"{share:.0%} (bert forward of 8) or more"
+        assert found.figure["transformers of 8, share of the multiply-add ceiling"] == wanted
+
     def test_peers_that_are_faster_or_missing_are_named(self) -> None:
         rows = {
             "bert": {
