@@ -24,7 +24,8 @@ _POOLS = ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsa
 # copies of images and results; by which torch's pools are faster channels-last.
 _COPY, _CONVOLUTION, _POOL = 0.5, 1.1, 2.0
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of oneDNN's convolution
-_KEEP = ("convolution", "convolution_backward", "as_strided", "as_strided_scatter", "view_as_real", "view_as_complex")
+_KEEP = ("convolution", "convolution_backward", "as_strided", "as_strided_copy", "as_strided_scatter",
+         "view_as_real", "view_as_complex")  # fmt: skip
 
 
 @register
@@ -141,7 +142,8 @@ class _Carry:
         namespace, name, *_ = node.op.name.split(".")
         if namespace != "aten" or name in _KEEP or node.op.has("control_flow"):
             return False
-        return node.token is None and not node.after and bool(node.outputs)
+        tensors = all(isinstance(v.type, TensorType) for v in node.outputs)  # numbers may be what the layout says
+        return node.token is None and not node.after and bool(node.outputs) and tensors
 
     def alike(self, args: tuple[Arg, ...], node: Node) -> tuple[Arg, ...]:
         """Operands as large as the result in one layout, so that it is the result's too."""

@@ -75,6 +75,8 @@ def test_what_pools_normalises_and_joins_follows() -> None:
     [
         "r = aten.view.default(c, (2, 800))",
         "r = aten.as_strided.default(c, (5, 5), (100, 1), 3)",
+        "r = aten.as_strided_copy.default(c, (5, 5), (100, 1), 3)",
+        "n = aten.sym_stride.int(c, 1); r = aten.full.default((3,), n)",
         "r = aten.view.default(c, (16, 100))",
         "r, t = aten.bernoulli.p(c, 0.5); ",
         "q = aten.permute.default(c, (1, 0, 3, 2)); r = aten.relu.default(q)",
