@@ -142,6 +142,8 @@ class _Carry:
         namespace, name, *_ = node.op.name.split(".")
         if namespace != "aten" or name in _KEEP or node.op.has("control_flow"):
             return False
+        if node.op.has("view") and any(self.graph.roots.get(v, v) in self.graph.escapes for v in node.outputs):
+            return False  # results that share memory must go on to do so
         tensors = all(isinstance(v.type, TensorType) for v in node.outputs)  # numbers may be what the layout says
         return node.token is None and not node.after and bool(node.outputs) and tensors
 

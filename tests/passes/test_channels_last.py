@@ -148,6 +148,17 @@ def test_nobody_sees_it_through_compile(training: bool) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_results_that_share_memory_go_on_to_do_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.passes.channels_last._COPY", 0.0)
+    lines = (*TWO, "p = aten.permute.default(c, (0, 2, 3, 1))", "q = aten.slice.Tensor(p, 1, 1, 8)")
+    before = graph(text(*lines, result="c, q"))
+    step = apply(ChannelsLast(), before)
+    assert step.fired
+    c, q = run(step.after, random_inputs(before))
+    c.zero_()
+    assert not q.any() and q.stride() == (800, 10, 1, 100)
+
+
 def test_values_are_followed_by_what_took_their_place() -> None:
     before = graph(text(*TWO))
     step = apply(ChannelsLast(), before)
