@@ -102,9 +102,12 @@ def lowers(*names: str, cheap: bool = False) -> Callable[[Lowering], Lowering]:
     return register
 
 
+_SAMPLES: dict[str, Any] = {"bool": True, "int": 1, "float": 1.0}
+
+
 @lru_cache(maxsize=4096)
-def _promote(kinds: tuple[tuple[str, Any], ...]) -> str:
-    operands = [torch.empty((0,) * rank, dtype=d) if kind == "t" else d for kind, (rank, d) in kinds]
+def _promote(kinds: tuple[tuple[Any, Any], ...]) -> str:
+    operands = [_SAMPLES[d] if kind == "number" else torch.empty((0,) * kind, dtype=d) for kind, d in kinds]
     result = operands[0]
     dtype = result.dtype if isinstance(result, torch.Tensor) else torch.result_type(result, result)
     if len(operands) > 1:
@@ -114,13 +117,13 @@ def _promote(kinds: tuple[tuple[str, Any], ...]) -> str:
 
 def promoted(*args: Any) -> str:
     """The dtype in which torch compares these operands."""
-    kinds: list[tuple[str, Any]] = []
+    kinds: list[tuple[Any, Any]] = []
     for a in args:
         if isinstance(a, Value) and isinstance(a.type, TensorType):
-            kinds.append(("t", (min(a.type.rank, 1), a.type.dtype)))
-        else:
-            sample = a if isinstance(a, bool) else 1 if isinstance(a, int | sympy.Expr) else 1.0
-            kinds.append(("s", (0, sample)))
+            kinds.append((min(a.type.rank, 1), a.type.dtype))
+        else:  # by name: 1, 1.0 and True are equal as keys
+            name = "bool" if isinstance(a, bool) else "int" if isinstance(a, int | sympy.Expr) else "float"
+            kinds.append(("number", name))
     return compute_dtype(_promote(tuple(kinds)))
 
 

@@ -68,11 +68,13 @@ class _Planner:
         kind = value.tensor
         if kind.is_contiguous:
             return product([*map(prefix, kind.shape), kind.dtype.itemsize])
+        if 0 in kind.shape:
+            return 0  # whatever its other sizes are
         span: list[Any] = ["add", 1]
         for n, s in zip(kind.shape, kind.strides, strict=True):
             span.append(product([["add", prefix(n), -1] if not isinstance(n, int) else n - 1, prefix(s)]))
         if all(isinstance(x, int) for x in span[1:]):
-            return 0 if any(n == 0 for n in kind.shape) else sum(span[1:]) * kind.dtype.itemsize
+            return sum(span[1:]) * kind.dtype.itemsize
         return product([span, kind.dtype.itemsize])
 
     def place_values(self) -> Arena:

@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 
+from ..ir import Value
 from .body import BOOL, INT64
 from .lowering import At, Lowering, lowers, promoted
 
@@ -358,7 +359,7 @@ def _clamp(at: At) -> str:
         cheap=True)  # fmt: skip
 def _copy(at: At) -> str:
     source = at.node.args[1] if at.node.op.name == "aten.copy.default" else at.node.args[0]
-    return at.load(source)
+    return at.load(source) if isinstance(source, Value) else at.const(source)
 
 
 @lowers("aten.full.default", "aten.full_like.default", "aten.fill.Scalar", "aten.fill.Tensor", "aten.scalar_tensor.default",

@@ -219,7 +219,7 @@ class Executable:
         if self._enter is not None:
             self._enter(frame)
         need = frame.slots[self._arena_slot]
-        if need > frame.capacity:
+        if need > frame.capacity or frame.arena is None:  # views of it are wanted where nothing lies in it, too
             self._grow_arena(frame, need)
             vals[self._arity :] = frame.tail
         frame.sized = True

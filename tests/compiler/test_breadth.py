@@ -287,3 +287,46 @@ def test_as_in_eager(name: str) -> None:
         assert verdict.kind != "wrong", verdict.detail
     else:
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("limits", [(1, 1.5), (True, 1.5), (1.0, 1), (0.5, True)], ids=str)
+def test_a_comparison_does_not_hang_on_the_ones_before_it(dtype: torch.dtype, limits: tuple[Any, Any]) -> None:
+    """1, 1.0 and True are equal, and are three ways to compare."""
+    x = torch.tensor([0, 1, 2, 3]).to(dtype)
+    for limit in limits:
+
+        def below(x: torch.Tensor, limit: Any = limit) -> torch.Tensor:
+            return x < limit
+
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(below, backend="plait")(x), below(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_number_written_to_an_input(dynamic: bool) -> None:
+    def fill(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.copy_(0.75)
+        y[:, 1:].copy_(x[:, 1:] + 1)
+        return x
+
+    given, expected = ([torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.int64)] for _ in range(2))
+    got = torch.compile(fill, backend="plait", dynamic=dynamic)(*given)
+    assert torch.equal(got, fill(*expected)) and got.data_ptr() == given[0].data_ptr()
+    assert all(map(torch.equal, given, expected))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_of_no_rows_nothing_is_kept_but_views_are_taken(dynamic: bool) -> None:
+
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        part = x[-3:, :, :2, 1::2]
+        inverse = part.reciprocal()
+        part[..., ::2] = 0.5
+        return F.relu(F.linear(F.instance_norm(inverse + 2 * part), w))
+
+    given, expected = (
+        [torch.randn(0, 0, 1, 8, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)] for _ in range(2)
+    )
+    got = torch.compile(norm, backend="plait")(*given)
+    assert got.shape == norm(*expected).shape == (0, 0, 1, 16)
