@@ -15,7 +15,7 @@ from typing import Any
 import sympy
 
 from ..ir import Dim, Graph, Node, ScalarType, TensorType, Value, dim
-from ..ir.strides import channels_last_strides
+from ..ir.strides import lies_channels_last
 from ..ir.types import type_symbols
 from ..runtime.panels import Panels
 from ..runtime.reordered import Reordered
@@ -297,7 +297,9 @@ class Analysis:
         users = self.graph.users.get(v, ())
         again = weight * (len(users) - 1) <= _INLINE_BUDGET and len(streams) <= 1
         inline = v not in wanted and (len(users) == 1 or again)
-        if inline and any(self._amplifies(v, u) and (weight >= _HEAVY or (weight and _is_channels_last(u))) for u in users):
+        if inline and any(
+            self._amplifies(v, u) and (weight >= _HEAVY or (weight and lies_channels_last(u.out.tensor))) for u in users
+        ):
             inline = False  # channels-last even a cheap one, which every pixel would compute for each channel
         if inline and self.allow("inline", node.op.name, node):
             self.inlined[v] = node
@@ -471,9 +473,3 @@ class Evaluator:
 
     def report(self, outside: str) -> None:
         """Called with the condition under which a row id is out of range."""
-
-
-def _is_channels_last(node: Node) -> bool:
-    """Whether a result has its channels side by side: what hangs on the channel is no scalar of the innermost loop then."""
-    kind = node.out.tensor
-    return kind.rank == 4 and kind.strides == channels_last_strides(kind.shape) and not kind.is_contiguous

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..ir import Builder, Dim, Match, Node, Reason, Symbols, TensorType, Value, dim, op, seen
-from ..ir.strides import channels_last_strides
+from ..ir.strides import channels_last_strides, lies_channels_last
 from ..ir.types import contiguous_strides, product
 from ..runtime.reordered import Reordered
 from .templates.matmul import WINDOW
@@ -108,9 +108,8 @@ def reordered_weight(node: Node, name: str, symbols: Symbols) -> Reordered | Non
         return None
     if x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    last = x.strides == channels_last_strides(x.shape) and not x.is_contiguous
     image = [seen(n, symbols) for n in x.shape]
-    if not last or None in image or 0 in (*image, *weight.shape) or not weight.is_static:
+    if not lies_channels_last(x) or None in image or 0 in (*image, *weight.shape) or not weight.is_static:
         return None
     if min(node["padding"]) < 0:
         return None

@@ -18,7 +18,7 @@ from . import kernel_ir as K
 from .analysis import Analysis, Evaluator, Unit
 from .body import Body, Index, Tile, dtype_name
 from .convolution import rows_and_columns
-from .groups import LONG_ROW, SUMMED_ROWS, Axis, Group, substitute
+from .groups import LONG_ROW, ROW_CHUNKS, SUMMED_ROWS, Axis, Group, substitute
 from .items import KernelItem
 from .matmul import matmul_source, size_arguments, workspace
 from .templates import matmul as T
@@ -26,7 +26,6 @@ from .views import tidy, unravel
 
 _CHUNK = 4096  # elements of one partial sum over SIMD lanes: bounds the rounding error of long float32 sums
 _SERIAL_CHUNK = SUMMED_ROWS  # the same where one accumulator takes all elements in turn
-_ROW_CHUNKS = 16  # chunks of rows that are wanted where rows are summed in memory
 _MANY_ROWS = 16
 _SERIAL_LIMIT = 1 << 15  # elements that one core reduces about as fast as two can be woken for
 ROW_BYTES = 1 << 17  # of rows that one iteration keeps on the stack between its phases: they stay in a core's own cache
@@ -363,7 +362,7 @@ class GroupBody(Evaluator):
         down = self.order.vector != last.symbol and len(self.order.outer) > 0
         only = all(u.reduce is not None and u.reduce.op == "sum" for u in self.group.units if self._runs_in(u, 0))
         sizes = int(columns), int(extent)
-        return down and only and bool(sums) and sizes[0] >= LONG_ROW and sizes[1] >= _ROW_CHUNKS * self.chunk
+        return down and only and bool(sums) and sizes[0] >= LONG_ROW and sizes[1] >= ROW_CHUNKS * self.chunk
 
     def _chunk_of_rows(self, sums: list[Unit], chunk: sympy.Symbol, last: Axis) -> None:
         """The sums down the rows of one chunk."""

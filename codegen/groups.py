@@ -28,7 +28,7 @@ _SERIAL_LIMIT = 1 << 15  # elements: above this a group keeps enough outer itera
 _MIN_OUTER = 16
 LONG_ROW = 256  # columns from which rows add into a row of sums in memory rather than columns into registers
 SUMMED_ROWS = 128  # rows that add into one such row: bounds the rounding error
-_DOWN = 16 * SUMMED_ROWS  # rows from which there are enough of them for every core
+ROW_CHUNKS = 16  # of so many rows that are wanted, so that there is work for every core
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,9 @@ class Grouping:
         if wanted != frozenset(every) - group.reduced or every[-1] not in group.reduced:
             return False
         rows, columns = (product(group.axes[i].extent for i in axes) for axes in (wanted, group.reduced))
-        if not (isinstance(rows, int) and isinstance(columns, int) and rows >= _DOWN and columns >= LONG_ROW):
+        if not (
+            isinstance(rows, int) and isinstance(columns, int) and rows >= ROW_CHUNKS * SUMMED_ROWS and columns >= LONG_ROW
+        ):
             return False
         homes = (self.analysis.memory[v].strides for v, _ in unit.reads if v in self.analysis.memory)
         return all(strides[-1] in (0, 1) for strides in homes if strides)

@@ -56,7 +56,7 @@ def ground() -> list[Pass]:
         Attention(),
         Simplify(),
         Share(),
-        ChannelsLast(),
+        ChannelsLast(),  # after attention, whose pattern is written with other layouts
         Layout(),  # views move once sharing has shown who uses what
         Prune(),
     ]

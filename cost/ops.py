@@ -146,14 +146,14 @@ def _product(node: Node) -> Work:
     return _multiply_adds(node, 2 * _numel(node.out) * a.tensor.shape[-1])
 
 
-@_rule("aten.convolution.default")
+@_rule("aten.convolution.default", "mkldnn._convolution_pointwise.default")
 def _convolution(node: Node) -> Work:
     return _multiply_adds(node, _convolution_flops(node, node.inputs[0].tensor, node.inputs[1].tensor, node.out.tensor))
 
 
 def _convolution_flops(node: Node, x: TensorType, w: TensorType, out: TensorType) -> Any:
     """2 × (positions of the side that the weight slides over) × batch × weights."""
-    positions = product((x if node["transposed"] else out).shape[2:])
+    positions = product((x if node.get("transposed", False) else out).shape[2:])
     return 2 * positions * out.shape[0] * w.numel
 
 

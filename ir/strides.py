@@ -54,6 +54,11 @@ def is_channels_last(f: Facts, x: TensorType) -> bool:
     return True
 
 
+def lies_channels_last(x: TensorType) -> bool:
+    """True where the strides of a rank-4 tensor are exactly those of `channels_last_strides`, and not row-major ones too."""
+    return x.rank == 4 and x.strides == channels_last_strides(x.shape) and not x.is_contiguous
+
+
 def is_dense(f: Facts, x: TensorType) -> bool:
     """Whether the elements fill a block of memory without gaps or overlap, in some order of dimensions."""
     if is_row_major(x):
@@ -185,4 +190,5 @@ def view_strides(f: Facts, x: TensorType, shape: Dims) -> Dims | None:
 
 
 __all__ = ["channels_last_strides", "elementwise_strides", "is_channels_last", "is_contiguous", "is_dense", "is_row_major",
+           "lies_channels_last",
            "preserved_strides", "view_strides"]  # fmt: skip

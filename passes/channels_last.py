@@ -15,13 +15,13 @@ import torch
 
 from ..errors import InferenceFailed, NeedsSizeFact
 from ..ir import Arg, Builder, Graph, Node, Reason, TensorType, Value, map_arg, seen
-from ..ir.strides import channels_last_strides, is_row_major
+from ..ir.strides import is_row_major, lies_channels_last
 from .base import Context, Numerics, Pass, map_regions, reassociates, register
 
 CONVOLUTION = "aten.convolution.default"
 _POOLS = ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
-# Nanoseconds for an element (Zen 4, two threads, docs/design.md): of a copy in another layout; that oneDNN takes for its own
-# copies of images and results; by which torch's pools are faster channels-last.
+# Nanoseconds for an element (Zen 4, two threads, docs/design.md): charged for a copy in another layout, twice what large
+# ones were measured to take; that oneDNN takes for its own copies of images and results; by which torch's pools are faster so.
 _COPY, _CONVOLUTION, _POOL = 0.5, 1.1, 2.0
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of oneDNN's convolution
 _KEEP = ("convolution", "convolution_backward", "as_strided", "as_strided_copy", "as_strided_scatter",
@@ -199,13 +199,7 @@ class _Carry:
 
 
 def _lies_last(v: Value) -> bool:
-    kind = v.type
-    return (
-        isinstance(kind, TensorType)
-        and kind.rank == 4
-        and kind.strides == channels_last_strides(kind.shape)
-        and not is_row_major(kind)
-    )
+    return isinstance(v.type, TensorType) and lies_channels_last(v.type)
 
 
 __all__ = ["ChannelsLast"]

@@ -291,11 +291,11 @@ template <class T, int Width> PLAIT_FN void sum_up(int64_t n, const sum<T>* b, i
 }
 
 // c[r][0:Width] = (add ? c : 0) + sum over e < n of a[r * Row + e * Step] * (element e of b[][0:Width]), for R rows of c, NR
-// apart. b holds words of U, rows `ldb` apart: elements themselves where U is T. `over` is what sum_up
-// says, for T that needs it;
-// Once finds it out on the way, for a panel that is read once.
+// apart. b holds words of U, rows `ldb` apart: elements themselves where U is T. `over` is what sum_up says, for
+// T that needs it; Once finds it out on the way, for a panel that is read once.
 template <class T, class U, int R, int Row, int Step, int Width = NR, bool Once = false>
-[[gnu::noinline]] static void micro(int64_t n, const sum<T>* a, const sum<T>* b, int64_t ldb, sum<T>* c, bool add, const sum<T>* over) {
+[[gnu::noinline]] static void micro(int64_t n, const sum<T>* a, const sum<T>* b, int64_t ldb, sum<T>* c, bool add,
+                                    const sum<T>* over) {
   constexpr int L = lanes<T>, S = steps<T, U>;
   if (add)
     for (int i = 0; i < R * NR; i += 64 / int(sizeof(T))) __builtin_prefetch(c + i, 1);

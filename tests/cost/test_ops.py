@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from plait.codegen.convolution import reordered_call
 from plait.cost.ops import SPECIAL, Work, graph_work, size_bytes, work
 from plait.ir import TensorType, parse_graph, size_symbol
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +35,11 @@ def test_products_count_as_torch_counts_them(inputs: str, call: str):
     with FlopCounterMode(display=False) as counter:
         graph.run(*[torch.randn([int(s) for s in v.tensor.shape]) for v in graph.inputs])
     assert work(graph.nodes[0]).flops == counter.get_total_flops()
+
+
+def test_a_convolution_asks_the_same_with_its_weight_laid_out_for_onednn():
+    (convolution,) = node(*COUNTED[4]).nodes
+    assert work(reordered_call(convolution, convolution["weight"])) == work(convolution) != Work()
 
 
 @pytest.mark.parametrize(
