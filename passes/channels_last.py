@@ -20,8 +20,9 @@ from .base import Context, Numerics, Pass, map_regions, reassociates, register
 
 CONVOLUTION = "aten.convolution.default"
 _POOLS = ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
-# Nanoseconds for an element (Zen 4, two threads, docs/design.md): charged for a copy in another layout, twice what large
-# ones were measured to take; that oneDNN takes for its own copies of images and results; by which torch's pools are faster so.
+# Nanoseconds for an element (Zen 4, two threads, docs/design.md): what is charged for a copy in another layout, twice what
+# large ones were measured to take; what oneDNN takes for its own copies of images and results; by how much torch's pools are
+# faster channels-last.
 _COPY, _CONVOLUTION, _POOL = 0.5, 1.1, 2.0
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of oneDNN's convolution
 _KEEP = ("convolution", "convolution_backward", "as_strided", "as_strided_copy", "as_strided_scatter",
