@@ -238,11 +238,11 @@ class GroupBody(Evaluator):
                 self.body.store(scratch, dtype, at, self.body.const(0, dtype))
 
     def _add_chunks(self, sums: list[Unit], chunk: sympy.Symbol, chunks: Any) -> None:
-        accs = {u.value: self._accumulator(u) for u in sums}
+        accs = {u.value: self._accumulator(u, over_chunks=True) for u in sums}
         with self.body.loop(chunk, chunks):
             for u in sums:
                 scratch, at = self.down[u.value]
-                self.body.accumulate(accs[u.value], self.body.load(scratch, _summed_in(u), at))
+                self._add_partial(accs[u.value], self.body.load(scratch, _summed_in(u), at))
         self._finish(sums, accs)
 
     def _add_down(self, unit: Unit) -> None:
@@ -311,9 +311,10 @@ class GroupBody(Evaluator):
 
     def _phase_loop(self, work: list[Unit]) -> None:
         reductions = [u for u in work if u.reduce is not None and u.value not in self.group.down]
-        accs = {u.value: self._accumulator(u) for u in reductions}
         axes = self.order.reduced
-        if reductions and axes and self._is_long(axes):
+        chunked = bool(reductions and axes and self._is_long(axes))
+        accs = {u.value: self._accumulator(u, over_chunks=chunked) for u in reductions}
+        if chunked:
             self._chunked(work, accs)
         else:
             with self.loops(axes, "serial"):
@@ -387,9 +388,16 @@ class GroupBody(Evaluator):
         self.body.pinned.add(name)
         return name
 
-    def _accumulator(self, unit: Unit) -> str:
-        assert unit.reduce is not None
-        return self.body.accumulator(unit.reduce.op, unit.reduce.dtype, unit.reduce.value_dtype)
+    def _accumulator(self, unit: Unit, *, over_chunks: bool = False) -> str:
+        """What a reduction's elements go into, or the partial results of its chunks: float32 sums of these are kept in
+        float64, for there may be millions, and one addition a chunk costs nothing."""
+        reduce = unit.reduce
+        assert reduce is not None
+        wide = over_chunks and (reduce.op, reduce.dtype) == ("sum", "float32")
+        return self.body.accumulator(reduce.op, "float64" if wide else reduce.dtype, reduce.value_dtype)
+
+    def _add_partial(self, acc: str, partial: str) -> None:
+        self.body.accumulate(acc, self.body.cast(partial, self.body.dtype[acc]))
 
     @property
     def chunk(self) -> int:
@@ -418,7 +426,7 @@ class GroupBody(Evaluator):
                 with self.loops((last,), "serial"):
                     self._point(work, parts)
             for u in sums:
-                self.body.accumulate(accs[u.value], parts[u.value])
+                self._add_partial(accs[u.value], parts[u.value])
 
     def _chunk_points(
         self, work: list[Unit], accs: Mapping[Value, str], chunk: sympy.Symbol, last: Axis, extent: sympy.Expr

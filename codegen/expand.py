@@ -111,10 +111,16 @@ def _mean_op(m: Match, b: Builder) -> Value:
 
 
 def _variance(b: Builder, x: Value, dims: tuple[int, ...], correction: Any) -> tuple[Value, Value]:
-    """(variance, mean), both keeping the reduced dimensions."""
-    mean = _mean(b, x, dims, True)
-    delta = b.call("aten.sub.Tensor", x, mean)
+    """(variance, mean), both keeping the reduced dimensions.
+
+    The first mean is a rounding off, which the sum of what it leaves says and mends: a norm of equal numbers is then exactly
+    zero, as eager's running moments make it, and not the rounding times the square root of one over epsilon. Both sums of
+    differences are taken in one pass.
+    """
+    about = _mean(b, x, dims, True)
+    delta = b.call("aten.sub.Tensor", x, about)
     total = b.call("aten.sum.dim_IntList", b.call("aten.mul.Tensor", delta, delta), dims, True)
+    mean = b.call("aten.add.Tensor", about, _mean(b, delta, dims, True))
     count = _count(x, dims)
     if isinstance(count, int):
         left = max(count - correction, 0)

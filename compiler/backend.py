@@ -21,6 +21,7 @@ from ..errors import CannotCapture, CannotImport, CannotLower, FallbackRefused, 
 from ..ir import Graph, from_fx
 from ..passes.decompositions import table
 from . import capture, pipelines, rng
+from .aliased import view_inputs
 from .decisions import deciding_table, register_with_torch
 from .freeze import Frozen, freeze, static_inputs
 from .observe import Observation, Record, active
@@ -143,7 +144,10 @@ class _Compilation:
             names = ", ".join(p.name for p in pipelines.passes("joint", self.session.options))
             record.not_applied += (f"{names}: there is no backward",) if names else ()
         try:
-            graph = from_fx(rng.unfold(gm), kind)
+            unfolded = rng.unfold(gm)
+            if kind != "backward":
+                view_inputs(unfolded, self.inputs)
+            graph = from_fx(unfolded, kind)
             frozen = static_inputs(graph, self.inputs) if kind == "inference" and self.session.options.freeze else {}
             if not frozen:
                 return self.lowered(graph, record)

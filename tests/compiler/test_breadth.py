@@ -330,3 +330,49 @@ def test_of_no_rows_nothing_is_kept_but_views_are_taken(dynamic: bool) -> None:
         memory = torch.randn(n, n, 1, 17, dtype=torch.float64)
         given, expected = memory[..., 1::2], memory.clone()[..., 1::2]
         torch.testing.assert_close(compiled(given, weight), norm(expected, weight))
+
+
+def _scaled(x: torch.Tensor) -> torch.Tensor:
+    x.mul_(2)
+    return x.view(x.shape[0])
+
+
+def _partly(x: torch.Tensor) -> torch.Tensor:
+    x[1:].mul_(2)
+    return x[1:].view(x.shape[0] - 1)
+
+
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x.add_(1.5)
+    first, second = x.split(x.shape[0] // 2 + x.shape[0] % 2)
+    return second, first
+
+
+def _swapped(x: torch.Tensor) -> torch.Tensor:
+    front, back = x[: x.shape[0] // 2].clone(), x[x.shape[0] // 2 :].clone()
+    x.copy_(torch.cat([back, front]))
+    return x.view(x.shape).unsqueeze(0)
+
+
+VIEWING = [(fn, grad) for fn in (_scaled, _partly, _swapped) for grad in (False, True)]
+VIEWING += [(_halves, False)]  # with gradients, parts of a split are no views to AOTAutograd
+
+
+@pytest.mark.parametrize(("fn", "grad"), VIEWING)
+def test_views_of_written_inputs_that_start_later_in_their_storage(fn: Callable[..., Any], grad: bool) -> None:
+    """AOTAutograd makes such results anew from the offset and the strides of what the graph returned."""
+    compiled = torch.compile(fn, backend="plait", fullgraph=True, dynamic=True)
+    for n in (6, 9, 4):
+        stores = [torch.arange(2.0 * n + 3).requires_grad_(grad) for _ in range(2)]
+        given = [(s * 1)[3:][::2] for s in stores]
+        got, expected = compiled(given[0]), fn(given[1])
+        pairs = list(zip(*(r if isinstance(r, tuple) else (r,) for r in (got, expected)), strict=True))
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            assert (a.stride(), a.storage_offset()) == (b.stride(), b.storage_offset())
+            assert a.untyped_storage().data_ptr() == given[0].untyped_storage().data_ptr()
+        torch.testing.assert_close(given[0], given[1], rtol=0, atol=0)
+        if grad:
+            for side in zip(*pairs, strict=True):
+                sum((t * (k + 2)).sum() for k, t in enumerate(side)).backward()
+            torch.testing.assert_close(stores[0].grad, stores[1].grad)
