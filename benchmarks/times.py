@@ -75,9 +75,11 @@ class Contenders:
     ) -> dict[str, Callable[[], Any]]:
         """Name to a call without arguments. `call(f)` binds arguments of its own to eager or compiled `f`.
 
-        A `timed` first call runs with empty disk caches and goes to `compile_s`: Dynamo, AOTAutograd and the backend.
+        Every one has been called once, so that all have left their arguments alike. A `timed` first call runs with empty
+        disk caches and goes to `compile_s`: Dynamo, AOTAutograd and the backend.
         """
         made = {"eager": call(fn)}
+        made["eager"]()
         for name in self.backends:
             fresh_fn = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
             made[name] = call(self.compiled(fresh_fn, name))
@@ -112,9 +114,14 @@ def micro(one: Micro, backend: str, probe: Probe, *, rounds: int, seconds: float
 
         return bind
 
+    def exact() -> Any:
+        given = tree_map(doubled, one.make(one.full))
+        one.fn(*given)
+        return one.fn(*given)
+
     with torch.no_grad():
         candidates = contenders.make(bound(one.full), one.fn, timed=True)
-        verdicts = agree(candidates, lambda: one.fn(*tree_map(doubled, one.make(one.full))))
+        verdicts = agree(candidates, exact)
         timings = side_by_side(candidates, rounds=rounds, seconds=seconds, probe=probe)
         fresh()
         small = side_by_side(contenders.make(bound(1), one.fn, timed=False), rounds=rounds, seconds=seconds / 4, probe=probe)
