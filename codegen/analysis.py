@@ -86,6 +86,11 @@ def _template(node: Node) -> Matmul | Attention | str | None:
     return attention_of(node) if found is None else found
 
 
+def _is_number(node: Node) -> bool:
+    """Whether every element of a node's result is one number that is known here: it is written where it is read."""
+    return node.op.name == "aten.full.default" and not isinstance(node["fill_value"], Value)
+
+
 def is_view(node: Node) -> bool:
     """True where torch itself would return a view of the first operand."""
     if node.op.name in SPLITS:
@@ -291,7 +296,8 @@ class Analysis:
             self.units[v] = Unit(v, node, domain, ordered=alone)
             self._in_memory(v)
             return
-        weight = 0 if node.op.name in INDEX_MAPS or node.op.name in SPLITS else 1 if node.op.name in CHEAP else _HEAVY
+        free = node.op.name in INDEX_MAPS or node.op.name in SPLITS or _is_number(node)
+        weight = 0 if free else 1 if node.op.name in CHEAP else _HEAVY
         weight += sum(self.weight.get(x, 0) for x in node.inputs)
         streams = self._streams(v, node)
         users = self.graph.users.get(v, ())

@@ -161,6 +161,8 @@ class Grouping:
                 found[item] = None
         order = sorted(found, reverse=True)
         for v, _ in unit.reads:
+            if v.tensor.numel == 1:  # nothing is saved by reading one number once, and each loop more is a few streams more
+                continue
             siblings = list(self.by_read.get((self._root(v), self._shape_key(unit)), ()))
             order += [item for item in siblings[:_MAX_SIBLINGS] if item not in order]
         return order

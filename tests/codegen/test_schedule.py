@@ -655,3 +655,36 @@ def test_a_view_of_no_elements_is_reduced(correction: int):
     """,
         rand(5, 0, 0),
     )
+
+
+def test_lists_that_share_a_number_are_loops_of_their_own():
+    """One loop over all of them would read and write more streams than a processor follows."""
+    compiled = run(
+        """def f(x: "f32[64,16]", y: "f32[64,16]", rate: "f32[]"):
+        a = aten.mul.Tensor(x, rate)
+        b = aten.mul.Tensor(y, rate)
+        return (a, b)
+    """,
+        rand(64, 16),
+        rand(64, 16, seed=1),
+        rand(),
+        exact=True,
+    )
+    assert launches(compiled) == 2
+    assert len(compiled.sources) == 1
+
+
+def test_a_known_number_is_written_where_it_is_read():
+    nodes = "\n".join(f"        y{i} = aten.mul.Tensor(x{i}, w)" for i in range(40))
+    inputs = ", ".join(f'x{i}: "f32[8]"' for i in range(40))
+    compiled = run(
+        f"""def f({inputs}):
+        w = aten.full.default((), 0.25, dtype=torch.float32)
+{nodes}
+        return ({", ".join(f"y{i}" for i in range(40))},)
+    """,
+        *(rand(8, seed=i) for i in range(40)),
+        exact=True,
+    )
+    assert launches(compiled) == 40
+    assert all("0.25f" in text for text in compiled.sources.values())
