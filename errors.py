@@ -856,3 +856,29 @@ class ProcessDied(PlaitError):
     code = "P0643"
     message = "a process that was to judge a candidate died: {how}"
     fix = "reduce the program first, which looks at each candidate in a process of its own, and bisect what is left"
+
+
+class DataDependentShape(PlaitError):
+    """An op inside of an instance gives a tensor whose shape depends on data, so that instances cannot be stacked."""
+
+    code = "P0801"
+    message = "the shape of what {op} gives depends on data ({why}), so instances cannot run as one batch"
+    fix = "use a form with a fixed shape, such as a mask, or compute it outside of the batched program"
+
+
+class SharedWrite(PlaitError):
+    """An instance writes in place to a tensor that other instances, or the caller, see as well."""
+
+    code = "P0802"
+    message = "{op} writes in place to {what}, which others see"
+    fix = "write to a clone of it, or return the new value and store it after the batched call"
+
+
+class WriteThroughView(PlaitError):
+    """An instance writes in place to a tensor that shares memory with another one."""
+
+    code = "P0803"
+    message = (
+        "{op} writes in place to a tensor that shares memory with another one, and batched values have memory of their own"
+    )
+    fix = "write to a clone, or use the form of the op that gives a new tensor"

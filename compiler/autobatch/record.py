@@ -1,0 +1,263 @@
+"""Recording: one instance after the other runs its Python code, and every tensor op leaves a line in a table."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ...errors import SharedWrite
+from .blocks import Block, Outcome, analyse, without_modes
+from .execute import Execution
+from .seen import Seen, stack_of
+from .values import Pending, Type
+
+_here = threading.local()
+_PACKAGE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+
+# what reads a tensor's content, so that the instance can only go on with a value
+DEMANDS = {
+    getattr(torch.Tensor, name)
+    for name in [
+        "item",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__complex__",
+        "__index__",
+        "__contains__",
+        "__repr__",
+        "__format__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "__array__",
+        "__deepcopy__",
+        "__reduce_ex__",
+    ]
+} | {torch.equal, torch.allclose, torch.is_nonzero}
+
+
+def current() -> Recorder:
+    """The recorder of the batch that this thread is recording."""
+    return _here.recorder
+
+
+class Table:
+    """What a batched function has learnt about its ops; lives as long as it does."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[Any, Outcome] = {}
+        self.blocks: list[Block] = []
+        self.seen = Seen()
+
+    def outcome(self, key: Any, make: Callable[[int], Outcome]) -> Outcome:
+        """The outcome of an application, analysed once."""
+        found = self.outcomes.get(key)
+        if found is None:
+            found = self.outcomes[key] = make(len(self.blocks))
+            if found.block is not None:
+                self.blocks.append(found.block)
+        return found
+
+
+class Recorder(TorchFunctionMode):
+    """The tables of one call: for each block the ids of arguments, the depths, and the ids of results.
+
+    As a mode it sees every call of torch's API, on plain tensors too.
+    """
+
+    def __init__(
+        self, table: Table, shared: dict[int, torch.Tensor], park: Callable[[], bool], compile: Callable[[Block], None]
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.seen = table.seen
+        self.shared = dict(shared)
+        self.park = park  # lets others run until values are there; False where this call cannot wait
+        self.lines: dict[Block, tuple[array[int], array[int], array[int]]] = {}
+        self.next_id = 0
+        self.floor = 0  # depth below which nothing is recorded: the program phase
+        self.execution = Execution(compile)
+        self.lifted: dict[int, tuple[torch.Tensor, Pending]] = {}
+        self.derived: dict[Any, Any] = {}
+        self.closed = False  # all is computed: what the program kept for later are plain values
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.apply(func, args, kwargs or {})
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`apply` for a method of a pending tensor, which torch does not hand over itself."""
+        with torch._C.DisableTorchFunction():
+            return self.apply(func, args, kwargs)
+
+    # -- ops ----------------------------------------------------------------------------------------------------------
+
+    def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record one application; gives pending tensors, or plain data where the op only asks for a size or the like."""
+        if self.closed:
+            args, kwargs = tree_map(self.known, (args, kwargs))
+            return func(*args, **kwargs)
+        if func in DEMANDS:
+            self.seen.note(self._stack(), demand=True)
+            args, kwargs = tree_map(self.known, (args, kwargs))
+            return func(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        leaves = [self._plain(x) for x in leaves]
+        tensors = [at for at, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+        places = [at for at in tensors if type(leaves[at]) is Pending or not self.is_shared(leaves[at])]
+        if not places:
+            return self._apart(func, args, kwargs, leaves, spec, bool(tensors))
+        self.seen.note(self._stack(), demand=False)
+        grad = torch.is_grad_enabled()
+        key = func, spec, grad, tuple(self._key(x, at in places) for at, x in enumerate(leaves))
+        outcome = self.table.outcome(key, lambda number: analyse(number, func, leaves, spec, places, user_line(), grad))
+        if outcome.block is None:
+            return tree_unflatten([x for _, x in outcome.results], outcome.spec)
+        return self._record(outcome, outcome.block, leaves, places)
+
+    def _record(self, outcome: Outcome, block: Block, leaves: list[Any], places: list[int]) -> Any:
+        given = {at: self.lift(leaves[at]) for at in places}
+        made = self.line(block, [given[at] for at in places])
+        for at, k in outcome.written.items():
+            given[at].id, given[at].depth = made[k].id, made[k].depth
+        results: list[Any] = []
+        for k, (tensor, x) in enumerate(outcome.results):
+            if k in outcome.same:
+                results.append(given[outcome.same[k]])
+                continue
+            results.append(made[x] if tensor else x)
+            if k in outcome.views:
+                base = given[outcome.views[k]]
+                results[-1].view_of, base.viewed = base, True
+        return tree_unflatten(results, outcome.spec)
+
+    def line(self, block: Block, given: Sequence[Pending]) -> list[Pending]:
+        """One line for one application of a block; its results."""
+        found = self.lines.get(block)
+        if found is None:
+            found = self.lines[block] = array("q"), array("q"), array("q")
+        depth = self.floor
+        for x in given:
+            found[0].append(x.id)
+            depth = max(depth, x.depth)
+        found[1].append(depth + 1)
+        found[2].append(self.next_id)
+        made = [Pending(self, t, self.next_id + k, depth + 1) for k, t in enumerate(block.outputs)]
+        self.next_id += len(made)
+        return made
+
+    def _apart(self, func: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: Any, on_shared: bool) -> Any:
+        """What depends on no instance: computed at once; from shared tensors once for all, and then shared itself."""
+        if not on_shared:
+            return func(*args, **kwargs)
+        self.seen.note(self._stack(), demand=False)
+        try:
+            key = func, spec, torch.is_grad_enabled(), tuple(self._key(x, False) for x in leaves)
+            if key in self.derived:
+                return self.derived[key]
+        except TypeError:
+            key = None
+        versions = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor)]
+        made = func(*args, **kwargs)
+        for x, version in versions:
+            if x._version != version:
+                raise SharedWrite(op=getattr(func, "__name__", str(func)), what="a shared tensor", source=user_line())
+        numbers = any(type(x) in (int, float, slice) for x in leaves)  # which another instance may have otherwise
+        for x in tree_flatten(made)[0]:
+            if isinstance(x, torch.Tensor) and not numbers:
+                self.shared[id(x)] = x
+        if key is not None:
+            self.derived[key] = made
+        return made
+
+    @staticmethod
+    def _stack() -> list[Any]:
+        return stack_of(sys._getframe(1), (_PACKAGE, _TORCH))
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    def is_shared(self, tensor: torch.Tensor) -> bool:
+        """Whether all instances see this real tensor."""
+        return id(tensor) in self.shared or isinstance(tensor, nn.Parameter)
+
+    def lift(self, tensor: Any) -> Pending:
+        """A tensor that an instance brought along, as a value of depth 0."""
+        if type(tensor) is Pending:
+            return tensor
+        found = self.lifted.get(id(tensor))
+        if found is None or found[0] is not tensor:
+            value = Pending(self, Type.of(tensor), self.next_id, 0)
+            self.next_id += 1
+            self.execution.given(value, tensor)
+            found = self.lifted[id(tensor)] = tensor, value
+        return found[1]
+
+    def known(self, x: Any) -> Any:
+        """The real tensor of a pending one; waits for it. Other data as it is."""
+        if type(x) is not Pending:
+            return x
+        if not self.execution.has(x.id) and not self.park():
+            self.flush()
+        return self.execution.value(x)
+
+    def flush(self) -> None:
+        """Compute all that is recorded."""
+        lines, self.lines = self.lines, {}
+        if lines or self.execution.waiting:
+            with without_modes():
+                self.execution.run(lines, self.next_id)
+
+    def _plain(self, x: Any) -> Any:
+        if type(x) is slice:
+            return slice(*(self._number(n) for n in (x.start, x.stop, x.step)))
+        return x
+
+    def _number(self, n: Any) -> Any:
+        return int(self.known(n)) if isinstance(n, torch.Tensor) else n
+
+    def _key(self, x: Any, of_instance: bool) -> Any:
+        """What decides how an op is batched: of one instance's tensors their type, of anything else the thing itself."""
+        if of_instance:
+            return x.type if type(x) is Pending else Type.of(x)
+        if isinstance(x, torch.Tensor):
+            return "shared", id(x)
+        if type(x) is slice:
+            return "slice", x.start, x.stop, x.step
+        return type(x), repr(x) if isinstance(x, float) else x
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Make a recorder the one of this thread."""
+    before = getattr(_here, "recorder", None)
+    _here.recorder = recorder
+    try:
+        yield
+    finally:
+        _here.recorder = before
+
+
+def user_line() -> str:
+    """Where in the user's program this thread is, as file:line."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_PACKAGE, _TORCH)) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,86 @@
+"""What a batched call did: launches, batch sizes, where its time went, and what runs otherwise than one might hope."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .blocks import Block
+
+
+@dataclass
+class Seconds:
+    """Where the time of a call went: the program's own code and recording, sorting into launches, gathers, kernels."""
+
+    host: float = 0.0
+    scheduling: float = 0.0
+    gathers: float = 0.0
+    kernels: float = 0.0
+
+
+@dataclass
+class Counts:
+    """What a call launched. `batches` are the sizes of each block's launches, in order."""
+
+    instances: int = 0
+    lines: int = 0
+    launches: int = 0
+    gathered_bytes: int = 0
+    waits: int = 0
+    seconds: Seconds = field(default_factory=Seconds)
+    batches: dict[Block, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block: where it is in the program, its launches, the mean number of instances in them, and how it runs."""
+
+    source: str
+    name: str
+    launches: int
+    mean_batch: float
+    runs: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """One call. `apart` says of functions and places why they are not cut into blocks but run op by op."""
+
+    counts: Counts
+    rows: tuple[Row, ...]
+    apart: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        c, s = self.counts, self.counts.seconds
+        mean = c.lines / c.launches if c.launches else 0.0
+        lines = [
+            f"{c.instances} instances: {c.lines} applications of {len(self.rows)} blocks in {c.launches} launches "
+            f"({mean:.1f} in one), {c.gathered_bytes / 1024:.0f} KiB gathered, {c.waits} waits for values",
+            f"host code {1e3 * s.host:.2f} ms, scheduling {1e3 * s.scheduling:.2f} ms, gathers {1e3 * s.gathers:.2f} ms, "
+            f"kernels {1e3 * s.kernels:.2f} ms",
+        ]
+        width = max((len(r.source) for r in self.rows), default=0)
+        lines += [f"  {r.source:<{width}}  {r.launches:4d} x {r.mean_batch:7.1f}  {r.name}: {r.runs}" for r in self.rows]
+        lines += [f"  op by op: {what}: {why}" for what, why in self.apart]
+        return "\n".join(lines)
+
+
+def report(counts: Counts, apart: Sequence[tuple[str, str]]) -> Report:
+    """The report of a call that has ended."""
+    rows = [
+        Row(_short(block.source), block.name, len(sizes), sum(sizes) / len(sizes), _how(block))
+        for block, sizes in counts.batches.items()
+    ]
+    return Report(counts, tuple(sorted(rows, key=lambda r: (r.source, r.name))), tuple(apart))
+
+
+def _how(block: Block) -> str:
+    if block.looped:
+        return f"instance after instance: {block.looped}"
+    if block.compiled is not None:
+        return "compiled"
+    return f"in torch: {block.uncompiled}" if block.uncompiled else "in torch, it has not run often enough to be compiled"
+
+
+def _short(source: str) -> str:
+    return source.rpartition("/")[2]

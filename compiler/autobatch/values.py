@@ -1,0 +1,159 @@
+"""Stand-ins for tensors that have not been computed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+if TYPE_CHECKING:
+    from .record import Recorder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Type:
+    """What all values of a pool have in common: sizes of one instance, dtype, device. Equal ones are one object."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Type:
+        """The type of a tensor as one instance's value."""
+        return _type(tuple(int(n) for n in tensor.shape), tensor.dtype, tensor.device)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@cache
+def _type(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Type:
+    return Type(shape, dtype, device)
+
+
+class Pending:
+    """One instance's tensor that is yet to be computed; to the program it looks like a tensor.
+
+    `id` numbers values in the order in which they are recorded, `depth` is one more than the largest depth of what it is
+    computed from: equal work at equal depth can run as one batch. No graph is kept; the depth rides here.
+    """
+
+    __slots__ = ("depth", "id", "recorder", "type", "view_of", "viewed")
+
+    def __init__(self, recorder: Recorder, type: Type, id: int, depth: int, view_of: Pending | None = None) -> None:
+        self.recorder = recorder
+        self.type = type
+        self.id = id
+        self.depth = depth
+        self.view_of = view_of  # it shares memory with this one in eager
+        self.viewed = False  # another shares memory with it in eager
+
+    @property
+    def __class__(self) -> type:
+        """`isinstance(x, torch.Tensor)` holds, as it does where the program runs alone."""
+        return torch.Tensor
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a tensor cannot be changed while instances are batched")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        leaves = tree_flatten((args, kwargs))[0]
+        recorder = next(x.recorder for x in leaves if type(x) is Pending)
+        return recorder.apply(func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch.Tensor, name)
+        if callable(found):
+            return lambda *args, **kwargs: self.recorder.call(found, (self, *args), kwargs)
+        return self.recorder.call(found.__get__, (self,), {})
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.recorder.call(torch.Tensor.unbind, (self, 0), {}))
+
+    def __len__(self) -> int:
+        if not self.type.shape:
+            raise TypeError("len() of a 0-d tensor")
+        return self.type.shape[0]
+
+
+def _method(name: str) -> Callable[..., Any]:
+    func = getattr(torch.Tensor, name)
+
+    def method(self: Pending, *args: Any) -> Any:
+        return self.recorder.call(func, (self, *args), {})
+
+    method.__name__ = name
+    return method
+
+
+for _name in [
+    "add",
+    "radd",
+    "iadd",
+    "sub",
+    "rsub",
+    "isub",
+    "mul",
+    "rmul",
+    "imul",
+    "truediv",
+    "rtruediv",
+    "itruediv",
+    "floordiv",
+    "rfloordiv",
+    "ifloordiv",
+    "mod",
+    "rmod",
+    "imod",
+    "pow",
+    "rpow",
+    "ipow",
+    "matmul",
+    "rmatmul",
+    "neg",
+    "pos",
+    "abs",
+    "invert",
+    "and",
+    "rand",
+    "iand",
+    "or",
+    "ror",
+    "ior",
+    "xor",
+    "rxor",
+    "ixor",
+    "lshift",
+    "rlshift",
+    "rshift",
+    "rrshift",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "getitem",
+    "setitem",
+    "bool",
+    "int",
+    "float",
+    "complex",
+    "index",
+    "contains",
+    "repr",
+    "format",
+]:
+    setattr(Pending, f"__{_name}__", _method(f"__{_name}__"))
