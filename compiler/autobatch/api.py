@@ -85,6 +85,7 @@ class Batched:
 
         def _instance(i: int) -> Any:
             try:
+                recorder.floor = 0
                 with recorder:
                     return program(*instances[i])
             except Exception as error:

@@ -70,7 +70,8 @@ class Outcome:
 
     `results` are, in the order of `spec`, positions among the block's results, or plain data. `written` are positions of
     arguments that eager writes to, each with the position of the result that is its new value. `views` are results that
-    share memory with an argument in eager, `same` those that are the very argument.
+    share memory with an argument in eager, `same` those that are the very argument. `places` are the positions of the
+    arguments that are one instance's.
     """
 
     block: Block | None
@@ -79,6 +80,7 @@ class Outcome:
     written: dict[int, int] = field(default_factory=dict)
     views: dict[int, int] = field(default_factory=dict)
     same: dict[int, int] = field(default_factory=dict)
+    places: tuple[int, ...] = ()
 
 
 def analyse(
@@ -113,7 +115,7 @@ def analyse(
     block = Block(number, name, source, fn, tuple(Type.of(given[at]) for at in places), shared, outputs, grad)
     block.looped = _why_looped(block)
     found = tuple((k in order or k in same, order.get(k, x if k not in same else None)) for k, x in enumerate(results))
-    return Outcome(block, out_spec, found, written, views, same)
+    return Outcome(block, out_spec, found, written, views, same, tuple(places))
 
 
 _WRITERS = frozenset(

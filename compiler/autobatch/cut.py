@@ -26,13 +26,19 @@ STRICT = (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Attr
           ast.Set, ast.Starred, ast.keyword, ast.Slice)  # fmt: skip
 
 
+PHASE = "_plait_phase"  # what a program calls at the beginning of a phase
+PHASES = 7
+
+
 @dataclass(frozen=True)
 class Cut:
-    """A function that is one block: `tree` defines it, its parameters are what the block reads."""
+    """A function that is one block: `tree` defines it, its parameters are what the block reads, its free names are bound to
+    `fixed`: modules and parameters that attributes of known modules hold."""
 
     name: str
     tree: ast.FunctionDef
     line: int
+    fixed: dict[str, Any]
 
 
 Callee = Callable[[types.FunctionType, Any], str | None]  # the name of the cut form of a function, bound as said
@@ -56,18 +62,34 @@ class Cutter:
         stored = {n.id for n in ast.walk(source.tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
         self.own = {a.arg: bound for a in first if bound is not None and a.arg not in stored}
         self.known = {**source.known(), **self.own}
+        self.holds: list[tuple[Any, str, Any]] = []  # (object, attribute, what it held)
+        self.called: set[str] = set()  # names of cut forms
         self.marked: set[int] = set()  # statements that are tensor code
         self.always: frozenset[str] = frozenset()  # names that may be read at any time
         self.exits: list[tuple[frozenset[str], frozenset[str]]] = []  # for each loop: read after it, and by its next turn
 
-    def run(self) -> ast.FunctionDef:
-        """The function after cutting; its blocks are in `cuts`."""
+    def run(self, *, phases: bool = False) -> ast.FunctionDef:
+        """The function after cutting; its blocks are in `cuts`. With `phases` what follows a call of another function is a
+        phase of its own: it runs once all instances have come so far, however deep they had to go."""
         tree = copy.deepcopy(self.source.tree)
         tree.body = self.body(tree.body)
+        if phases:
+            tree.body = list(self.with_phases(tree.body))
         self.always = frozenset(self.code.co_cellvars)  # what inner functions may read at any time
         tree.body, _ = self.joined(tree.body, self.always)
         tree.returns = None
         return ast.fix_missing_locations(tree)
+
+    def with_phases(self, statements: list[ast.stmt]) -> Iterator[ast.stmt]:
+        """Statements of the program's entry, the beginnings of phases among them."""
+        count, ended = 0, False
+        for s in statements:
+            if ended and count < PHASES and not (isinstance(s, ast.Return) and isinstance(s.value, ast.Name | None)):
+                count += 1
+                yield _at(ast.Expr(ast.Call(_load(PHASE), [ast.Constant(count)], [])), s)
+                ended = False
+            yield s
+            ended = ended or any(isinstance(n, ast.Name) and n.id in self.called for n in ast.walk(s))
 
     # -- what is tensor code --------------------------------------------------------------------------------------------
 
@@ -225,6 +247,7 @@ class Cutter:
         name = self.callee(function, bound)
         if name is None:
             return call
+        self.called.add(name)
         func = call.func
         if bound is not None:
             receiver = func if isinstance(self.object(func), nn.Module) else func.value  # type: ignore[attr-defined]
@@ -243,6 +266,16 @@ class Cutter:
             if isinstance(base, nn.Module | types.ModuleType):
                 return getattr(base, node.attr, None)
         return None
+
+    def held(self, node: ast.expr) -> Any:
+        """The module or parameter that an attribute of a known module holds; None for anything else. Whoever relies on it
+        looks again before each call of the batch (`Front.entry`)."""
+        found = self.object(node) if isinstance(node, ast.Attribute) else None
+        if not isinstance(found, nn.Module | nn.Parameter):
+            return None
+        assert isinstance(node, ast.Attribute)
+        self.holds.append((self.object(node.value), node.attr, found))
+        return found
 
     # -- blocks ---------------------------------------------------------------------------------------------------------
 
@@ -364,7 +397,7 @@ class Cutter:
             body=[*body, _at(ast.Return(result), at)],
             decorator_list=[],
         )
-        self.cuts.append(Cut(name, ast.fix_missing_locations(_at(tree, at)), at.lineno))  # type: ignore[attr-defined]
+        self.cuts.append(Cut(name, ast.fix_missing_locations(_at(tree, at)), at.lineno, reader.fixed))  # type: ignore[attr-defined]
         arguments = [_at(copy.deepcopy(v), at) for v in reader.arguments]
         return _at(ast.Call(_load(name), arguments, []), at)
 
@@ -379,6 +412,7 @@ class _Reader(ast.NodeTransformer):
         self.inputs: set[str] = set()
         self.defined: set[str] = set()
         self.given: dict[str, str] = {}
+        self.fixed: dict[str, Any] = {}
 
     def statement(self, s: ast.stmt) -> ast.stmt:
         """Rewrite one statement, in order."""
@@ -431,8 +465,12 @@ class _Reader(ast.NodeTransformer):
         if text not in self.given:
             name = text if text.isidentifier() else self.cutter.fresh("p")
             self.given[text] = name
-            self.parameters.append(name)
-            self.arguments.append(value)
+            held = self.cutter.held(value)
+            if held is not None:
+                self.fixed[name] = held
+            else:
+                self.parameters.append(name)
+                self.arguments.append(value)
         return ast.copy_location(_load(self.given[text]), value)
 
 

@@ -21,7 +21,7 @@ import torch
 from .blocks import Block
 from .compile import Compiled
 from .report import Counts
-from .values import Pending, Type
+from .values import INTEGER, REAL, Pending, Type
 
 Lines = Mapping[Block, tuple["array[int]", "array[int]", "array[int]"]]  # ids of arguments, depths, first ids of results
 
@@ -73,6 +73,7 @@ class Execution:
         self.pools: dict[Type, Pool] = {}
         self.row_of = np.full(1024, -1, dtype=np.int64)
         self.waiting: dict[Type, list[tuple[int, torch.Tensor]]] = {}  # given tensors that are not in their pool yet
+        self.numbers: dict[Type, list[tuple[int, float]]] = {INTEGER: [], REAL: []}  # the same for plain numbers
         self.launches: list[Launch] = []
         self.counts = Counts()
         self.wanting: list[tuple[torch.Tensor, Type, int]] = []  # given tensors that want a gradient: type and id
@@ -84,6 +85,11 @@ class Execution:
         self.waiting.setdefault(value.type, []).append((value.id, tensor.detach()))
         if tensor.requires_grad and torch.is_grad_enabled():
             self.wanting.append((tensor, value.type, value.id))
+
+    @property
+    def has_given(self) -> bool:
+        """Whether given values are not in their pools yet."""
+        return bool(self.waiting) or any(self.numbers.values())
 
     def has(self, id: int) -> bool:
         """Whether a value has been computed."""
@@ -121,8 +127,18 @@ class Execution:
             pool = self.pools.setdefault(type, Pool.of(type))
             pool.reserve(len(tensors))
             torch.stack([t for _, t in tensors], out=pool.rows[pool.used : pool.used + len(tensors)])
-            self.row_of[[id for id, _ in tensors]] = np.arange(pool.used, pool.used + len(tensors))
-            pool.used += len(tensors)
+            self._placed(pool, [id for id, _ in tensors])
+        for type, numbers in self.numbers.items():
+            if numbers:
+                pool = self.pools.setdefault(type, Pool.of(type))
+                pool.reserve(len(numbers))
+                pool.rows[pool.used : pool.used + len(numbers)] = torch.tensor([n for _, n in numbers], dtype=type.dtype)
+                self._placed(pool, [id for id, _ in numbers])
+                numbers.clear()
+
+    def _placed(self, pool: Pool, ids: list[int]) -> None:
+        self.row_of[ids] = np.arange(pool.used, pool.used + len(ids))
+        pool.used += len(ids)
 
     @staticmethod
     def _launches(lines: Lines) -> Iterator[tuple[Block, np.ndarray, np.ndarray]]:

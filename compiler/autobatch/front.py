@@ -7,7 +7,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .cut import Cutter
+from .cut import PHASE, Cut, Cutter
+from .record import begin_phase
 from .seen import Seen
 from .sites import Site
 from .source import NoSource, function_of, source_of, with_inner
@@ -24,14 +25,15 @@ class Front:
         self.version = -1
         self.cells: dict[tuple[types.FunctionType, int], tuple[str, types.CellType]] = {}
         self.reasons: dict[types.FunctionType, str] = {}
-        self.blocks: dict[tuple[types.CodeType, str], Site] = {}
+        self.holds: list[tuple[Any, str, Any]] = []  # what cut code relies on: (object, attribute, what it holds)
+        self.blocks: dict[Any, Site] = {}
 
     def entry(self, program: Any) -> Callable[..., Any]:
         """What to call in place of the program."""
-        if self.version != self.seen.version:
-            self.version, self.cells = self.seen.version, {}
+        if self.version != self.seen.version or any(getattr(o, a, None) is not held for o, a, held in self.holds):
+            self.version, self.cells, self.holds = self.seen.version, {}, []
         found = function_of(program)
-        name = self._cut(*found) if found is not None and self.seen.ops else None
+        name = self._cut(*found, entry=True) if found is not None and self.seen.ops else None
         if found is None or name is None:
             return program
         function: Any = self.cells[found[0], id(found[1])][1].cell_contents
@@ -43,7 +45,7 @@ class Front:
         found = [(f.__qualname__, why) for f, why in self.reasons.items()]
         return found + [(s.line.rpartition("/")[2], s.why) for s in self.blocks.values() if s.why]
 
-    def _cut(self, function: types.FunctionType, bound: Any) -> str | None:
+    def _cut(self, function: types.FunctionType, bound: Any, *, entry: bool = False) -> str | None:
         """The name under which cut code finds the cut form of a function; None where it stays as it is."""
         key = function, id(bound)
         if key in self.cells:
@@ -53,7 +55,7 @@ class Front:
         name, cell = f"_plait_{len(self.cells)}", types.CellType()
         self.cells[key] = name, cell
         try:
-            cell.cell_contents = self._made(function, bound, name)
+            cell.cell_contents = self._made(function, bound, name, entry)
         except NoSource as why:
             self.reasons[function] = str(why)
             del self.cells[key]
@@ -64,7 +66,7 @@ class Front:
         own = with_inner(code)
         return any(c in own for c, _ in (*self.seen.ops, *self.seen.calls))
 
-    def _made(self, function: types.FunctionType, bound: Any, name: str) -> types.FunctionType:
+    def _made(self, function: types.FunctionType, bound: Any, name: str, entry: bool) -> types.FunctionType:
         source = source_of(function)
         used: dict[str, types.CellType] = {}
 
@@ -75,9 +77,11 @@ class Front:
             return found
 
         cutter = Cutter(source, bound, self.seen, callee, name.strip("_"))
-        tree = cutter.run()
+        tree = cutter.run(phases=entry)
+        used[PHASE] = types.CellType(begin_phase)
         for cut in cutter.cuts:
-            used[cut.name] = types.CellType(self._block(function, cut.tree, cut.line))
+            used[cut.name] = self._block(function, cut).cell
+        self.holds += cutter.holds
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)) | used
         made = _compiled(tree, function, cells)
         self._stands_for(made, function)
@@ -86,14 +90,14 @@ class Front:
     def _stands_for(self, made: types.FunctionType, function: types.FunctionType) -> None:
         self.seen.cut.update(dict.fromkeys(with_inner(made.__code__), function.__code__))
 
-    def _block(self, function: types.FunctionType, tree: ast.FunctionDef, line: int) -> Site:
-        text = ast.unparse(tree).partition("(")[2]  # without its name
-        key = function.__code__, f"{line}:{text}"
+    def _block(self, function: types.FunctionType, cut: Cut) -> Site:
+        text = ast.unparse(cut.tree).partition("(")[2]  # without its name
+        key = function.__code__, cut.line, text, tuple((n, id(x)) for n, x in cut.fixed.items())
         if key not in self.blocks:
-            made = _compiled(tree, function, {})
+            made = _compiled(cut.tree, function, {n: types.CellType(x) for n, x in cut.fixed.items()})
             self._stands_for(made, function)
             self.seen.blocks.add(made.__code__)
-            self.blocks[key] = Site(made, f"{function.__code__.co_filename}:{line}")
+            self.blocks[key] = Site(made, f"{function.__code__.co_filename}:{cut.line}")
         return self.blocks[key]
 
 

@@ -19,9 +19,10 @@ from ...errors import SharedWrite
 from .blocks import Block, Outcome, analyse, without_modes
 from .execute import Execution
 from .seen import Seen, stack_of
-from .values import Pending, Type
+from .values import INTEGER, REAL, Pending, Type
 
-_here = threading.local()
+PHASE_BITS = 24  # of a depth, below the number of the phase
+here = threading.local()
 _PACKAGE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -52,7 +53,12 @@ DEMANDS = {
 
 def current() -> Recorder:
     """The recorder of the batch that this thread is recording."""
-    return _here.recorder
+    return here.recorder
+
+
+def begin_phase(number: int) -> None:
+    """What this instance records from now on runs after all that others record in earlier phases."""
+    here.recorder.floor = number << PHASE_BITS
 
 
 class Table:
@@ -93,6 +99,8 @@ class Recorder(TorchFunctionMode):
         self.execution = Execution(compile)
         self.lifted: dict[int, tuple[torch.Tensor, Pending]] = {}
         self.derived: dict[Any, Any] = {}
+        self.writers: dict[Block, tuple[Any, Any, Any]] = {}
+        self.last: Outcome | None = None  # of the op that was recorded last
         self.closed = False  # all is computed: what the program kept for later are plain values
 
     def __torch_function__(
@@ -131,6 +139,7 @@ class Recorder(TorchFunctionMode):
         return self._record(outcome, outcome.block, leaves, places)
 
     def _record(self, outcome: Outcome, block: Block, leaves: list[Any], places: list[int]) -> Any:
+        self.last = outcome
         given = {at: self.lift(leaves[at]) for at in places}
         made = self.line(block, [given[at] for at in places])
         for at, k in outcome.written.items():
@@ -148,24 +157,29 @@ class Recorder(TorchFunctionMode):
 
     def line(self, block: Block, given: Sequence[Pending]) -> list[Pending]:
         """One line for one application of a block; its results."""
-        found = self.lines.get(block)
-        if found is None:
-            found = self.lines[block] = array("q"), array("q"), array("q")
+        argument, deep, first = self.writers.get(block) or self.writer(block)
         depth = self.floor
         for x in given:
-            found[0].append(x.id)
+            argument(x.id)
             depth = max(depth, x.depth)
-        found[1].append(depth + 1)
-        found[2].append(self.next_id)
+        deep(depth + 1)
+        first(self.next_id)
         made = [Pending(self, t, self.next_id + k, depth + 1) for k, t in enumerate(block.outputs)]
         self.next_id += len(made)
         return made
 
+    def writer(self, block: Block) -> tuple[Any, Any, Any]:
+        """What appends to a block's lines: an argument, a depth, the first of the results."""
+        self.lines[block] = made = array("q"), array("q"), array("q")
+        self.writers[block] = found = made[0].append, made[1].append, made[2].append
+        return found
+
     def _apart(self, func: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: Any, on_shared: bool) -> Any:
         """What depends on no instance: computed at once; from shared tensors once for all, and then shared itself."""
+        if on_shared or (func is torch.tensor and type(args[0]) in (int, float)):  # a number may be a block's argument
+            self.seen.note(self._stack(), demand=False)
         if not on_shared:
             return func(*args, **kwargs)
-        self.seen.note(self._stack(), demand=False)
         try:
             key = func, spec, torch.is_grad_enabled(), tuple(self._key(x, False) for x in leaves)
             if key in self.derived:
@@ -207,18 +221,33 @@ class Recorder(TorchFunctionMode):
             found = self.lifted[id(tensor)] = tensor, value
         return found[1]
 
+    def lift_as(self, tensor: torch.Tensor, type: Type) -> Pending | None:
+        """`lift` from where torch's API is recorded; None for a shared tensor or one of another type."""
+        with torch._C.DisableTorchFunction():
+            return None if self.is_shared(tensor) or Type.of(tensor) is not type else self.lift(tensor)
+
+    def number(self, n: int | float) -> Pending:
+        """A plain number of an instance, as a value of depth 0."""
+        value = Pending(self, INTEGER if type(n) is int else REAL, self.next_id, 0)
+        self.next_id += 1
+        self.execution.numbers[value.type].append((value.id, n))
+        return value
+
     def known(self, x: Any) -> Any:
         """The real tensor of a pending one; waits for it. Other data as it is."""
         if type(x) is not Pending:
             return x
-        if not self.execution.has(x.id) and not self.park():
-            self.flush()
+        if not self.execution.has(x.id):
+            floor = self.floor
+            if not self.park():
+                self.flush()
+            self.floor = floor
         return self.execution.value(x)
 
     def flush(self) -> None:
         """Compute all that is recorded."""
-        lines, self.lines = self.lines, {}
-        if lines or self.execution.waiting:
+        lines, self.lines, self.writers = self.lines, {}, {}
+        if lines or self.execution.has_given:
             with without_modes():
                 self.execution.run(lines, self.next_id)
 
@@ -244,12 +273,12 @@ class Recorder(TorchFunctionMode):
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Make a recorder the one of this thread."""
-    before = getattr(_here, "recorder", None)
-    _here.recorder = recorder
+    before = getattr(here, "recorder", None)
+    here.recorder = recorder
     try:
         yield
     finally:
-        _here.recorder = before
+        here.recorder = before
 
 
 def user_line() -> str:

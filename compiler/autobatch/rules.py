@@ -103,6 +103,14 @@ def _getitem(x: Any, index: Any) -> Any:
     return x.index_select(0, at).squeeze(0)
 
 
+def _tensor(data: Any, **how: Any) -> Tensor:
+    """A tensor of a number that may be a tensor already."""
+    if not isinstance(data, Tensor):
+        return torch.tensor(data, **how)
+    dtype = how.get("dtype") or (torch.get_default_dtype() if data.is_floating_point() else data.dtype)
+    return data.to(dtype=dtype, device=how.get("device"))
+
+
 RULES: dict[Any, Callable[..., Any]] = {
     torch.rnn_tanh_cell: _rnn_cell(torch.tanh),
     torch.rnn_relu_cell: _rnn_cell(torch.relu),
@@ -113,6 +121,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     torch.layer_norm: _on_stacked(lambda *args: _layer_norm(*args[:5]), torch.layer_norm),
     **{op: _on_stacked(_gather, torch.gather) for op in (torch.gather, Tensor.gather)},
     Tensor.__getitem__: _getitem,
+    torch.tensor: _tensor,
     F.cross_entropy: _on_stacked(_cross_entropy, F.cross_entropy),
 }
 

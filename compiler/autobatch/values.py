@@ -36,6 +36,10 @@ def _type(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return Type(shape, dtype, device)
 
 
+INTEGER = _type((), torch.int64, torch.device("cpu"))
+REAL = _type((), torch.float32, torch.device("cpu"))  # as torch.tensor makes of a number: it must not widen what it meets
+
+
 class Pending:
     """One instance's tensor that is yet to be computed; to the program it looks like a tensor.
 
