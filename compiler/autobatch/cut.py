@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from .seen import Seen
+from .seen import Seen, is_code
 from .source import Source, function_of, place_of
 
 STRICT = (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Attribute, ast.Tuple, ast.List, ast.Dict,
@@ -108,7 +108,11 @@ class Cutter:
         if self.seen.has_op(self.code, place):
             return True
         callees = self.seen.callees(self.code, place) if isinstance(node, ast.Call) else ()
-        return bool(callees) and all(self.seen.is_straight(c) for c in callees)
+        if not callees:
+            return False
+        callee = self.object(node.func) if isinstance(node, ast.Call) else None
+        owner = getattr(callee, "__self__", callee)
+        return all(self.seen.is_straight(c, of_module=isinstance(owner, nn.Module)) for c in callees)
 
     def is_pure(self, node: ast.AST) -> bool:
         """Whether an expression is tensor code, or reads names, constants and attributes only."""
@@ -452,13 +456,17 @@ class _Reader(ast.NodeTransformer):
         if not host or any(self.cutter.is_site(n) for n in ast.walk(node)):
             return super().visit(node)
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-        if names & self.defined or not any(self.is_local(n) for n in names):
+        held = self.cutter.object(node) if isinstance(node, ast.Attribute) else None  # torch.pi, or a number in a file
+        if names & self.defined or not (any(self.is_local(n) for n in names) or (held is not None and not is_code(held))):
             return super().visit(node)
         return self.parameter(ast.unparse(node), node)
 
     def is_local(self, name: str) -> bool:
-        """Whether a name is not one of the module or the builtins."""
-        return name in self.cutter.source.locals or name.startswith(f"_{self.cutter.prefix}_")
+        """Whether a name may stand for something else at another time: it is no function, class or module of the file's."""
+        if name in self.cutter.source.locals or name.startswith(f"_{self.cutter.prefix}_"):
+            return True
+        found = self.cutter.globals.get(name, getattr(builtins, name, None))
+        return found is None or not is_code(found)
 
     def parameter(self, text: str, value: ast.expr) -> ast.Name:
         """The parameter that stands for an expression."""
@@ -484,18 +492,11 @@ class _Inline(ast.NodeTransformer):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             return node
         if isinstance(node, ast.expr) and not isinstance(node, ast.Starred) and self.cutter.is_tensor(node):
-            reader = _InlineReader(self.cutter)
+            reader = _Reader(self.cutter)
             value = reader.visit(copy.deepcopy(node))
             return self.cutter.cut(reader, [], [value], node)
         made = super().generic_visit(node)
         return self.cutter.resolved(made) if isinstance(made, ast.Call) else made
-
-
-class _InlineReader(_Reader):
-    """Inside of comprehensions and lambdas any name may be local."""
-
-    def is_local(self, name: str) -> bool:
-        return super().is_local(name) or not (name in self.cutter.globals or hasattr(builtins, name))
 
 
 def _children(node: Any) -> Iterator[tuple[Any, str, int | None]]:

@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from .cut import PHASE, Cut, Cutter
 from .record import begin_phase
 from .seen import Seen
@@ -23,6 +25,8 @@ class Front:
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
         self.version = -1
+        self.state: Any = None
+        self.modules: list[nn.Module] = []  # whose data blocks may have been traced with
         self.cells: dict[tuple[types.FunctionType, int], tuple[str, types.CellType]] = {}
         self.reasons: dict[types.FunctionType, str] = {}
         self.holds: list[tuple[Any, str, Any]] = []  # what cut code relies on: (object, attribute, what it holds)
@@ -30,10 +34,16 @@ class Front:
 
     def entry(self, program: Any) -> Callable[..., Any]:
         """What to call in place of the program."""
-        if self.version != self.seen.version or any(getattr(o, a, None) is not held for o, a, held in self.holds):
+        changed = any(getattr(o, a, None) is not held for o, a, held in self.holds) or _state(self.modules) != self.state
+        if changed:
+            self.blocks = {}
+        if self.version != self.seen.version or changed:
             self.version, self.cells, self.holds = self.seen.version, {}, []
         found = function_of(program)
         name = self._cut(*found, entry=True) if found is not None and self.seen.ops else None
+        held = (program, *(x for _, _, x in self.holds))
+        self.modules = list(dict.fromkeys(m for x in held if isinstance(x, nn.Module) for m in x.modules()))
+        self.state = _state(self.modules)
         if found is None or name is None:
             return program
         function: Any = self.cells[found[0], id(found[1])][1].cell_contents
@@ -99,6 +109,18 @@ class Front:
             self.seen.blocks.add(made.__code__)
             self.blocks[key] = Site(made, f"{function.__code__.co_filename}:{cut.line}")
         return self.blocks[key]
+
+
+def _state(modules: list[nn.Module]) -> Any:
+    """The plain data of modules, and what their parameters are like, by which blocks are traced."""
+    plain = (bool, int, float, str, type(None), tuple)
+    return [
+        (
+            [(k, v) for k, v in vars(m).items() if type(v) in plain],
+            [(k, p.dtype, p.device, p.requires_grad) for k, p in m._parameters.items() if p is not None],
+        )
+        for m in modules
+    ]
 
 
 def _compiled(tree: ast.FunctionDef, like: types.FunctionType, cells: dict[str, types.CellType]) -> types.FunctionType:

@@ -9,7 +9,11 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .source import NoSource, Place, parse, place_in, place_of, with_inner
+
+Frame = tuple[types.CodeType, int, dict[str, Any]]  # code, instruction, globals
 
 _HARMLESS = frozenset(
     [
@@ -44,9 +48,10 @@ class Seen:
         self.version = 0  # grows with every new fact
         self.cut: dict[types.CodeType, types.CodeType] = {}  # code of cut forms and of blocks: what it was cut from
         self.blocks: set[types.CodeType] = set()
-        self._straight: dict[types.CodeType, tuple[int, bool]] = {}
+        self.globals: dict[types.CodeType, dict[str, Any]] = {}
+        self._straight: dict[tuple[types.CodeType, bool], tuple[int, bool]] = {}
 
-    def note(self, frames: list[tuple[types.CodeType, int]], *, demand: bool) -> None:
+    def note(self, frames: list[Frame], *, demand: bool) -> None:
         """An op, or a demand for a value, that came from the first of the user's frames, innermost first."""
         stack = list(self._as_written(frames))
         if not stack:
@@ -66,10 +71,11 @@ class Seen:
                     known.add(callee)
                     self.version += 1
 
-    def _as_written(self, stack: list[tuple[types.CodeType, int]]) -> Iterator[tuple[types.CodeType, Place | None]]:
+    def _as_written(self, stack: list[Frame]) -> Iterator[tuple[types.CodeType, Place | None]]:
         """The same stack in the program as the user wrote it: a block stands for the function that it is cut from."""
         inside = False
-        for code, at in stack:
+        for code, at, names in stack:
+            self.globals[self.cut.get(code, code)] = names
             if not inside:
                 yield self.cut.get(code, code), place_in(code, at)
             inside = code in self.blocks
@@ -82,27 +88,41 @@ class Seen:
         """The user's functions in which ops came about that were called from a place of a function."""
         return set().union(*(self.calls.get((c, place), ()) for c in with_inner(code)))
 
-    def is_straight(self, code: types.CodeType) -> bool:
-        """Whether a user function is tensor code as a whole: no value is asked for, it does not reach itself, and nothing
-        in it changes what others see."""
-        found = self._straight.get(code)
+    def is_straight(self, code: types.CodeType, *, of_module: bool) -> bool:
+        """Whether a user function is tensor code as a whole: no value is asked for, it does not reach itself, nothing in it
+        changes what others see, and it reads no data but its arguments, and, as a method of a module, the module's."""
+        key = code, of_module
+        found = self._straight.get(key)
         if found is None or found[0] != self.version:
-            self._straight[code] = self.version, False  # while it is being decided: what reaches itself is not straight
-            self._straight[code] = found = self.version, self._decide(code)
+            self._straight[key] = self.version, False  # while it is being decided: what reaches itself is not straight
+            self._straight[key] = found = self.version, self._decide(code, of_module)
         return found[1]
 
-    def _decide(self, code: types.CodeType) -> bool:
+    def _decide(self, code: types.CodeType, of_module: bool) -> bool:
         if not self.demands.isdisjoint(with_inner(code)):
             return False
         try:
             tree = parse(code)
         except NoSource:
             return False
-        lists = {t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) and isinstance(n.value, ast.List)
-                 for t in n.targets if isinstance(t, ast.Name)}  # fmt: skip
-        return all(self._is_harmless(code, n, lists) for s in tree.body for n in ast.walk(s))
+        return _Straight(self, code, tree, of_module).holds()
 
-    def _is_harmless(self, code: types.CodeType, n: ast.AST, lists: set[str]) -> bool:
+
+class _Straight:
+    """Looks at a function's syntax for what makes it more than tensor code."""
+
+    def __init__(self, seen: Seen, code: types.CodeType, tree: ast.FunctionDef, of_module: bool) -> None:
+        self.seen, self.code, self.tree = seen, code, tree
+        self.owner = code.co_varnames[0] if of_module and code.co_argcount else ""
+        self.locals = frozenset((*code.co_varnames, *code.co_cellvars))
+        self.lists = {t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) and isinstance(n.value, ast.List)
+                      for t in n.targets if isinstance(t, ast.Name)}  # fmt: skip
+
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return all(self.is_harmless(n) for s in self.tree.body for n in ast.walk(s))
+
+    def is_harmless(self, n: ast.AST) -> bool:
         match n:
             case (
                 ast.Global() | ast.Nonlocal() | ast.Yield() | ast.YieldFrom() | ast.Await() | ast.Import() | ast.ImportFrom()
@@ -111,27 +131,60 @@ class Seen:
             case ast.FunctionDef() | ast.ClassDef() | ast.AsyncFunctionDef() | ast.Delete() | ast.Try() | ast.Lambda():
                 return False
             case ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
-                return self.has_op(code, place_of(n))
+                return self.seen.has_op(self.code, place_of(n))
+            case ast.Attribute(ctx=ast.Load()):
+                return self.seen.has_op(self.code, place_of(n)) or self.root(n) == self.owner or self.is_code(n)
+            case ast.Name(ctx=ast.Load(), id=name):
+                return name in self.locals or name == self.owner or self.is_code(n)
             case ast.Call():
-                return self._is_harmless_call(code, n, lists)
+                return self.is_harmless_call(n)
         return True
 
-    def _is_harmless_call(self, code: types.CodeType, n: ast.Call, lists: set[str]) -> bool:
+    def root(self, n: ast.expr) -> str:
+        """The name that a chain of attributes begins with."""
+        while isinstance(n, ast.Attribute):
+            n = n.value
+        return n.id if isinstance(n, ast.Name) else ""
+
+    def is_code(self, n: ast.expr) -> bool:
+        """Whether an expression is a method of a tensor, or stands for a module, a function or a class: what does not
+        change from call to call."""
+        if isinstance(n, ast.Attribute) and (self.root(n) in self.locals or not self.root(n)):
+            return hasattr(torch.Tensor, n.attr) or (n.attr == "append" and self.root(n) in self.lists)
+        found = self.object(n)
+        return found is not None and is_code(found)
+
+    def object(self, n: ast.expr) -> Any:
+        """What a global name, or an attribute of a module, stands for."""
+        if isinstance(n, ast.Name):
+            return self.seen.globals.get(self.code, {}).get(n.id, getattr(builtins, n.id, None))
+        if isinstance(n, ast.Attribute):
+            base = self.object(n.value)
+            return getattr(base, n.attr, None) if isinstance(base, types.ModuleType) else None
+        return None
+
+    def is_harmless_call(self, n: ast.Call) -> bool:
         place = place_of(n)
-        if self.has_op(code, place):
+        if self.seen.has_op(self.code, place):
             return True
-        if callees := self.callees(code, place):
-            return all(self.is_straight(c) for c in callees)
+        if callees := self.seen.callees(self.code, place):
+            own = bool(self.owner) and self.root(n.func) == self.owner
+            return all(self.seen.is_straight(c, of_module=own) for c in callees)
         match n.func:
             case ast.Name(id=name):
                 return name in _HARMLESS and hasattr(builtins, name)
             case ast.Attribute(value=ast.Name(id=name), attr="append"):
-                return name in lists
+                return name in self.lists
         return False
 
 
-def stack_of(frame: Any, foreign: tuple[str, ...]) -> list[tuple[types.CodeType, int]]:
-    """(code, instruction) of the user's frames from `frame` outwards, innermost first, up to where the batch was begun.
+def is_code(x: object) -> bool:
+    """Whether an object is a module, a function or a class."""
+    return isinstance(x, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type) or callable(x)
+
+
+def stack_of(frame: Any, foreign: tuple[str, ...]) -> list[Frame]:
+    """The user's frames from `frame` outwards, innermost first, up to where the batch was begun.
     `foreign` are folders whose code is not theirs, of which the first is this package's."""
     found = []
     while frame is not None and not (
@@ -139,6 +192,6 @@ def stack_of(frame: Any, foreign: tuple[str, ...]) -> list[tuple[types.CodeType,
     ):
         name = frame.f_code.co_filename
         if not name.startswith(foreign) and not name.startswith("<"):
-            found.append((frame.f_code, frame.f_lasti))
+            found.append((frame.f_code, frame.f_lasti, frame.f_globals))
         frame = frame.f_back
     return found

@@ -30,7 +30,8 @@ def total(results: Any) -> Tensor:
 
 
 def gradients(results: Any, model: nn.Module) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(total(results), list(model.parameters()), allow_unused=True, materialize_grads=True)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    return torch.autograd.grad(total(results), wanted, allow_unused=True, materialize_grads=True)
 
 
 def equal(batched: Any, program: Any, *columns: list[Any]) -> Any:
@@ -351,3 +352,69 @@ def test_one_of_many_fibers_raises() -> None:
         batched([*fine, torch.ones(2), *fine])
     assert any("instance 3" in note for note in caught.value.__notes__)
     equal(batched, program, fine)
+
+
+# -- what may change between calls --------------------------------------------------------------------------------------
+
+GAIN = 2.0
+
+
+def scaled(x: Tensor) -> Tensor:
+    return torch.tanh(x) * GAIN
+
+
+def test_data_that_changes_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Globals, attributes of objects and of modules, modules put in place of others, the mode of training."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = 1.0
+            self.drop = nn.Dropout(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(x) + self.shift
+
+    class Holder:
+        factor = 3.0
+
+        def apply(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    class Program(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+            self.linear = nn.Linear(3, 3)
+            self.holder = Holder()
+
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            for _ in range(n):
+                x = self.inner(self.holder.apply(scaled(self.linear(x)))) * GAIN
+            return x
+
+    program = Program().eval()
+    batched = plait.autobatch(program)
+    xs, ns = [torch.randn(3) for _ in range(4)], [1, 2, 1, 3]
+
+    def thrice() -> None:
+        for _ in range(3):
+            equal(batched, program, xs, ns)
+
+    thrice()
+    monkeypatch.setitem(globals(), "GAIN", 0.5)
+    thrice()
+    program.holder.factor = 0.25
+    thrice()
+    program.inner.shift = -1.0
+    thrice()
+    program.linear = nn.Linear(3, 3)
+    thrice()
+    program.train()
+    thrice()
+    program.linear.weight.requires_grad_(False)
+    xs_given = batched(xs, ns)
+    assert program.linear.weight.grad is None and xs_given[0].requires_grad
+    program.double()
+    xs = [x.double() for x in xs]
+    thrice()
