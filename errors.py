@@ -882,3 +882,11 @@ class WriteThroughView(PlaitError):
         "{op} writes in place to a tensor that shares memory with another one, and batched values have memory of their own"
     )
     fix = "write to a clone, or use the form of the op that gives a new tensor"
+
+
+class BatchDiffers(PlaitError):
+    """An instance that was run alone, because `verify` asks for it, gave another answer than in the batch."""
+
+    code = "P0804"
+    message = "instance {number} gives another answer alone than in the batch: {why}"
+    fix = "report it with the program; until then compare with compile_after=None, which runs blocks in torch"

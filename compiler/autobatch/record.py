@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ...errors import SharedWrite
 from .blocks import Block, Outcome, analyse, without_modes
 from .execute import Execution
+from .native import record
 from .seen import Seen, stack_of
 from .values import INTEGER, REAL, Pending, Type
 
@@ -58,7 +58,7 @@ def current() -> Recorder:
 
 def begin_phase(number: int) -> None:
     """What this instance records from now on runs after all that others record in earlier phases."""
-    here.recorder.floor = number << PHASE_BITS
+    here.recorder.state.floor = number << PHASE_BITS
 
 
 class Table:
@@ -93,13 +93,10 @@ class Recorder(TorchFunctionMode):
         self.seen = table.seen
         self.shared = dict(shared)
         self.park = park  # lets others run until values are there; False where this call cannot wait
-        self.lines: dict[Block, tuple[array[int], array[int], array[int]]] = {}
-        self.next_id = 0
-        self.floor = 0  # depth below which nothing is recorded: the program phase
+        self.state = record.State(self)  # lines, ids, and the depth below which nothing is recorded: the program phase
         self.execution = Execution(compile)
         self.lifted: dict[int, tuple[torch.Tensor, Pending]] = {}
         self.derived: dict[Any, Any] = {}
-        self.writers: dict[Block, tuple[Any, Any, Any]] = {}
         self.last: Outcome | None = None  # of the op that was recorded last
         self.closed = False  # all is computed: what the program kept for later are plain values
 
@@ -157,22 +154,8 @@ class Recorder(TorchFunctionMode):
 
     def line(self, block: Block, given: Sequence[Pending]) -> list[Pending]:
         """One line for one application of a block; its results."""
-        argument, deep, first = self.writers.get(block) or self.writer(block)
-        depth = self.floor
-        for x in given:
-            argument(x.id)
-            depth = max(depth, x.depth)
-        deep(depth + 1)
-        first(self.next_id)
-        made = [Pending(self, t, self.next_id + k, depth + 1) for k, t in enumerate(block.outputs)]
-        self.next_id += len(made)
-        return made
-
-    def writer(self, block: Block) -> tuple[Any, Any, Any]:
-        """What appends to a block's lines: an argument, a depth, the first of the results."""
-        self.lines[block] = made = array("q"), array("q"), array("q")
-        self.writers[block] = found = made[0].append, made[1].append, made[2].append
-        return found
+        depth, first = self.state.line(block.number, list(given), len(block.outputs))
+        return [Pending.of(self, t, first + k, depth) for k, t in enumerate(block.outputs)]
 
     def _apart(self, func: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: Any, on_shared: bool) -> Any:
         """What depends on no instance: computed at once; from shared tensors once for all, and then shared itself."""
@@ -215,8 +198,8 @@ class Recorder(TorchFunctionMode):
             return tensor
         found = self.lifted.get(id(tensor))
         if found is None or found[0] is not tensor:
-            value = Pending(self, Type.of(tensor), self.next_id, 0)
-            self.next_id += 1
+            value = Pending.of(self, Type.of(tensor), self.state.next_id, 0)
+            self.state.next_id += 1
             self.execution.given(value, tensor)
             found = self.lifted[id(tensor)] = tensor, value
         return found[1]
@@ -228,28 +211,31 @@ class Recorder(TorchFunctionMode):
 
     def number(self, n: int | float) -> Pending:
         """A plain number of an instance, as a value of depth 0."""
-        value = Pending(self, INTEGER if type(n) is int else REAL, self.next_id, 0)
-        self.next_id += 1
-        self.execution.numbers[value.type].append((value.id, n))
-        return value
+        return Pending.of(self, INTEGER if type(n) is int else REAL, self.state.number(n), 0)
 
     def known(self, x: Any) -> Any:
         """The real tensor of a pending one; waits for it. Other data as it is."""
         if type(x) is not Pending:
             return x
         if not self.execution.has(x.id):
-            floor = self.floor
+            floor = self.state.floor
             if not self.park():
                 self.flush()
-            self.floor = floor
+            self.state.floor = floor
         return self.execution.value(x)
 
     def flush(self) -> None:
         """Compute all that is recorded."""
-        lines, self.lines, self.writers = self.lines, {}, {}
-        if lines or self.execution.has_given:
+        lines = [(self.table.blocks[k], *rest) for k, *rest in self.state.take()]
+        numbers = self.state.take_numbers()
+        if lines or self.execution.waiting or any(numbers):
             with without_modes():
-                self.execution.run(lines, self.next_id)
+                self.execution.run(lines, numbers, self.state.next_id)
+
+    def release(self) -> None:
+        """Let go of what is not needed once results are delivered: values and this recorder hold each other."""
+        self.lifted.clear()
+        self.derived.clear()
 
     def _plain(self, x: Any) -> Any:
         if type(x) is slice:
@@ -275,10 +261,12 @@ def recording(recorder: Recorder) -> Iterator[None]:
     """Make a recorder the one of this thread."""
     before = getattr(here, "recorder", None)
     here.recorder = recorder
+    record.enter(recorder.state)
     try:
         yield
     finally:
         here.recorder = before
+        record.enter(None if before is None else before.state)
 
 
 def user_line() -> str:

@@ -1,7 +1,7 @@
 """Sites: what cut code calls to run a block.
 
-The first call with arguments of some kind goes through the recorder, which finds the block. From it a *quick* form is
-written, Python text for these kinds: it compares kinds, appends a line, and makes the results.
+The first call with arguments of some kind goes through the recorder, which finds the block. Then a *quick* call takes its
+place (`record.cpp`): it compares kinds, appends a line, and makes the results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten
 
 from ...errors import DataDependentShape
 from .blocks import Outcome
-from .record import current, here
+from .native import record
+from .record import current
 from .values import Pending, Type
 
 # data that may decide what a block computes: a block is made for each value of it
@@ -23,13 +24,13 @@ PLAIN = (bool, int, float, complex, str, type(None), type(Ellipsis), slice, torc
          types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)  # fmt: skip
 VERSIONS = 64  # values of plain data for which a place gets blocks of its own
 LIFTED_AFTER = 4  # such values after which numbers become tensors, which all instances may have of their own
-QUICK = 6  # kinds of arguments that the quick form tells apart
+QUICK = 6  # kinds of arguments that quick calls tell apart
 
 
 class Site:
     """One place of a program that runs a block. `why` says why it does not, where it runs op by op instead.
 
-    `cell` is the variable through which cut code finds what to call: the site itself, or its quick form.
+    `cell` is the variable through which cut code finds what to call: the site itself, or its quick call.
     """
 
     def __init__(self, fn: types.FunctionType, line: str) -> None:
@@ -39,7 +40,8 @@ class Site:
         self.keys: set[Any] = set()
         self.lifts = True
         self.cell = types.CellType(self)
-        self.versions: list[tuple[tuple[Any, ...], bool, Outcome]] = []
+        self.quick: Any = None
+        self.count = 0  # of the kinds of arguments that quick calls know
 
     def __call__(self, *args: Any) -> Any:
         if not self.why:
@@ -77,11 +79,9 @@ class Site:
         self.quicken(args, recorder.last, lifted=False)
         return made
 
-    # -- the quick form -----------------------------------------------------------------------------------------------
-
     def quicken(self, args: tuple[Any, ...], outcome: Outcome | None, *, lifted: bool) -> None:
-        """Add the kinds of these arguments to the quick form, where their block's results are simple."""
-        if outcome is None or outcome.block is None or self.why or len(self.versions) == QUICK:
+        """Let quick calls take arguments of these kinds, where their block's results are simple."""
+        if outcome is None or outcome.block is None or self.why or self.count == QUICK or record.Quick is None:
             return
         flat = all(a is None or isinstance(a, (torch.Tensor, *PLAIN)) for a in args)
         kinds = tuple(_kind(a, lifted) for a in args) if flat else ()
@@ -89,82 +89,28 @@ class Site:
         depth = outcome.spec.is_leaf() or (outcome.spec.type is tuple and all(c.is_leaf() for c in outcome.spec.children()))
         if not flat or None in kinds or not simple or not depth:
             return
-        self.versions.append((kinds, torch.is_grad_enabled(), outcome))
-        self.cell.cell_contents = self.written()
-
-    def written(self) -> types.FunctionType:
-        """The quick form, from text."""
-        names = [f"a{i}" for i in range(self.fn.__code__.co_argcount)]
-        scope: dict[str, Any] = {"here": here, "slow": self, "Pending": Pending, "new": Pending.__new__,
-                                 "grad": torch.is_grad_enabled, "Tensor": torch.Tensor}  # fmt: skip
-        lines = [f"def quick({', '.join(names)}):", "    try:", "        r = here.recorder", "        g = grad()"]
-        for v, (kinds, grad, outcome) in enumerate(self.versions):
-            lines += _version(v, kinds, grad, outcome, names, scope)
-        lines += ["    except AttributeError:", "        pass", f"    return slow({', '.join(names)})"]
-        exec("\n".join(lines), scope)
-        return scope["quick"]
+        self.count += 1
+        if self.quick is None:
+            self.quick = record.Quick(self, Pending, torch.Tensor, torch.is_grad_enabled)
+        views = tuple((outcome.results[k][1], at) for k, at in outcome.views.items())
+        order = tuple(at for _, at in outcome.results)
+        single = outcome.spec.is_leaf()
+        block = outcome.block
+        self.quick.add(torch.is_grad_enabled(), block.number, kinds, block.outputs, views, order, single)
+        self.cell.cell_contents = self.quick
 
 
-def _kind(a: Any, lifted: bool) -> Any:
-    """What a quick form compares an argument with: (how, what); None for what it cannot tell quickly."""
+PENDING, SAME, EQUAL, NUMBER, REAL = range(5)  # as `How` of record.cpp
+
+
+def _kind(a: Any, lifted: bool) -> tuple[int, Any] | None:
+    """What a quick call compares an argument with: (how, what); None for what it cannot tell quickly."""
     if type(a) is Pending:
-        return "pending", a.type
+        return PENDING, a.type
     if isinstance(a, torch.Tensor):
-        return ("same", a) if current().is_shared(a) else ("real", Type.of(a))
+        return (SAME, a) if current().is_shared(a) else (REAL, Type.of(a))
     if lifted and type(a) in (int, float):
-        return "number", type(a)
+        return NUMBER, type(a)
     if isinstance(a, float):
         return None
-    if isinstance(a, int | str | types.MethodType):
-        return "equal", a
-    return "same", a
-
-
-def _version(
-    v: int, kinds: tuple[Any, ...], grad: bool, outcome: Outcome, names: list[str], scope: dict[str, Any]
-) -> list[str]:
-    block = outcome.block
-    assert block is not None
-    tests = ["g" if grad else "not g"]
-    before: list[str] = []
-    given: list[str] = []
-    for i, (name, (how, what)) in enumerate(zip(names, kinds, strict=True)):
-        scope[f"k{v}_{i}"] = what
-        match how:
-            case "pending":
-                tests.append(f"{name}.type is k{v}_{i}")
-                given.append(name)
-            case "real":
-                tests.append(f"type({name}) is Tensor and (p{i} := r.lift_as({name}, k{v}_{i})) is not None")
-                given.append(f"p{i}")
-            case "number":
-                tests.append(f"{name}.__class__ is k{v}_{i}")
-                before.append(f"            p{i} = r.number({name})")
-                given.append(f"p{i}")
-            case "equal":
-                scope[f"c{v}_{i}"] = type(what)
-                tests.append(f"{name}.__class__ is c{v}_{i} and {name} == k{v}_{i}")
-            case _:
-                tests.append(f"{name} is k{v}_{i}")
-    scope[f"b{v}"] = block
-    lines = [f"        if {' and '.join(tests)}:", *before, f"            w = r.writers.get(b{v}) or r.writer(b{v})",
-             "            d = r.floor"]  # fmt: skip
-    for name in given:
-        lines += [f"            w[0]({name}.id)", f"            if {name}.depth > d: d = {name}.depth"]
-    lines += ["            d += 1", "            n = r.next_id", f"            r.next_id = n + {len(block.outputs)}",
-              "            w[1](d); w[2](n)"]  # fmt: skip
-    for k, t in enumerate(block.outputs):
-        scope[f"t{v}_{k}"] = t
-        lines.append(
-            f"            x{k} = new(Pending); x{k}.recorder = r; x{k}.type = t{v}_{k}; x{k}.id = n + {k}; x{k}.depth = d; "
-            f"x{k}.view_of = None; x{k}.viewed = False"
-        )
-    lines += [f"            x{at}.view_of = {given[base]}; {given[base]}.viewed = True" for at, base in _bases(outcome)]
-    results = [f"x{at}" for _, at in outcome.results]
-    lines.append(f"            return {results[0] if outcome.spec.is_leaf() else '(' + ', '.join(results) + ',)'}")
-    return lines
-
-
-def _bases(outcome: Outcome) -> list[tuple[int, int]]:
-    """(result of the block, argument of the block) that share memory in eager."""
-    return [(outcome.results[k][1], outcome.places.index(at)) for k, at in outcome.views.items()]
+    return (EQUAL, a) if isinstance(a, int | str | types.MethodType) else (SAME, a)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_flatten
 
+from .native import record
+
 if TYPE_CHECKING:
     from .record import Recorder
 
@@ -40,22 +42,22 @@ INTEGER = _type((), torch.int64, torch.device("cpu"))
 REAL = _type((), torch.float32, torch.device("cpu"))  # as torch.tensor makes of a number: it must not widen what it meets
 
 
-class Pending:
+class Pending(record.Handle):
     """One instance's tensor that is yet to be computed; to the program it looks like a tensor.
 
     `id` numbers values in the order in which they are recorded, `depth` is one more than the largest depth of what it is
-    computed from: equal work at equal depth can run as one batch. No graph is kept; the depth rides here.
+    computed from: equal work at equal depth can run as one batch. No graph is kept; the depth rides here. In eager it shares
+    memory with `view_of`; another one shares memory with it where `viewed` is set.
     """
 
-    __slots__ = ("depth", "id", "recorder", "type", "view_of", "viewed")
+    __slots__ = ()
 
-    def __init__(self, recorder: Recorder, type: Type, id: int, depth: int, view_of: Pending | None = None) -> None:
-        self.recorder = recorder
-        self.type = type
-        self.id = id
-        self.depth = depth
-        self.view_of = view_of  # it shares memory with this one in eager
-        self.viewed = False  # another shares memory with it in eager
+    @staticmethod
+    def of(recorder: Recorder, type: Type, id: int, depth: int) -> Pending:
+        """A new one."""
+        made = Pending.__new__(Pending)
+        made.recorder, made.type, made.id, made.depth, made.view_of, made.viewed = recorder, type, id, depth, None, False
+        return made
 
     @property
     def __class__(self) -> type:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +421,37 @@ def test_data_that_changes_between_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     program.double()
     xs = [x.double() for x in xs]
     thrice()
+
+
+def test_some_instances_are_checked_alone() -> None:
+    calls = 0
+
+    def program(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.tanh(x) + calls  # no function of its arguments
+
+    with pytest.raises(errors.BatchDiffers, match="instance 0"):
+        plait.autobatch(program, verify=2)([torch.ones(2)] * 3)
+    steady = plait.autobatch(torch.tanh, verify=2)
+    assert len(steady([torch.ones(2)] * 3)) == 3
+
+
+def test_recording_without_a_compiler(tmp_path: Path) -> None:
+    """The same in Python, in a process of its own, and a word about it."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import plait, torch\n"
+        "def program(x, n):\n"
+        "    for _ in range(n):\n"
+        "        x = torch.tanh(x) * 2\n"
+        "    return x\n"
+        "batched = plait.autobatch(program, compile_after=None)\n"
+        "xs = [torch.full((2,), float(k)) for k in range(3)]\n"
+        "for _ in range(3):\n"
+        "    torch.testing.assert_close(batched(xs, [1, 3, 2]), [program(x, n) for x, n in zip(xs, [1, 3, 2])])\n"
+    )
+    env = {**os.environ, "CXX": "/nowhere/g++", "PLAIT_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "autobatch records in Python" in run.stderr
