@@ -86,9 +86,19 @@ def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def _cross_entropy(x: Tensor, target: Tensor, **how: Any) -> Tensor:
-    if x.dim() != 2 or target.dim() != 1 or how:
+    plain = {
+        "weight": None,
+        "size_average": None,
+        "ignore_index": -100,
+        "reduce": None,
+        "reduction": "mean",
+        "label_smoothing": 0.0,
+    }
+    if x.dim() != 2 or target.dim() != 1 or any(plain.get(k, how) != v for k, v in how.items()):
         return NotImplemented  # type: ignore[return-value]
-    return F.cross_entropy(x, target, reduction="none")
+    at = torch.where(target == -100, 0, target)  # -100 is a class that does not count, and a mean of nothing
+    found = -F.log_softmax(x, -1).gather(-1, at.unsqueeze(-1)).squeeze(-1)
+    return torch.where(target == -100, float("nan"), found)
 
 
 def _is_position(x: Any) -> bool:

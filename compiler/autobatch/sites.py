@@ -38,7 +38,8 @@ class Site:
         self.line = line
         self.why = ""
         self.keys: set[Any] = set()
-        self.lifts = True
+        self.lifts = True  # numbers may become tensors
+        self.lifting = False  # and have
         self.cell = types.CellType(self)
         self.quick: Any = None
         self.count = 0  # of the kinds of arguments that quick calls know
@@ -68,6 +69,8 @@ class Site:
         if many and self.lifts and any(type(a) in (int, float) for a in args):
             try:
                 made = recorder.apply(self.fn, tuple(recorder.number(a) if type(a) in (int, float) else a for a in args), {})
+                if not self.lifting:  # blocks for single numbers would split what can be one launch
+                    self.lifting, self.quick, self.count = True, None, 0
                 self.quicken(args, recorder.last, lifted=True)
                 return made
             except Exception:  # a number decides about shapes, or the program's own error: which, shows without lifting

@@ -3,7 +3,7 @@
 python examples/autobatch/treebank.py                       # a few epochs on all trees
 python examples/autobatch/treebank.py --trees 500 --epochs 1
 
-The trees are those of the Stanford Sentiment Treebank, from the folder `sst` of PLAIT_DATA; generated ones where it is absent.
+The trees are those of the Stanford Sentiment Treebank, in the folder `sst` of PLAIT_DATA; without it they are generated.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def read(path: Path, words: dict[str, int], *, grow: bool) -> list[Tree]:
         return tree
 
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [parse(line.replace("(", " ( ").replace(")", " ) ").split()[::-1]) for line in lines]
+    return [parse(re.findall(r"[()]|[^() ]+", line)[::-1]) for line in lines]  # some words hold spaces of other kinds
 
 
 def generated(rng: random.Random, count: int) -> list[Tree]:

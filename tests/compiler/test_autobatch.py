@@ -455,3 +455,26 @@ def test_recording_without_a_compiler(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "autobatch records in Python" in run.stderr
+
+
+def test_numbers_share_launches_once_they_are_tensors() -> None:
+    """The first few numbers have blocks of their own; later, theirs is the block of all."""
+
+    class Program(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+            self.out = nn.Linear(4, 3)
+
+        def forward(self, word: int, label: int) -> Tensor:
+            x = torch.tanh(self.table(torch.tensor(word)))
+            return F.cross_entropy(self.out(x), torch.tensor(label))
+
+    program = Program()
+    batched = plait.autobatch(program)
+    words, labels = [k % 20 for k in range(30)], [k % 3 for k in range(30)]
+    for _ in range(4):
+        equal(batched, program, words, labels)
+    report = batched.report()
+    assert report.counts.launches == 1
+    assert [row.runs for row in report.rows] == ["compiled"]
