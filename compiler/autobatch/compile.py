@@ -36,13 +36,12 @@ class BakedSize(Exception):
 @dataclass(frozen=True)
 class Compiled:
     """A block's graphs. `forward` takes stacked arguments and shared tensors, and gives results and what the backward reads;
-    `backward` takes that, numbers first, and the gradients of the results `differentiable`, and gives those of `wanting`,
-    positions among the arguments and shared tensors.
+    `backward` takes that, numbers first, and the gradients of the results `differentiable`, and gives those of all arguments
+    and shared tensors, None for those that want none.
     """
 
     forward: Run
     backward: Run | None = None
-    wanting: tuple[int, ...] = ()
     differentiable: tuple[int, ...] = ()
 
     def save(self, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -97,7 +96,7 @@ def compile_block(block: Block, session: Session) -> Compiled:
             return Compiled(_compiled(traced, "inference", session))
         forward, backward = partition(traced, fakes, session.options.recompute, num_fwd_outputs=len(block.outputs))
         made = _compiled(forward, "forward", session), _compiled(backward, "backward", session)
-        return Compiled(*made, wanting, differentiable)
+        return Compiled(*made, differentiable)
 
 
 def _check_any_size(fakes: Sequence[Any]) -> None:

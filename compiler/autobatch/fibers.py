@@ -16,6 +16,7 @@ class Fibers:
     def __init__(self) -> None:
         self.waits = 0
         self.hub: Any = None
+        self.grad = True  # whether gradients are recorded where the call began: others must not begin in this one's no_grad
 
     def run(self, body: Callable[[int], Any], count: int, flush: Callable[[], None]) -> list[Any]:
         """Run `body(i)` for all i, each in a fiber, with a `flush` whenever all wait. What one raises ends the others."""
@@ -26,7 +27,7 @@ class Fibers:
         def start(i: int) -> None:
             results[i] = body(i)
 
-        self.hub = getcurrent()
+        self.hub, self.grad = getcurrent(), torch.is_grad_enabled()
         fibers = [greenlet(start) for _ in range(count)]
         try:
             ready = [(fiber, (i,)) for i, fiber in enumerate(fibers)]
@@ -53,7 +54,7 @@ class Fibers:
         if self.hub is None:
             return False
         grad = torch.is_grad_enabled()
-        with without_modes():
+        with without_modes(), torch.set_grad_enabled(self.grad):
             self.hub.switch()
         torch._C._set_grad_enabled(grad)
         return True

@@ -41,7 +41,7 @@ class Front:
             self.version, self.cells, self.holds = self.seen.version, {}, []
         found = function_of(program)
         name = self._cut(*found, entry=True) if found is not None and self.seen.ops else None
-        held = (program, *(x for _, _, x in self.holds))
+        held = (program, *(x for _, _, x in self.holds), *(m for s in self.blocks.values() for m in s.modules))
         self.modules = list(dict.fromkeys(m for x in held if isinstance(x, nn.Module) for m in x.modules()))
         self.state = _state(self.modules)
         if found is None or name is None:

@@ -179,8 +179,9 @@ class _Straight:
 
 
 def is_code(x: object) -> bool:
-    """Whether an object is a module, a function or a class."""
-    return isinstance(x, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type) or callable(x)
+    """Whether an object is a module, a function or a class, or a torch op: nothing with data that may change."""
+    plain = isinstance(x, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type)
+    return plain or (callable(x) and type(x).__module__.startswith("torch._ops"))
 
 
 def stack_of(frame: Any, foreign: tuple[str, ...]) -> list[Frame]:

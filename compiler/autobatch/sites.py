@@ -38,6 +38,7 @@ class Site:
         self.line = line
         self.why = ""
         self.keys: set[Any] = set()
+        self.modules: set[nn.Module] = set()  # that were arguments
         self.lifts = True  # numbers may become tensors
         self.lifting = False  # and have
         self.cell = types.CellType(self)
@@ -62,6 +63,7 @@ class Site:
         """Record one line. Raises DataDependentShape."""
         key = tuple((type(x), x) for x in leaves if not isinstance(x, torch.Tensor))
         self.keys.add(key)
+        self.modules.update(x for x in leaves if isinstance(x, nn.Module))
         recorder = current()
         alone = not any(isinstance(x, torch.Tensor) and not recorder.is_shared(x) for x in leaves)
         many = len(self.keys) > LIFTED_AFTER or alone  # with numbers alone, they are what differs between instances

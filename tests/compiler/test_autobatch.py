@@ -478,3 +478,36 @@ def test_numbers_share_launches_once_they_are_tensors() -> None:
     report = batched.report()
     assert report.counts.launches == 1
     assert [row.runs for row in report.rows] == ["compiled"]
+
+
+def test_waiting_where_no_gradients_are_recorded() -> None:
+    """Instances that begin meanwhile record theirs."""
+
+    class Program(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                large = bool(self.linear(x).sum() > 0)
+            return self.linear(x) * (2 if large else 3)
+
+    program = Program()
+    batched = plait.autobatch(program, compile_after=None)
+    for _ in range(3):
+        equal(batched, program, [torch.randn(3) for _ in range(5)])
+
+
+def test_modules_that_a_function_closes_over_change_mode() -> None:
+    drop, linear = nn.Dropout(1.0).eval(), nn.Linear(3, 3)
+
+    def program(x: Tensor) -> Tensor:
+        return drop(torch.tanh(linear(x))) + 1
+
+    batched = plait.autobatch(program)
+    xs = [torch.randn(3) for _ in range(4)]
+    for mode in (False, True, False):
+        drop.train(mode)
+        for _ in range(4):
+            equal(batched, program, xs)
