@@ -10,6 +10,7 @@ from ..ir import Graph, Value
 from ..ir.rewrite import RuleLog
 from ..runtime import plan as P
 from ..runtime import weights
+from ..runtime.direct import Direct, direct
 from ..runtime.executor import Executable
 from .allow import Allow, always
 from .backends import BACKENDS, print_graph_kernels
@@ -60,11 +61,17 @@ class CompiledGraph:
     def _checking(self) -> Executable:
         return self._executable(check=True)
 
-    def _executable(self, *, check: bool) -> Executable:
+    def direct(self) -> Direct:
+        """The plan as data for native callers. Raises NotDirect."""
+        return direct(self.plan, self._kernels(), weights.placed(self.plan, self.graph.constants))
+
+    def _kernels(self) -> Mapping[str, Any]:
         target = Target(self.options.target)
         load, device = BACKENDS[target.kind].load, target.device(self.graph)
-        kernels = load(self.plan, self.sources, target, device, self.options.isa)
-        return Executable(self.plan, kernels, weights.placed(self.plan, self.graph.constants), check=check)
+        return load(self.plan, self.sources, target, device, self.options.isa)
+
+    def _executable(self, *, check: bool) -> Executable:
+        return Executable(self.plan, self._kernels(), weights.placed(self.plan, self.graph.constants), check=check)
 
 
 def coverage_of(scheduled: Scheduled) -> Coverage:

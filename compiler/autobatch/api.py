@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...errors import BatchDiffers
 from ..options import Options
@@ -60,14 +60,16 @@ class Batched:
         recorder = Recorder(self.table, _shared(self.program), fibers.park, self._compile)
         self.counts = counts = recorder.execution.counts
         counts.instances, started = len(instances), time.perf_counter()
-        with recording(recorder):
-            results = self._record(recorder, fibers, instances)
-            recorder.flush()
-        recorder.closed = True
+        try:
+            with recording(recorder):
+                results = self._record(recorder, fibers, instances)
+                recorder.flush()
+            delivered = _delivered(recorder.execution, results)
+            del results
+        finally:
+            recorder.release()
         counts.waits, spent = fibers.waits, counts.seconds
         spent.host = time.perf_counter() - started - spent.scheduling - spent.gathers - spent.kernels
-        delivered = _delivered(recorder.execution, results)
-        recorder.release()
         for i in range(min(self.verify, len(instances))):
             self._check(i, instances[i], delivered[i])
         return delivered
@@ -90,7 +92,7 @@ class Batched:
         if block.compiled is not None or block.uncompiled or after is None or block.launches < after:
             return
         try:
-            block.compiled = compile_block(block, self.session)
+            block.compiled = compile_block(block, self.session, self.table.native)
         except Exception as why:  # tracing raises many classes; the block then runs in torch, as the report says
             block.uncompiled = f"{type(why).__name__}: {why}".split("\n")[0]
             log.warning("%s at %s runs in torch: %s", block.name, block.source, block.uncompiled)
@@ -129,7 +131,7 @@ class _Joined(torch.autograd.Function):
     def forward(ctx: Any, execution: Execution, values: list[Pending], *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.execution, ctx.values, ctx.sources = execution, values, sources
         ctx.set_materialize_grads(False)
-        return tuple(execution.value(v).clone() for v in values)
+        return tuple(execution.value(v).clone() for v in values)  # parts of one tensor could not be written to
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -139,11 +141,10 @@ class _Joined(torch.autograd.Function):
 
 def _delivered(execution: Execution, results: list[Any]) -> list[Any]:
     """The results with real tensors in place of pending ones; the same for the same."""
-    values = list({x.id: x for x in tree_flatten(results)[0] if type(x) is Pending}.values())
+    leaves, spec = (results, None) if all(type(x) is Pending for x in results) else tree_flatten(results)
+    values = list({x.id: x for x in leaves if type(x) is Pending}.values())
     sources = execution.sources()
-    if sources and values:
-        real = _Joined.apply(execution, values, *sources)
-    else:
-        real = [execution.value(v).clone() for v in values]
+    real = _Joined.apply(execution, values, *sources) if sources and values else execution.values(values)
     found = {v.id: t for v, t in zip(values, real, strict=True)}
-    return tree_map(lambda x: found[x.id] if type(x) is Pending else x, results)
+    made = [found[x.id] if type(x) is Pending else x for x in leaves]
+    return made if spec is None else tree_unflatten(made, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,19 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ...codegen.compile import CompiledGraph
 from ...ir import from_fx
 from ...passes.decompositions import table
+from ...runtime.direct import NotDirect
 from .. import capture, rng
 from ..observe import Record, active
 from ..partition import partition
 from ..pipelines import Session
 from ..plans import runnable
 from .blocks import Block, without_modes
+from .native import record
+
+log = logging.getLogger(__name__)
 
 EXAMPLE = 37  # instances in the trace: a number that no other size is likely to have, since equal sizes would be tied
 
@@ -37,12 +43,14 @@ class BakedSize(Exception):
 class Compiled:
     """A block's graphs. `forward` takes stacked arguments and shared tensors, and gives results and what the backward reads;
     `backward` takes that, numbers first, and the gradients of the results `differentiable`, and gives those of all arguments
-    and shared tensors, None for those that want none.
+    and shared tensors, None for those that want none. `layouts` are the shapes, strides and dtypes of shared tensors with
+    which it also runs without Python; None where it does not.
     """
 
     forward: Run
     backward: Run | None = None
     differentiable: tuple[int, ...] = ()
+    layouts: tuple[Any, ...] | None = None
 
     def save(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """What the forward gave besides results, in the order in which the backward takes it."""
@@ -65,8 +73,9 @@ class _Substitute(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def compile_block(block: Block, session: Session) -> Compiled:
-    """Trace and compile a block. Raises what tracing and lowering raise."""
+def compile_block(block: Block, session: Session, native: Any) -> Compiled:
+    """Trace and compile a block. A plan that needs no Python is handed to the table `native`. Raises what tracing and
+    lowering raise."""
     count = len(block.inputs)
     wanting = tuple(
         k
@@ -93,10 +102,30 @@ def compile_block(block: Block, session: Session) -> Compiled:
             )
         _check_any_size(fakes)
         if not wanting:
-            return Compiled(_compiled(traced, "inference", session))
+            run, made = _compiled(traced, "inference", session)
+            return Compiled(run, layouts=_handed_over(block, run, made, native))
         forward, backward = partition(traced, fakes, session.options.recompute, num_fwd_outputs=len(block.outputs))
-        made = _compiled(forward, "forward", session), _compiled(backward, "backward", session)
-        return Compiled(*made, differentiable)
+        runs = [_compiled(gm, kind, session)[0] for gm, kind in ((forward, "forward"), (backward, "backward"))]
+        return Compiled(*runs, differentiable)
+
+
+def _handed_over(block: Block, run: Run, compiled: CompiledGraph, native: Any) -> tuple[Any, ...] | None:
+    """The layouts of shared tensors for which `native` can run a block now; None where Python has to."""
+    if record.Quick is None or run != compiled.executable.run:
+        return None
+    try:
+        found = compiled.direct()
+    except NotDirect as why:
+        log.info("%s at %s runs from Python: %s", block.name, block.source, why)
+        return None
+    counts = tuple(slot for slot, position, dim in found.symbols if dim == 0 and position < len(block.inputs))
+    if len(counts) != len(found.symbols):
+        return None
+    native.direct(
+        block.number, found.run, found.sizes, found.program, found.slots, counts, found.arena, found.bases, found.inputs,
+        found.outputs, found,
+    )  # fmt: skip
+    return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
 
 
 def _check_any_size(fakes: Sequence[Any]) -> None:
@@ -120,13 +149,15 @@ def _fakes(block: Block, wanting: Sequence[int]) -> list[torch.Tensor]:
     return found
 
 
-def _compiled(gm: GraphModule, kind: str, session: Session) -> Run:
+def _compiled(gm: GraphModule, kind: str, session: Session) -> tuple[Run, CompiledGraph]:
     started = time.perf_counter()
-    record = Record(f"{session.name}_{kind}", kind)
+    watched = Record(f"{session.name}_{kind}", kind)
     for observation in active():
-        observation.graphs.append(record)
+        observation.graphs.append(watched)
     with capture.real_tensors():
-        record.captured = from_fx(rng.unfold(gm), kind)
-        record.graph, steps = session.run(record.captured, "split")
-        record.history = tuple(steps)
-        return runnable(session, record.graph, record, lambda made: made.executable.run, started)
+        watched.captured = from_fx(rng.unfold(gm), kind)
+        watched.graph, steps = session.run(watched.captured, "split")
+        watched.history = tuple(steps)
+        run = runnable(session, watched.graph, watched, lambda made: made.executable.run, started)
+        assert watched.compiled is not None
+        return run, watched.compiled

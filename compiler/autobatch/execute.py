@@ -3,49 +3,27 @@
 All values of one type lie in one pool, in the order in which they are computed, so that the results of a launch are a
 contiguous part of it and arguments are rows that an index names. With gradients a launch keeps its own small autograd
 graph; the backward goes through the launches in reverse, and adds into pools of gradients by the same indices.
+
+Launches whose plans need no Python run one after the other in native code (`launch.cpp`).
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...runtime.native import raise_status
 from .blocks import Block
 from .compile import Compiled
 from .report import Counts
 from .values import INTEGER, REAL, Pending, Type
 
-Lines = Sequence[tuple[Block, bytes, bytes, bytes]]  # ids of arguments, depths, first ids of results, as int64
-
-
-@dataclass
-class Pool:
-    """Rows of values of one type; `used` of them hold something."""
-
-    type: Type
-    rows: torch.Tensor
-    used: int = 0
-
-    @staticmethod
-    def of(type: Type) -> Pool:
-        """An empty pool."""
-        return Pool(type, torch.empty((0, *type.shape), dtype=type.dtype, device=type.device))
-
-    def reserve(self, more: int) -> None:
-        """Make room for so many more rows."""
-        wanted = self.used + more
-        if wanted <= self.rows.shape[0]:
-            return
-        grown = self.rows.new_empty((max(wanted, 2 * self.used), *self.type.shape))
-        grown[: self.used] = self.rows[: self.used]
-        self.rows = grown
+Scheduled = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # as `State.schedule` gives it
 
 
 @dataclass(frozen=True)
@@ -65,13 +43,24 @@ class Launch:
 
 
 class Execution:
-    """Values of one call, and the launches that made them."""
+    """Values of one call, and the launches that made them. `state` is what the call records into, `types` numbers types,
+    `pools` may be those of a call that has ended, `compile` compiles a block if it is time to."""
 
-    def __init__(self, compile: Callable[[Block], None]) -> None:
-        self.compile = compile  # compiles a block, if it is time to
-        self.pools: dict[Type, Pool] = {}
-        self.row_of = np.full(1024, -1, dtype=np.int64)
+    def __init__(
+        self,
+        state: Any,
+        table: Any,
+        types: Mapping[Type, int],
+        pools: dict[Type, torch.Tensor],
+        compile: Callable[[Block], None],
+    ) -> None:
+        self.state = state
+        self.table = table
+        self.types = types
+        self.pools = pools
+        self.compile = compile
         self.waiting: dict[Type, list[tuple[int, torch.Tensor]]] = {}  # given tensors that are not in their pool yet
+        self.used: tuple[int, ...] = ()  # rows of each type that hold something
         self.launches: list[Launch] = []
         self.counts = Counts()
         self.wanting: list[tuple[torch.Tensor, Type, int]] = []  # given tensors that want a gradient: type and id
@@ -86,77 +75,107 @@ class Execution:
 
     def has(self, id: int) -> bool:
         """Whether a value has been computed."""
-        return id < len(self.row_of) and self.row_of[id] >= 0
+        return self.state.row(id) >= 0
 
     def value(self, x: Pending) -> torch.Tensor:
         """A computed value: a view of its row."""
-        return self.pools[x.type].rows[int(self.row_of[x.id])]
+        return self.pools[x.type][self.state.row(x.id)]
+
+    def values(self, found: Sequence[Pending]) -> list[torch.Tensor]:
+        """Computed values as tensors of their own. Those of one type are parts of one."""
+        by_type: dict[Type, list[int]] = {}
+        for at, x in enumerate(found):
+            by_type.setdefault(x.type, []).append(at)
+        made: list[Any] = [None] * len(found)
+        for type, places in by_type.items():
+            rows = torch.tensor([self.state.row(found[at].id) for at in places])
+            for at, x in zip(places, self.pools[type].index_select(0, rows).unbind(0), strict=True):
+                made[at] = x
+        return made
 
     # -- launches -----------------------------------------------------------------------------------------------------
 
-    def run(self, lines: Lines, numbers: Sequence[bytes], ids: int) -> None:
-        """Compute all lines; `numbers` are plain numbers that are values, as `State.take_numbers` gives them, and `ids` are
-        given out so far."""
-        started, before = time.perf_counter(), self.counts.seconds.scheduling + self.counts.seconds.gathers
-        if ids > len(self.row_of):
-            grown = np.full(max(ids, 2 * len(self.row_of)), -1, dtype=np.int64)
-            grown[: len(self.row_of)] = self.row_of
-            self.row_of = grown
-        self._take_given(numbers)
-        more: Counter[Type] = Counter()
-        for block, _, depths, _ in lines:
-            more.update({t: len(depths) // 8 * n for t, n in Counter(block.outputs).items()})
-        for type, rows in more.items():
-            self.pools.setdefault(type, Pool.of(type)).reserve(rows)
-        spent = self.counts.seconds
-        launches = list(self._launches(lines))
-        spent.scheduling += time.perf_counter() - started
-        for block, arguments, firsts in launches:
-            self._launch(block, arguments, firsts)
-        spent.kernels += time.perf_counter() - started - (spent.scheduling + spent.gathers - before)
-
-    def _take_given(self, numbers: Sequence[bytes]) -> None:
+    def run(self, blocks: Sequence[Block]) -> None:
+        """Compute all lines that are recorded."""
+        started, spent = time.perf_counter(), self.counts.seconds
         waiting, self.waiting = self.waiting, {}
-        for type, tensors in waiting.items():
-            pool = self.pools.setdefault(type, Pool.of(type))
-            pool.reserve(len(tensors))
-            torch.stack([t for _, t in tensors], out=pool.rows[pool.used : pool.used + len(tensors)])
-            self._placed(pool, [id for id, _ in tensors])
-        for k, type in enumerate((INTEGER, REAL)):
-            ids = np.frombuffer(numbers[2 * k], dtype=np.int64)
-            if len(ids):
-                pool = self.pools.setdefault(type, Pool.of(type))
-                pool.reserve(len(ids))
-                values = np.frombuffer(numbers[2 * k + 1], dtype=np.float64 if k else np.int64)
-                pool.rows[pool.used : pool.used + len(ids)] = torch.from_numpy(values.copy())
-                self._placed(pool, ids)
+        given = [
+            (type, tensors, self.state.put(self.types[type], tuple(id for id, _ in tensors)))
+            for type, tensors in waiting.items()
+        ]
+        launches, rows = self.state.schedule()
+        self._reserve(self.state.used())
+        for type, tensors, start in given:
+            torch.stack([t for _, t in tensors], out=self.pools[type][start : start + len(tensors)])
+        self.state.numbers(*(self.pools[t].data_ptr() for t in (INTEGER, REAL)))
+        gathers, now = spent.gathers, time.perf_counter()
+        spent.scheduling += now - started
+        self._launches(blocks, launches, rows)
+        spent.kernels += time.perf_counter() - now - (spent.gathers - gathers)
 
-    def _placed(self, pool: Pool, ids: Any) -> None:
-        self.row_of[ids] = np.arange(pool.used, pool.used + len(ids))
-        pool.used += len(ids)
+    def _reserve(self, used: tuple[int, ...]) -> None:
+        """Make room for so many rows of each type, and one more: a single instance runs twice."""
+        for type, number in self.types.items():
+            pool, wanted = self.pools.get(type), used[number] + 1
+            if pool is None or pool.shape[0] < wanted:
+                before = self.used[number] if number < len(self.used) else 0
+                size = max(wanted, 2 * before)
+                grown = torch.empty((size, *type.shape), dtype=type.dtype, device=type.device)
+                if pool is not None and before:
+                    grown[:before] = pool[:before]
+                self.pools[type] = grown
+        self.used = used
 
-    @staticmethod
-    def _launches(lines: Lines) -> Iterator[tuple[Block, np.ndarray, np.ndarray]]:
-        """(block, ids of arguments as launch by position, first ids of results), by depth, then by block."""
-        found: list[tuple[int, int, Block, np.ndarray, np.ndarray]] = []
-        for block, arguments, depths, firsts in lines:
-            deep = np.frombuffer(depths, dtype=np.int64)
-            order = np.argsort(deep, kind="stable")
-            ids = np.frombuffer(arguments, dtype=np.int64).reshape(len(deep), -1)[order]
-            first, sorted_depths = np.frombuffer(firsts, dtype=np.int64)[order], deep[order]
-            cuts = [0, *(np.flatnonzero(np.diff(sorted_depths)) + 1).tolist(), len(deep)]
-            for a, b in itertools.pairwise(cuts):
-                found.append((int(sorted_depths[a]), block.number, block, ids[a:b], first[a:b]))
-        for _, _, block, ids, first in sorted(found, key=lambda e: e[:2]):
-            yield block, ids, first
+    def _launches(self, blocks: Sequence[Block], launches: Sequence[Scheduled], rows: bytearray) -> None:
+        addresses = tuple(self.pools[t].data_ptr() for t in self.types)
+        at, bound = 0, set[int]()
+        while at < len(launches):
+            end = at
+            while end < len(launches):
+                block = blocks[launches[end][0]]
+                self.compile(block)
+                if not self._is_direct(block, bound):
+                    break
+                self._count(block, launches[end][1])
+                end += 1
+            if end > at:
+                status, gathered, gathers, _ = self.state.run(at, end, addresses, torch.get_num_threads())
+                self.counts.gathered_bytes += gathered
+                self.counts.seconds.gathers += 1e-9 * gathers
+                if status:
+                    raise_status(status, [f"a guard of the plan of {blocks[launches[at][0]].source}"] * status)
+            else:
+                self._launch(blocks[launches[at][0]], launches[at], rows)
+                end = at + 1
+            at = end
 
-    def _launch(self, block: Block, ids: np.ndarray, firsts: np.ndarray) -> None:
-        count = len(firsts)
-        rows = [torch.from_numpy(self.row_of[ids[:, k]]) for k in range(ids.shape[1])]
+    def _is_direct(self, block: Block, bound: set[int]) -> bool:
+        """Whether a block runs without Python; its shared tensors are where they are now."""
+        if block.number in bound:
+            return True
+        if block.compiled is None or block.compiled.layouts is None:
+            return False
+        if tuple((s.shape, s.stride(), s.dtype) for s in block.shared) != block.compiled.layouts:
+            return False
+        self.table.shared(block.number, tuple(s.data_ptr() for s in block.shared))
+        bound.add(block.number)
+        return True
+
+    def _count(self, block: Block, count: int) -> None:
+        block.launches += 1
+        self.counts.launches += 1
+        self.counts.lines += count
+        self.counts.batches.setdefault(block, []).append(count)
+
+    def _launch(self, block: Block, scheduled: Scheduled, rows: bytearray) -> None:
+        _, count, begin, starts, side = scheduled
         started = time.perf_counter()
-        stacked = [self._gathered(self.pools[t], r) for t, r in zip(block.inputs, rows, strict=True)]
+        at = [
+            torch.frombuffer(rows, dtype=torch.int64, count=count, offset=8 * (begin + k * count))
+            for k in range(len(block.inputs))
+        ]
+        stacked = [self._gathered(self.pools[t], r, s) for t, r, s in zip(block.inputs, at, side, strict=True)]
         self.counts.seconds.gathers += time.perf_counter() - started
-        self.compile(block)
         saved: tuple[Any, ...] | None = None
         leaves: list[torch.Tensor] = []
         if block.compiled is not None:
@@ -165,21 +184,13 @@ class Execution:
             leaves = [x.detach().requires_grad_(block.grad and (x.is_floating_point() or x.is_complex())) for x in stacked]
             with torch.set_grad_enabled(block.grad):
                 made = block.batched(leaves)
-        starts = []
-        for k, (type, x) in enumerate(zip(block.outputs, made, strict=True)):
-            pool = self.pools[type]
-            starts.append(pool.used)
-            pool.rows[pool.used : pool.used + count] = x.detach()[:count]
-            self.row_of[firsts + k] = np.arange(pool.used, pool.used + count)
-            pool.used += count
-        block.launches += 1
-        self.counts.launches += 1
-        self.counts.lines += count
-        self.counts.batches.setdefault(block, []).append(count)
+        for start, type, x in zip(starts, block.outputs, made, strict=True):
+            self.pools[type][start : start + count] = x.detach()[:count]
+        self._count(block, count)
         if saved is not None:
-            self.launches.append(Launch(block, count, tuple(rows), tuple(starts), saved=saved))
+            self.launches.append(Launch(block, count, tuple(at), starts, saved=saved))
         elif any(x.requires_grad for x in made):
-            self.launches.append(Launch(block, count, tuple(rows), tuple(starts), tuple(leaves), tuple(made)))
+            self.launches.append(Launch(block, count, tuple(at), starts, tuple(leaves), tuple(made)))
 
     @staticmethod
     def _run_compiled(block: Block, compiled: Compiled, stacked: list[torch.Tensor]) -> tuple[Any, tuple[Any, ...] | None]:
@@ -189,11 +200,10 @@ class Execution:
         results = made[: len(block.outputs)]
         return results, compiled.save(made[len(results) :]) if compiled.backward is not None else None
 
-    def _gathered(self, pool: Pool, rows: torch.Tensor) -> torch.Tensor:
-        first, count = int(rows[0]), len(rows)
-        if int(rows[-1]) - first == count - 1 and bool((rows[1:] - rows[:-1] == 1).all()):
-            return pool.rows[first : first + count].data  # with a version of its own: rows are never written twice
-        made = pool.rows.index_select(0, rows)
+    def _gathered(self, pool: torch.Tensor, rows: torch.Tensor, side: int) -> torch.Tensor:
+        if side >= 0:
+            return pool[side : side + len(rows)].data  # with a version of its own: rows are never written twice
+        made = pool.index_select(0, rows)
         self.counts.gathered_bytes += made.numel() * made.element_size()
         return made
 
@@ -209,14 +219,14 @@ class Execution:
     ) -> list[torch.Tensor | None]:
         """Gradients of `sources` for those of some values."""
         pools = {
-            t: torch.zeros_like(p.rows[: p.used])
+            t: torch.zeros_like(p[: self.used[self.types[t]]])
             for t, p in self.pools.items()
             if t.dtype.is_floating_point or t.dtype.is_complex
         }
         touched = {t: np.zeros(len(g), dtype=bool) for t, g in pools.items()}
         for value, grad in zip(values, grads, strict=True):
             if grad is not None:
-                row = int(self.row_of[value.id])
+                row = self.state.row(value.id)
                 pools[value.type][row] += grad
                 touched[value.type][row] = True
         shared: dict[int, torch.Tensor] = {}
@@ -224,7 +234,7 @@ class Execution:
             self._launch_backward(launch, pools, touched, shared)
         found: list[torch.Tensor | None] = [shared.get(id(s)) for s in sources[: len(sources) - len(self.wanting)]]
         for _, type, id_ in self.wanting:
-            row = int(self.row_of[id_])
+            row = self.state.row(id_)
             found.append(pools[type][row] if touched[type][row] else None)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -10,6 +11,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import KernelBuildFailed, NoCompiler
 from ...runtime.native import FLAGS, build_shared, keep
 from . import record_python
@@ -17,25 +20,39 @@ from . import record_python
 log = logging.getLogger(__name__)
 
 NAME = "plait_record"
-SOURCE = Path(__file__).with_name("record.cpp")
+SOURCES = ("record.cpp", "launch.cpp")
+HEADERS = ("state.h",)
+GRAD_ENABLED = "_ZN3c108GradMode10is_enabledEv"  # c10::GradMode::is_enabled()
 
 
 def load() -> tuple[Any, str]:
-    """(a module with Handle, State, Quick and enter, why it is not the native one). Quick is None in Python's."""
+    """(a module with Handle, Table, State, Quick and enter, why it is not the native one). Quick is None in Python's."""
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").exists():
         return _python(f"Python's headers are not in {include}")
-    text = SOURCE.read_text()
+    here = Path(__file__).parent
+    texts = [(here / name).read_text() for name in SOURCES]
+    headers = {name: (here / name).read_text() for name in HEADERS}
     flags = (*FLAGS, f"-I{include}")
-    key = hashlib.sha256("\n".join((text, sys.version, *flags)).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\n".join((*texts, *headers.values(), sys.version, *flags)).encode()).hexdigest()[:24]
     try:
-        path = keep(f"record-{key}.so", lambda target: build_shared([text], target, flags))
+        path = keep(f"record-{key}.so", lambda target: build_shared(texts, target, flags, headers))
         spec: Any = importlib.util.spec_from_file_location(NAME, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (NoCompiler, KernelBuildFailed, OSError, ImportError) as why:
         return _python(str(why).split("\n")[0])
+    module.begin(ctypes.cast(_grad_enabled, ctypes.c_void_p).value)
     return module, ""
+
+
+def _grad_function() -> Any:
+    """Torch's function that tells whether gradients are recorded in this thread, as native code calls it."""
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    try:
+        return getattr(ctypes.CDLL(str(library)), GRAD_ENABLED)
+    except (OSError, AttributeError):
+        return ctypes.CFUNCTYPE(ctypes.c_bool)(torch.is_grad_enabled)
 
 
 def _python(why: str) -> tuple[Any, str]:
@@ -43,4 +60,5 @@ def _python(why: str) -> tuple[Any, str]:
     return record_python, why
 
 
+_grad_enabled = _grad_function()  # kept: native code holds its address
 record, WHY_NOT_NATIVE = load()

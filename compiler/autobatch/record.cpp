@@ -1,54 +1,51 @@
 // The hot part of recording: pending tensors, the lines of a call, and what cut code calls to run a block.
 //
-// Python objects only; no torch headers. `record_python.py` is the same without a compiler.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <structmember.h>
+// `record_python.py` is the same without a compiler.
+#include "state.h"
 
-#include <cstdint>
-#include <string>
-#include <vector>
+#include <algorithm>
 
+namespace plait {
 namespace {
 
 // -- handles --------------------------------------------------------------------------------------------------------------
 
-// What a pending tensor consists of; Python's class `Pending` adds the methods of a tensor.
-struct Handle {
-  PyObject_HEAD
-  PyObject* recorder;
-  PyObject* type;
-  PyObject* view_of;  // in eager it shares memory with this one
-  long long id;
-  long long depth;
-  char viewed;  // in eager another one shares memory with it
-};
-
-int handle_traverse(PyObject* self, visitproc visit, void* arg) {
-  auto* h = reinterpret_cast<Handle*>(self);
-  Py_VISIT(h->recorder);
-  Py_VISIT(h->type);
-  Py_VISIT(h->view_of);
-  return 0;
+// Lets go of the recorder once the call has ended and nobody holds a pending tensor of it.
+void settle(State* s) {
+  if (s->closed && s->live == 0) Py_CLEAR(s->recorder);
 }
 
-int handle_clear(PyObject* self) {
-  auto* h = reinterpret_cast<Handle*>(self);
-  Py_CLEAR(h->recorder);
-  Py_CLEAR(h->type);
-  Py_CLEAR(h->view_of);
-  return 0;
+PyObject* handle_made(PyTypeObject* type, State* s, PyObject* kind, long long id, long long depth) {
+  auto* h = reinterpret_cast<Handle*>(type->tp_alloc(type, 0));
+  if (h == nullptr) return nullptr;
+  h->state = reinterpret_cast<State*>(Py_NewRef(reinterpret_cast<PyObject*>(s)));
+  h->type = Py_NewRef(kind);
+  h->view_of = Py_NewRef(Py_None);
+  h->id = id;
+  h->depth = depth;
+  s->live++;
+  return reinterpret_cast<PyObject*>(h);
 }
 
 void handle_dealloc(PyObject* self) {
-  PyObject_GC_UnTrack(self);
-  handle_clear(self);
+  auto* h = reinterpret_cast<Handle*>(self);
+  Py_CLEAR(h->type);
+  Py_CLEAR(h->view_of);
+  if (h->state != nullptr) {
+    h->state->live--;
+    settle(h->state);
+    Py_CLEAR(h->state);
+  }
   Py_TYPE(self)->tp_free(self);
 }
 
+PyObject* handle_recorder(PyObject* self, void*) {
+  PyObject* recorder = reinterpret_cast<Handle*>(self)->state->recorder;
+  return Py_NewRef(recorder == nullptr ? Py_None : recorder);
+}
+
 PyMemberDef handle_members[] = {
-    {"recorder", T_OBJECT, offsetof(Handle, recorder), 0, nullptr},
-    {"type", T_OBJECT, offsetof(Handle, type), 0, nullptr},
+    {"type", T_OBJECT, offsetof(Handle, type), READONLY, nullptr},
     {"view_of", T_OBJECT, offsetof(Handle, view_of), 0, nullptr},
     {"id", T_LONGLONG, offsetof(Handle, id), 0, nullptr},
     {"depth", T_LONGLONG, offsetof(Handle, depth), 0, nullptr},
@@ -56,54 +53,39 @@ PyMemberDef handle_members[] = {
     {nullptr, 0, 0, 0, nullptr},
 };
 
+PyGetSetDef handle_properties[] = {{"recorder", handle_recorder, nullptr, nullptr, nullptr}, {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
 PyTypeObject handle_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
 // -- lines ----------------------------------------------------------------------------------------------------------------
 
-struct Lines {
-  std::vector<int64_t> arguments, depths, firsts;
-};
-
-// What a call has recorded since it was last taken. The recorder outlives it.
-struct State {
-  PyObject_HEAD
-  PyObject* recorder;  // not owned: it owns this
-  long long next_id;
-  long long floor;
-  std::vector<Lines>* lines;
-  std::vector<int64_t>*integer_ids, *integers, *real_ids;
-  std::vector<double>* reals;
-};
-
 thread_local State* current = nullptr;
 
-Lines& lines_of(State* s, size_t block) {
-  if (block >= s->lines->size()) s->lines->resize(block + 1);
-  return (*s->lines)[block];
-}
-
 PyObject* state_new(PyTypeObject* type, PyObject* args, PyObject*) {
-  PyObject* recorder;
-  if (!PyArg_ParseTuple(args, "O", &recorder)) return nullptr;
+  PyObject *recorder, *table;
+  if (!PyArg_ParseTuple(args, "OO!", &recorder, &table_type, &table)) return nullptr;
   auto* s = reinterpret_cast<State*>(type->tp_alloc(type, 0));
   if (s == nullptr) return nullptr;
-  s->recorder = recorder;
-  s->lines = new std::vector<Lines>;
-  s->integer_ids = new std::vector<int64_t>;
-  s->integers = new std::vector<int64_t>;
-  s->real_ids = new std::vector<int64_t>;
+  s->recorder = Py_NewRef(recorder);
+  s->table = reinterpret_cast<Table*>(Py_NewRef(table));
+  s->buckets = new std::vector<std::vector<std::vector<Bucket>>>;
+  for (auto** v : {&s->integer_ids, &s->integers, &s->real_ids, &s->row_of, &s->used, &s->rows}) *v = new std::vector<int64_t>;
   s->reals = new std::vector<double>;
+  s->launches = new std::vector<Launch>;
+  s->scratch = new std::vector<char>;
   return reinterpret_cast<PyObject*>(s);
 }
 
 void state_dealloc(PyObject* self) {
   auto* s = reinterpret_cast<State*>(self);
   if (current == s) current = nullptr;
-  delete s->lines;
-  delete s->integer_ids;
-  delete s->integers;
-  delete s->real_ids;
+  Py_CLEAR(s->recorder);
+  Py_CLEAR(s->table);
+  delete s->buckets;
+  for (auto* v : {s->integer_ids, s->integers, s->real_ids, s->row_of, s->used, s->rows}) delete v;
   delete s->reals;
+  delete s->launches;
+  delete s->scratch;
   Py_TYPE(self)->tp_free(self);
 }
 
@@ -132,67 +114,39 @@ PyObject* state_line(PyObject* self, PyObject* args) {
   Py_ssize_t block, results;
   PyObject* given;
   if (!PyArg_ParseTuple(args, "nO!n", &block, &PyList_Type, &given, &results)) return nullptr;
-  Lines& l = lines_of(s, block);
   long long depth = s->floor;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); i++) {
-    auto* h = reinterpret_cast<Handle*>(PyList_GET_ITEM(given, i));
-    l.arguments.push_back(h->id);
-    if (h->depth > depth) depth = h->depth;
-  }
-  l.depths.push_back(++depth);
-  l.firsts.push_back(s->next_id);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); i++)
+    depth = std::max(depth, depth_of(s, reinterpret_cast<Handle*>(PyList_GET_ITEM(given, i))));
+  Bucket& b = bucket_of(s, block, ++depth);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); i++)
+    b.arguments.push_back(reinterpret_cast<Handle*>(PyList_GET_ITEM(given, i))->id);
+  b.firsts.push_back(s->next_id);
   PyObject* made = Py_BuildValue("LL", depth, s->next_id);
   s->next_id += results;
   return made;
 }
 
-template <class T> PyObject* bytes(const std::vector<T>& v) {
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(v.data()), v.size() * sizeof(T));
+// pending(class, type, id, depth) -> a pending tensor of this call
+PyObject* state_pending(PyObject* self, PyObject* args) {
+  PyObject *type, *kind;
+  long long id, depth;
+  if (!PyArg_ParseTuple(args, "O!OLL", &PyType_Type, &type, &kind, &id, &depth)) return nullptr;
+  return handle_made(reinterpret_cast<PyTypeObject*>(type), reinterpret_cast<State*>(self), kind, id, depth);
 }
 
-// take() -> [(block, ids of arguments, depths, first ids of results)], each as bytes of int64
-PyObject* state_take(PyObject* self, PyObject*) {
+// end() -> whether no pending tensor is left; the recorder is let go of once that is so.
+PyObject* state_end(PyObject* self, PyObject*) {
   auto* s = reinterpret_cast<State*>(self);
-  PyObject* found = PyList_New(0);
-  if (found == nullptr) return nullptr;
-  for (size_t b = 0; b < s->lines->size(); b++) {
-    Lines& l = (*s->lines)[b];
-    if (l.depths.empty()) continue;
-    PyObject* entry = Py_BuildValue("nNNN", static_cast<Py_ssize_t>(b), bytes(l.arguments), bytes(l.depths), bytes(l.firsts));
-    if (entry == nullptr || PyList_Append(found, entry) != 0) {
-      Py_XDECREF(entry);
-      Py_DECREF(found);
-      return nullptr;
-    }
-    Py_DECREF(entry);
-    l = Lines();
-  }
-  return found;
-}
-
-// take_numbers() -> (ids, values of integers, ids, values of reals), as bytes of int64 and of double
-PyObject* state_take_numbers(PyObject* self, PyObject*) {
-  auto* s = reinterpret_cast<State*>(self);
-  PyObject* made = Py_BuildValue("NNNN", bytes(*s->integer_ids), bytes(*s->integers), bytes(*s->real_ids), bytes(*s->reals));
-  s->integer_ids->clear();
-  s->integers->clear();
-  s->real_ids->clear();
-  s->reals->clear();
-  return made;
+  const bool alone = s->live == 0;
+  s->closed = 1;
+  settle(s);
+  return PyBool_FromLong(alone);
 }
 
 PyMemberDef state_members[] = {
     {"next_id", T_LONGLONG, offsetof(State, next_id), 0, nullptr},
     {"floor", T_LONGLONG, offsetof(State, floor), 0, nullptr},
     {nullptr, 0, 0, 0, nullptr},
-};
-
-PyMethodDef state_methods[] = {
-    {"line", state_line, METH_VARARGS, nullptr},
-    {"number", state_number, METH_O, nullptr},
-    {"take", state_take, METH_NOARGS, nullptr},
-    {"take_numbers", state_take_numbers, METH_NOARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr},
 };
 
 PyTypeObject state_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
@@ -219,11 +173,12 @@ struct Version {
 struct Quick {
   PyObject_HEAD
   vectorcallfunc call;
-  PyObject *slow, *pending, *tensor, *grad;
+  PyObject *slow, *pending, *tensor;
   std::vector<Version>* versions;
 };
 
-PyObject* lift_as = nullptr;  // the name of the recorder's method
+PyObject* lift_as = nullptr;            // the name of the recorder's method
+bool (*grad_enabled)() = nullptr;  // torch's own: whether gradients are recorded in this thread
 
 constexpr size_t MOST = 32;  // arguments
 
@@ -272,25 +227,16 @@ PyObject* record(Quick* q, State* s, const Version& v, PyObject* const* args, Py
     } else if (how == PENDING || how == REAL) {
       auto* h = reinterpret_cast<Handle*>(how == REAL ? lifted[i] : args[i]);
       ids[count++] = h->id;
-      if (h->depth > depth) depth = h->depth;
+      depth = std::max(depth, depth_of(s, h));
     }
   }
-  Lines& l = lines_of(s, v.block);
-  l.arguments.insert(l.arguments.end(), ids, ids + count);
-  l.depths.push_back(++depth);
-  l.firsts.push_back(s->next_id);
-  auto* type = reinterpret_cast<PyTypeObject*>(q->pending);
-  std::vector<PyObject*> made(v.types.size());
-  for (size_t k = 0; k < made.size(); k++) {
-    auto* h = reinterpret_cast<Handle*>(type->tp_alloc(type, 0));
-    if (h == nullptr) return nullptr;
-    h->recorder = Py_NewRef(s->recorder);
-    h->type = Py_NewRef(v.types[k]);
-    h->view_of = Py_NewRef(Py_None);
-    h->id = s->next_id++;
-    h->depth = depth;
-    made[k] = reinterpret_cast<PyObject*>(h);
-  }
+  Bucket& b = bucket_of(s, v.block, ++depth);
+  b.arguments.insert(b.arguments.end(), ids, ids + count);
+  b.firsts.push_back(s->next_id);
+  PyObject* made[MOST];
+  for (size_t k = 0; k < v.types.size(); k++)
+    if ((made[k] = handle_made(reinterpret_cast<PyTypeObject*>(q->pending), s, v.types[k], s->next_id++, depth)) == nullptr)
+      return nullptr;
   for (auto [result, argument] : v.views) {
     PyObject* base = v.kinds[argument].how == REAL ? lifted[argument] : args[argument];
     if (v.kinds[argument].how == NUMBER) continue;
@@ -305,7 +251,7 @@ PyObject* record(Quick* q, State* s, const Version& v, PyObject* const* args, Py
     found = PyTuple_New(v.order.size());
     for (size_t k = 0; found != nullptr && k < v.order.size(); k++) PyTuple_SET_ITEM(found, k, Py_NewRef(made[v.order[k]]));
   }
-  for (PyObject* m : made) Py_DECREF(m);
+  for (size_t k = 0; k < v.types.size(); k++) Py_DECREF(made[k]);
   return found;
 }
 
@@ -317,12 +263,7 @@ PyObject* quick_call(PyObject* self, PyObject* const* args, size_t nargsf, PyObj
     int grad = -1;
     for (const Version& v : *q->versions) {
       if (v.kinds.size() != count || !fits(q, v, args)) continue;
-      if (grad < 0) {
-        PyObject* enabled = PyObject_CallNoArgs(q->grad);
-        if (enabled == nullptr) return nullptr;
-        grad = enabled == Py_True;
-        Py_DECREF(enabled);
-      }
+      if (grad < 0) grad = grad_enabled();
       if (grad != v.grad) continue;
       PyObject* lifted[MOST] = {};
       bool all = true;
@@ -340,15 +281,14 @@ PyObject* quick_call(PyObject* self, PyObject* const* args, size_t nargsf, PyObj
 }
 
 PyObject* quick_new(PyTypeObject* type, PyObject* args, PyObject*) {
-  PyObject *slow, *pending, *tensor, *grad;
-  if (!PyArg_ParseTuple(args, "OOOO", &slow, &pending, &tensor, &grad)) return nullptr;
+  PyObject *slow, *pending, *tensor;
+  if (!PyArg_ParseTuple(args, "OOO", &slow, &pending, &tensor)) return nullptr;
   auto* q = reinterpret_cast<Quick*>(type->tp_alloc(type, 0));
   if (q == nullptr) return nullptr;
   q->call = quick_call;
   q->slow = Py_NewRef(slow);
   q->pending = Py_NewRef(pending);
   q->tensor = Py_NewRef(tensor);
-  q->grad = Py_NewRef(grad);
   q->versions = new std::vector<Version>;
   return reinterpret_cast<PyObject*>(q);
 }
@@ -358,7 +298,6 @@ int quick_traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(q->slow);
   Py_VISIT(q->pending);
   Py_VISIT(q->tensor);
-  Py_VISIT(q->grad);
   for (const Version& v : *q->versions) {
     for (const Kind& k : v.kinds) Py_VISIT(k.what);
     for (PyObject* t : v.types) Py_VISIT(t);
@@ -377,7 +316,6 @@ int quick_clear(PyObject* self) {
   Py_CLEAR(q->slow);
   Py_CLEAR(q->pending);
   Py_CLEAR(q->tensor);
-  Py_CLEAR(q->grad);
   return 0;
 }
 
@@ -434,29 +372,45 @@ PyObject* enter(PyObject*, PyObject* state) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef functions[] = {{"enter", enter, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
+// begin(address of torch's function that tells whether gradients are recorded), before anything else.
+PyObject* begin(PyObject*, PyObject* address) {
+  grad_enabled = reinterpret_cast<bool (*)()>(PyLong_AsVoidPtr(address));
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {
+    {"enter", enter, METH_O, nullptr}, {"begin", begin, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "plait_record", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+}  // namespace plait
 
 PyMODINIT_FUNC PyInit_plait_record() {
+  using namespace plait;
   handle_type.tp_name = "plait_record.Handle";
   handle_type.tp_basicsize = sizeof(Handle);
-  handle_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC;
-  handle_type.tp_new = PyType_GenericNew;
+  handle_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION;
   handle_type.tp_dealloc = handle_dealloc;
-  handle_type.tp_traverse = handle_traverse;
-  handle_type.tp_clear = handle_clear;
   handle_type.tp_members = handle_members;
+  handle_type.tp_getset = handle_properties;
 
+  static std::vector<PyMethodDef> methods{
+      {"line", state_line, METH_VARARGS, nullptr},
+      {"number", state_number, METH_O, nullptr},
+      {"pending", state_pending, METH_VARARGS, nullptr},
+      {"end", state_end, METH_NOARGS, nullptr},
+  };
+  for (PyMethodDef* m = launch_methods; m->ml_name != nullptr; m++) methods.push_back(*m);
+  methods.push_back({nullptr, nullptr, 0, nullptr});
   state_type.tp_name = "plait_record.State";
   state_type.tp_basicsize = sizeof(State);
   state_type.tp_flags = Py_TPFLAGS_DEFAULT;
   state_type.tp_new = state_new;
   state_type.tp_dealloc = state_dealloc;
   state_type.tp_members = state_members;
-  state_type.tp_methods = state_methods;
+  state_type.tp_methods = methods.data();
 
   quick_type.tp_name = "plait_record.Quick";
   quick_type.tp_basicsize = sizeof(Quick);
@@ -471,9 +425,9 @@ PyMODINIT_FUNC PyInit_plait_record() {
 
   lift_as = PyUnicode_InternFromString("lift_as");
   PyObject* m = PyModule_Create(&module);
-  if (m == nullptr || lift_as == nullptr) return nullptr;
-  for (PyTypeObject* type : {&handle_type, &state_type, &quick_type}) {
-    if (PyType_Ready(type) < 0) return nullptr;
+  if (m == nullptr || lift_as == nullptr || !ready_table()) return nullptr;
+  for (PyTypeObject* type : {&handle_type, &table_type, &state_type, &quick_type}) {
+    if (type != &table_type && PyType_Ready(type) < 0) return nullptr;
     const std::string name = std::string(type->tp_name).substr(sizeof("plait_record"));
     if (PyModule_AddObjectRef(m, name.c_str(), reinterpret_cast<PyObject*>(type)) < 0) return nullptr;
   }

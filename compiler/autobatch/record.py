@@ -68,14 +68,27 @@ class Table:
         self.outcomes: dict[Any, Outcome] = {}
         self.blocks: list[Block] = []
         self.seen = Seen()
+        self.native = record.Table()
+        self.types: dict[Type, int] = {}
+        for type in (INTEGER, REAL):  # plain numbers are written by number of type
+            self.number_of(type)
+        self.spare: list[dict[Type, torch.Tensor]] = []  # pools of calls that have ended, for later ones
+
+    def number_of(self, type: Type) -> int:
+        """The number of a type."""
+        found = self.types.get(type)
+        if found is None:
+            found = self.types[type] = self.native.type(type.row_bytes)
+        return found
 
     def outcome(self, key: Any, make: Callable[[int], Outcome]) -> Outcome:
         """The outcome of an application, analysed once."""
         found = self.outcomes.get(key)
         if found is None:
             found = self.outcomes[key] = make(len(self.blocks))
-            if found.block is not None:
-                self.blocks.append(found.block)
+            if (block := found.block) is not None:
+                self.blocks.append(block)
+                self.native.block(*(tuple(map(self.number_of, types)) for types in (block.inputs, block.outputs)))
         return found
 
 
@@ -93,8 +106,8 @@ class Recorder(TorchFunctionMode):
         self.seen = table.seen
         self.shared = dict(shared)
         self.park = park  # lets others run until values are there; False where this call cannot wait
-        self.state = record.State(self)  # lines, ids, and the depth below which nothing is recorded: the program phase
-        self.execution = Execution(compile)
+        self.state = record.State(self, table.native)  # lines, ids, and the depth below which nothing is recorded
+        self.execution = Execution(self.state, table.native, table.types, table.spare.pop() if table.spare else {}, compile)
         self.lifted: dict[int, tuple[torch.Tensor, Pending]] = {}
         self.derived: dict[Any, Any] = {}
         self.last: Outcome | None = None  # of the op that was recorded last
@@ -155,7 +168,7 @@ class Recorder(TorchFunctionMode):
     def line(self, block: Block, given: Sequence[Pending]) -> list[Pending]:
         """One line for one application of a block; its results."""
         depth, first = self.state.line(block.number, list(given), len(block.outputs))
-        return [Pending.of(self, t, first + k, depth) for k, t in enumerate(block.outputs)]
+        return [Pending.of(self.state, t, first + k, depth) for k, t in enumerate(block.outputs)]
 
     def _apart(self, func: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: Any, on_shared: bool) -> Any:
         """What depends on no instance: computed at once; from shared tensors once for all, and then shared itself."""
@@ -198,7 +211,9 @@ class Recorder(TorchFunctionMode):
             return tensor
         found = self.lifted.get(id(tensor))
         if found is None or found[0] is not tensor:
-            value = Pending.of(self, Type.of(tensor), self.state.next_id, 0)
+            type_ = Type.of(tensor)
+            self.table.number_of(type_)
+            value = Pending.of(self.state, type_, self.state.next_id, 0)
             self.state.next_id += 1
             self.execution.given(value, tensor)
             found = self.lifted[id(tensor)] = tensor, value
@@ -211,7 +226,7 @@ class Recorder(TorchFunctionMode):
 
     def number(self, n: int | float) -> Pending:
         """A plain number of an instance, as a value of depth 0."""
-        return Pending.of(self, INTEGER if type(n) is int else REAL, self.state.number(n), 0)
+        return Pending.of(self.state, INTEGER if type(n) is int else REAL, self.state.number(n), 0)
 
     def known(self, x: Any) -> Any:
         """The real tensor of a pending one; waits for it. Other data as it is."""
@@ -226,16 +241,17 @@ class Recorder(TorchFunctionMode):
 
     def flush(self) -> None:
         """Compute all that is recorded."""
-        lines = [(self.table.blocks[k], *rest) for k, *rest in self.state.take()]
-        numbers = self.state.take_numbers()
-        if lines or self.execution.waiting or any(numbers):
-            with without_modes():
-                self.execution.run(lines, numbers, self.state.next_id)
+        with without_modes():
+            self.execution.run(self.table.blocks)
 
     def release(self) -> None:
-        """Let go of what is not needed once results are delivered: values and this recorder hold each other."""
+        """The call has ended: let go of what is not needed any more. Pools serve later calls, unless the program kept pending
+        tensors, or a backward may come."""
+        self.closed = True
         self.lifted.clear()
         self.derived.clear()
+        if self.state.end() and not self.execution.launches:
+            self.table.spare.append(self.execution.pools)
 
     def _plain(self, x: Any) -> Any:
         if type(x) is slice:

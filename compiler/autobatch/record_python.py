@@ -1,7 +1,11 @@
-"""What `record.cpp` does, in Python, for machines without a compiler or Python's headers. Every line goes the slow way."""
+"""What `record.cpp` and `launch.cpp` do, in Python, for machines without a compiler or Python's headers.
+
+Every line goes the slow way, and every launch runs from Python.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from typing import Any
 
@@ -9,53 +13,119 @@ from typing import Any
 class Handle:
     """What a pending tensor consists of."""
 
-    __slots__ = ("depth", "id", "recorder", "type", "view_of", "viewed")
+    __slots__ = ("depth", "id", "state", "type", "view_of", "viewed")
+
+    @property
+    def recorder(self) -> Any:
+        """The recorder of the call."""
+        return self.state.recorder
+
+
+class Table:
+    """Types and blocks, by number."""
+
+    def __init__(self) -> None:
+        self.types = 0
+        self.blocks: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def type(self, row_bytes: int) -> int:
+        """The number of a new type."""
+        self.types += 1
+        return self.types - 1
+
+    def block(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+        """The number of a new block, of types of arguments and results."""
+        self.blocks.append((inputs, outputs))
+        return len(self.blocks) - 1
 
 
 class State:
-    """What a call has recorded since it was last taken."""
+    """What a call has recorded since it was last scheduled, and where its values are."""
 
-    def __init__(self, recorder: Any) -> None:
+    def __init__(self, recorder: Any, table: Table) -> None:
+        self.recorder = recorder
+        self.table = table
         self.next_id = 0
+        self.computed = 0
         self.floor = 0
-        self.lines: dict[int, tuple[array[int], array[int], array[int]]] = {}
-        self.numbers: tuple[array[int], array[int], array[int], array[float]] = _numbers()
+        self.buckets: dict[tuple[int, int], tuple[array[int], array[int]]] = {}  # by depth and block: arguments, results
+        self.integers: dict[int, int] = {}
+        self.reals: dict[int, float] = {}
+        self.row_of: dict[int, int] = {}
+        self.rows_used: dict[int, int] = {}
+
+    def pending(self, cls: type, type: Any, id: int, depth: int) -> Any:
+        """A pending tensor of this call."""
+        made = cls.__new__(cls)
+        made.state, made.type, made.id, made.depth, made.view_of, made.viewed = self, type, id, depth, None, False
+        return made
 
     def line(self, block: int, given: list[Any], results: int) -> tuple[int, int]:
         """(depth, id of the first result) of a new line."""
-        arguments, depths, firsts = self.lines.setdefault(block, (array("q"), array("q"), array("q")))
+        depth = max((self.floor, *(x.depth for x in given if x.id >= self.computed))) + 1
+        arguments, firsts = self.buckets.setdefault((depth, block), (array("q"), array("q")))
         arguments.extend(x.id for x in given)
-        depth = max((self.floor, *(x.depth for x in given))) + 1
-        depths.append(depth)
         firsts.append(self.next_id)
         self.next_id += results
         return depth, firsts[-1]
 
     def number(self, n: int | float) -> int:
         """The id of a plain number as a value. Raises OverflowError for one that does not fit."""
-        integer_ids, integers, real_ids, reals = self.numbers
         if isinstance(n, float):
-            real_ids.append(self.next_id)
-            reals.append(n)
+            self.reals[self.next_id] = n
+        elif not -(2**63) <= n < 2**63:
+            raise OverflowError("a number does not fit 64 bits")
         else:
-            integers.append(n)
-            integer_ids.append(self.next_id)
+            self.integers[self.next_id] = n
         self.next_id += 1
         return self.next_id - 1
 
-    def take(self) -> list[tuple[int, bytes, bytes, bytes]]:
-        """[(block, ids of arguments, depths, first ids of results)], each as bytes of int64; they are gone then."""
-        lines, self.lines = self.lines, {}
-        return [(block, a.tobytes(), d.tobytes(), f.tobytes()) for block, (a, d, f) in sorted(lines.items())]
+    def end(self) -> bool:
+        """Whether no pending tensor is left: nobody counts them here."""
+        return False
 
-    def take_numbers(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """(ids, integers, ids, reals) as bytes of int64 and of double; they are gone then."""
-        numbers, self.numbers = self.numbers, _numbers()
-        return tuple(a.tobytes() for a in numbers)  # type: ignore[return-value]
+    def put(self, type: int, ids: tuple[int, ...]) -> int:
+        """The row from which on these values lie."""
+        start = self.rows_used.get(type, 0)
+        self.rows_used[type] = start + len(ids)
+        self.row_of.update(zip(ids, range(start, start + len(ids)), strict=True))
+        return start
 
+    def row(self, id: int) -> int:
+        """Where a value lies in the pool of its type; -1 where it is not computed."""
+        return self.row_of.get(id, -1) if id < self.computed else -1
 
-def _numbers() -> tuple[array[int], array[int], array[int], array[float]]:
-    return array("q"), array("q"), array("q"), array("d")
+    def used(self) -> tuple[int, ...]:
+        """Rows of each type."""
+        return tuple(self.rows_used.get(k, 0) for k in range(self.table.types))
+
+    def schedule(self) -> tuple[list[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]], bytearray]:
+        """([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that lie
+        side by side, else -1)], rows as int64): what was recorded, by depth, then by block."""
+        for type, values in ((0, self.integers), (1, self.reals)):
+            self.put(type, tuple(values))
+        found = []
+        rows = array("q")
+        for (_, block), (arguments, firsts) in sorted(self.buckets.items()):
+            inputs, outputs = self.table.blocks[block]
+            count, begin, side = len(firsts), len(rows), []
+            for k in range(len(inputs)):
+                column = [self.row_of[id] for id in arguments[k :: len(inputs)]]
+                side.append(column[0] if column == list(range(column[0], column[0] + count)) else -1)
+                rows.extend(column)
+            starts = tuple(self.put(type, tuple(first + k for first in firsts)) for k, type in enumerate(outputs))
+            found.append((block, count, begin, starts, tuple(side)))
+        self.buckets = {}
+        self.computed = self.next_id
+        return found, bytearray(rows.tobytes())
+
+    def numbers(self, integers: int, reals: int) -> None:
+        """Write the plain numbers that are values into their rows of the pools at these addresses."""
+        for id, n in self.integers.items():
+            ctypes.c_int64.from_address(integers + 8 * self.row_of[id]).value = n
+        for id, x in self.reals.items():
+            ctypes.c_float.from_address(reals + 4 * self.row_of[id]).value = x
+        self.integers, self.reals = {}, {}
 
 
 def enter(state: State | None) -> None:

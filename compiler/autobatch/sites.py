@@ -96,7 +96,7 @@ class Site:
             return
         self.count += 1
         if self.quick is None:
-            self.quick = record.Quick(self, Pending, torch.Tensor, torch.is_grad_enabled)
+            self.quick = record.Quick(self, Pending, torch.Tensor)
         views = tuple((outcome.results[k][1], at) for k, at in outcome.views.items())
         order = tuple(at for _, at in outcome.results)
         single = outcome.spec.is_leaf()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten
 
 from .native import record
-
-if TYPE_CHECKING:
-    from .record import Recorder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +26,11 @@ class Type:
     def of(tensor: torch.Tensor) -> Type:
         """The type of a tensor as one instance's value."""
         return _type(tuple(int(n) for n in tensor.shape), tensor.dtype, tensor.device)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one instance's value."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
@@ -53,11 +56,9 @@ class Pending(record.Handle):
     __slots__ = ()
 
     @staticmethod
-    def of(recorder: Recorder, type: Type, id: int, depth: int) -> Pending:
-        """A new one."""
-        made = Pending.__new__(Pending)
-        made.recorder, made.type, made.id, made.depth, made.view_of, made.viewed = recorder, type, id, depth, None, False
-        return made
+    def of(state: Any, type: Type, id: int, depth: int) -> Pending:
+        """A new one of the call that `state` belongs to."""
+        return state.pending(Pending, type, id, depth)
 
     @property
     def __class__(self) -> type:

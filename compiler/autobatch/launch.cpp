@@ -1,0 +1,340 @@
+// Scheduling what was recorded, and running launches whose plans need no Python.
+#include "state.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace plait {
+
+PyTypeObject table_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+
+namespace {
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The numbers of a tuple; false with an error set.
+template <class T> bool numbers(PyObject* tuple, std::vector<T>& into) {
+  into.clear();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) into.push_back(static_cast<T>(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i))));
+  return !PyErr_Occurred();
+}
+
+bool addresses(PyObject* tuple, std::vector<char*>& into) {
+  into.clear();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++)
+    into.push_back(static_cast<char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, i))));
+  return !PyErr_Occurred();
+}
+
+// -- the table ------------------------------------------------------------------------------------------------------------
+
+PyObject* table_new(PyTypeObject* type, PyObject*, PyObject*) {
+  auto* t = reinterpret_cast<Table*>(type->tp_alloc(type, 0));
+  if (t == nullptr) return nullptr;
+  t->row_bytes = new std::vector<int64_t>;
+  t->blocks = new std::vector<Block>;
+  return reinterpret_cast<PyObject*>(t);
+}
+
+void table_dealloc(PyObject* self) {
+  auto* t = reinterpret_cast<Table*>(self);
+  for (Block& b : *t->blocks) Py_XDECREF(b.direct.keep);
+  delete t->row_bytes;
+  delete t->blocks;
+  Py_TYPE(self)->tp_free(self);
+}
+
+// type(bytes of a row) -> its number
+PyObject* table_add_type(PyObject* self, PyObject* bytes) {
+  auto* t = reinterpret_cast<Table*>(self);
+  const long long n = PyLong_AsLongLong(bytes);
+  if (n == -1 && PyErr_Occurred()) return nullptr;
+  t->row_bytes->push_back(n);
+  return PyLong_FromSize_t(t->row_bytes->size() - 1);
+}
+
+// block(types of arguments, types of results) -> its number
+PyObject* table_add_block(PyObject* self, PyObject* args) {
+  auto* t = reinterpret_cast<Table*>(self);
+  PyObject *inputs, *outputs;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyTuple_Type, &inputs, &PyTuple_Type, &outputs)) return nullptr;
+  Block b;
+  if (!numbers(inputs, b.inputs) || !numbers(outputs, b.outputs)) return nullptr;
+  t->blocks->push_back(std::move(b));
+  return PyLong_FromSize_t(t->blocks->size() - 1);
+}
+
+// direct(block, run, sizes, program, slots, counts, arena, bases, inputs, outputs, keep): how a block runs without Python.
+PyObject* table_direct(PyObject* self, PyObject* args) {
+  auto* t = reinterpret_cast<Table*>(self);
+  Py_ssize_t block;
+  unsigned long long run, sizes, program;
+  long long arena;
+  PyObject *slots, *counts, *bases, *inputs, *outputs, *keep;
+  if (!PyArg_ParseTuple(args, "nKKKO!O!LO!O!O!O", &block, &run, &sizes, &program, &PyTuple_Type, &slots, &PyTuple_Type, &counts,
+                        &arena, &PyTuple_Type, &bases, &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &keep))
+    return nullptr;
+  Direct d;
+  if (!numbers(slots, d.slots) || !numbers(counts, d.counts) || !addresses(bases, d.bases) || !numbers(inputs, d.inputs) ||
+      !numbers(outputs, d.outputs))
+    return nullptr;
+  if (block < 0 || block >= static_cast<Py_ssize_t>(t->blocks->size())) {
+    PyErr_SetString(PyExc_IndexError, "there is no such block");
+    return nullptr;
+  }
+  d.run = reinterpret_cast<Direct::Run>(run);
+  d.sizes = reinterpret_cast<const int64_t*>(sizes);
+  d.program = reinterpret_cast<const int64_t*>(program);
+  d.arena = arena;
+  d.keep = Py_NewRef(keep);
+  Direct& held = (*t->blocks)[block].direct;
+  Py_XDECREF(held.keep);
+  held = std::move(d);
+  Py_RETURN_NONE;
+}
+
+// shared(block, addresses): where the tensors are that all instances share.
+PyObject* table_shared(PyObject* self, PyObject* args) {
+  auto* t = reinterpret_cast<Table*>(self);
+  Py_ssize_t block;
+  PyObject* given;
+  if (!PyArg_ParseTuple(args, "nO!", &block, &PyTuple_Type, &given)) return nullptr;
+  std::vector<char*> found;
+  if (!addresses(given, found)) return nullptr;
+  const bool known = block >= 0 && block < static_cast<Py_ssize_t>(t->blocks->size());
+  if (!known || (*t->blocks)[block].direct.inputs.size() != (*t->blocks)[block].inputs.size() + found.size()) {
+    PyErr_SetString(PyExc_IndexError, "no block has so many shared tensors");
+    return nullptr;
+  }
+  Block& b = (*t->blocks)[block];
+  for (size_t k = 0; k < found.size(); k++)
+    if (const int64_t base = b.direct.inputs[b.inputs.size() + k]; base >= 0) b.direct.bases[base] = found[k];
+  Py_RETURN_NONE;
+}
+
+PyMethodDef table_methods[] = {
+    {"type", table_add_type, METH_O, nullptr},
+    {"block", table_add_block, METH_VARARGS, nullptr},
+    {"direct", table_direct, METH_VARARGS, nullptr},
+    {"shared", table_shared, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+// -- scheduling -----------------------------------------------------------------------------------------------------------
+
+int64_t reserve(State* s, size_t type, size_t more) {
+  if (type >= s->used->size()) s->used->resize(s->table->row_bytes->size());
+  const int64_t start = (*s->used)[type];
+  (*s->used)[type] += static_cast<int64_t>(more);
+  return start;
+}
+
+void place(State* s, const int64_t* ids, size_t count, int64_t start) {
+  for (size_t i = 0; i < count; i++) (*s->row_of)[ids[i]] = start + static_cast<int64_t>(i);
+}
+
+void fit(State* s) {
+  if (static_cast<long long>(s->row_of->size()) < s->next_id) s->row_of->resize(s->next_id, -1);
+}
+
+// put(type, ids) -> the row from which on these values lie
+PyObject* state_put(PyObject* self, PyObject* args) {
+  auto* s = reinterpret_cast<State*>(self);
+  Py_ssize_t type;
+  PyObject* ids;
+  if (!PyArg_ParseTuple(args, "nO!", &type, &PyTuple_Type, &ids)) return nullptr;
+  std::vector<int64_t> found;
+  if (!numbers(ids, found)) return nullptr;
+  fit(s);
+  const int64_t start = reserve(s, type, found.size());
+  place(s, found.data(), found.size(), start);
+  return PyLong_FromLongLong(start);
+}
+
+// row(id) -> where a value lies in the pool of its type; -1 where it is not computed
+PyObject* state_row(PyObject* self, PyObject* id) {
+  auto* s = reinterpret_cast<State*>(self);
+  const long long n = PyLong_AsLongLong(id);
+  if (n == -1 && PyErr_Occurred()) return nullptr;
+  return PyLong_FromLongLong(n < s->computed && n < static_cast<long long>(s->row_of->size()) ? (*s->row_of)[n] : -1);
+}
+
+PyObject* tuple_of(const std::vector<int64_t>& v) {
+  PyObject* made = PyTuple_New(v.size());
+  for (size_t i = 0; made != nullptr && i < v.size(); i++) PyTuple_SET_ITEM(made, i, PyLong_FromLongLong(v[i]));
+  return made;
+}
+
+// used() -> rows of each type
+PyObject* state_used(PyObject* self, PyObject*) {
+  auto* s = reinterpret_cast<State*>(self);
+  s->used->resize(s->table->row_bytes->size());
+  return tuple_of(*s->used);
+}
+
+// schedule() -> ([(block, count, where the rows of its arguments begin, first rows of its results)], rows as int64)
+// What was recorded is in the order of launches then: by depth, then by block.
+PyObject* state_schedule(PyObject* self, PyObject*) {
+  auto* s = reinterpret_cast<State*>(self);
+  fit(s);
+  s->launches->clear();
+  s->rows->clear();
+  for (auto& depths : *s->buckets)
+    for (auto& found : depths) {
+      std::sort(found.begin(), found.end(), [](const Bucket& a, const Bucket& b) { return a.block < b.block; });
+      for (Bucket& b : found) s->launches->push_back({b.block, b.firsts.size(), 0, {}, {}, &b});
+    }
+  for (auto [ids, type] : {std::pair{s->integer_ids, 0}, {s->real_ids, 1}})
+    if (!ids->empty()) place(s, ids->data(), ids->size(), reserve(s, type, ids->size()));
+  PyObject* found = PyList_New(0);
+  if (found == nullptr) return nullptr;
+  for (Launch& l : *s->launches) {
+    const Block& b = (*s->table->blocks)[l.block];
+    const size_t arity = b.inputs.size();
+    l.rows = s->rows->size();
+    s->rows->resize(l.rows + arity * l.count);
+    for (size_t k = 0; k < arity; k++) {
+      int64_t* rows = s->rows->data() + l.rows + k * l.count;
+      bool side = true;
+      for (size_t i = 0; i < l.count; i++) {
+        rows[i] = (*s->row_of)[l.bucket->arguments[i * arity + k]];
+        side = side && rows[i] == rows[0] + static_cast<int64_t>(i);
+      }
+      l.side.push_back(side ? rows[0] : -1);
+    }
+    for (size_t k = 0; k < b.outputs.size(); k++) {
+      l.starts.push_back(reserve(s, b.outputs[k], l.count));
+      for (size_t i = 0; i < l.count; i++) (*s->row_of)[l.bucket->firsts[i] + k] = l.starts[k] + static_cast<int64_t>(i);
+    }
+    PyObject* entry = Py_BuildValue("nnnNN", l.block, l.count, l.rows, tuple_of(l.starts), tuple_of(l.side));
+    if (entry == nullptr || PyList_Append(found, entry) != 0) {
+      Py_XDECREF(entry);
+      Py_DECREF(found);
+      return nullptr;
+    }
+    Py_DECREF(entry);
+  }
+  s->buckets->clear();
+  s->computed = s->next_id;
+  PyObject* rows = PyByteArray_FromStringAndSize(reinterpret_cast<const char*>(s->rows->data()), s->rows->size() * sizeof(int64_t));
+  return Py_BuildValue("NN", found, rows);
+}
+
+// numbers(address of the integers' pool, of the reals'): write the plain numbers that are values into their rows.
+PyObject* state_numbers(PyObject* self, PyObject* args) {
+  auto* s = reinterpret_cast<State*>(self);
+  unsigned long long integers, reals;
+  if (!PyArg_ParseTuple(args, "KK", &integers, &reals)) return nullptr;
+  for (size_t i = 0; i < s->integer_ids->size(); i++)
+    reinterpret_cast<int64_t*>(integers)[(*s->row_of)[(*s->integer_ids)[i]]] = (*s->integers)[i];
+  for (size_t i = 0; i < s->real_ids->size(); i++)
+    reinterpret_cast<float*>(reals)[(*s->row_of)[(*s->real_ids)[i]]] = static_cast<float>((*s->reals)[i]);
+  for (auto* v : {s->integer_ids, s->integers, s->real_ids}) v->clear();
+  s->reals->clear();
+  Py_RETURN_NONE;
+}
+
+// -- running --------------------------------------------------------------------------------------------------------------
+
+struct Spent {
+  int64_t gathered = 0, gathers = 0, kernels = 0;  // bytes, nanoseconds
+};
+
+void gather(char* into, const char* pool, int64_t row_bytes, const int64_t* rows, size_t count) {
+  switch (row_bytes) {  // a known size is copied without a call
+    case 4:
+      for (size_t i = 0; i < count; i++) std::memcpy(into + i * 4, pool + rows[i] * 4, 4);
+      return;
+    case 8:
+      for (size_t i = 0; i < count; i++) std::memcpy(into + i * 8, pool + rows[i] * 8, 8);
+      return;
+    default:
+      for (size_t i = 0; i < count; i++) std::memcpy(into + i * row_bytes, pool + rows[i] * row_bytes, row_bytes);
+  }
+}
+
+// Plans hold for two instances and more: a single one runs twice, and its second result is overwritten by what comes next.
+int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int threads, Spent& spent) {
+  const Block& b = (*s->table->blocks)[l.block];
+  const Direct& d = b.direct;
+  const int64_t started = now();
+  const size_t count = l.count == 1 ? 2 : l.count, arity = b.inputs.size();
+  std::vector<char*> bases = d.bases;
+  std::vector<int64_t> slots = d.slots;
+  for (int64_t slot : d.counts) slots[slot] = static_cast<int64_t>(count);
+  if (d.sizes != nullptr)
+    if (const int64_t status = d.run(d.sizes, bases.data(), slots.data(), 1, nullptr)) return status;
+  size_t bytes = static_cast<size_t>(slots[d.arena]) + 64;
+  for (size_t k = 0; k < arity; k++) bytes += count * (*s->table->row_bytes)[b.inputs[k]] + 64;
+  if (s->scratch->size() < bytes) s->scratch->resize(bytes);
+  char* at = padded(s->scratch->data());
+  bases[0] = at;
+  at += slots[d.arena];
+  for (size_t k = 0; k < arity; k++) {
+    if (d.inputs[k] < 0) continue;
+    const int64_t row_bytes = (*s->table->row_bytes)[b.inputs[k]];
+    const char* pool = pools[b.inputs[k]];
+    const int64_t* rows = s->rows->data() + l.rows + k * l.count;
+    if (l.side[k] >= 0 && l.count > 1) {
+      bases[d.inputs[k]] = const_cast<char*>(pool) + l.side[k] * row_bytes;
+      continue;
+    }
+    at = padded(at);
+    bases[d.inputs[k]] = at;
+    gather(at, pool, row_bytes, rows, l.count);
+    if (l.count == 1) std::memcpy(at + row_bytes, at, row_bytes);
+    at += count * row_bytes;
+    spent.gathered += l.count * row_bytes;
+  }
+  for (size_t k = 0; k < b.outputs.size(); k++)
+    bases[d.outputs[k]] = pools[b.outputs[k]] + l.starts[k] * (*s->table->row_bytes)[b.outputs[k]];
+  const int64_t ready = now();
+  const int64_t status = d.run(d.program, bases.data(), slots.data(), threads, nullptr);
+  spent.gathers += ready - started;
+  spent.kernels += now() - ready;
+  return status;
+}
+
+// run(first, end, addresses of the pools, threads) -> (status, bytes gathered, nanoseconds of gathers, of kernels)
+PyObject* state_run(PyObject* self, PyObject* args) {
+  auto* s = reinterpret_cast<State*>(self);
+  Py_ssize_t first, end;
+  PyObject* given;
+  int threads;
+  if (!PyArg_ParseTuple(args, "nnO!i", &first, &end, &PyTuple_Type, &given, &threads)) return nullptr;
+  std::vector<char*> pools;
+  if (!addresses(given, pools)) return nullptr;
+  Spent spent;
+  int64_t status = 0;
+  Py_BEGIN_ALLOW_THREADS;
+  for (Py_ssize_t i = first; i < end && status == 0; i++) status = run(s, (*s->launches)[i], pools, threads, spent);
+  Py_END_ALLOW_THREADS;
+  return Py_BuildValue("LLLL", status, spent.gathered, spent.gathers, spent.kernels);
+}
+
+}  // namespace
+
+PyMethodDef launch_methods[] = {
+    {"put", state_put, METH_VARARGS, nullptr},
+    {"row", state_row, METH_O, nullptr},
+    {"used", state_used, METH_NOARGS, nullptr},
+    {"schedule", state_schedule, METH_NOARGS, nullptr},
+    {"numbers", state_numbers, METH_VARARGS, nullptr},
+    {"run", state_run, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+bool ready_table() {
+  table_type.tp_name = "plait_record.Table";
+  table_type.tp_basicsize = sizeof(Table);
+  table_type.tp_flags = Py_TPFLAGS_DEFAULT;
+  table_type.tp_new = table_new;
+  table_type.tp_dealloc = table_dealloc;
+  table_type.tp_methods = table_methods;
+  return PyType_Ready(&table_type) == 0;
+}
+
+}  // namespace plait

@@ -1,0 +1,111 @@
+// What recording (record.cpp) and launching (launch.cpp) share: pending tensors, tables of blocks, and what a call recorded.
+//
+// Python objects only; no torch headers.
+#pragma once
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace plait {
+
+constexpr int PHASE_BITS = 24;  // of a depth, below the number of the phase
+
+struct State;
+
+// What a pending tensor consists of; Python's class `Pending` adds the methods of a tensor. It takes no part in garbage
+// collection: what it refers to is older than itself, or lets go of it when the call ends.
+struct Handle {
+  PyObject_HEAD
+  State* state;
+  PyObject* type;
+  PyObject* view_of;  // in eager it shares memory with this one
+  long long id;
+  long long depth;
+  char viewed;  // in eager another one shares memory with it
+};
+
+// A plan of `runtime/direct.py`: what a launch needs to run without Python.
+struct Direct {
+  using Run = int64_t (*)(const int64_t*, char* const*, int64_t*, int, int64_t*);
+  Run run = nullptr;  // null: there is none
+  const int64_t *sizes = nullptr, *program = nullptr;
+  std::vector<int64_t> slots;           // before the sizes are known
+  std::vector<int64_t> counts;          // slots that hold the number of instances
+  int64_t arena = 0;                    // slot of the bytes that the arena needs
+  std::vector<char*> bases;             // with the addresses of constants
+  std::vector<int64_t> inputs, outputs;  // bases of a block's stacked arguments, then of its shared ones; of its results
+  PyObject* keep = nullptr;             // owns what the addresses point to
+};
+
+struct Block {
+  std::vector<int> inputs, outputs;  // types
+  Direct direct;
+};
+
+// What a batched function has learnt, as far as launching needs it; lives as long as it does.
+struct Table {
+  PyObject_HEAD
+  std::vector<int64_t>* row_bytes;  // of each type
+  std::vector<Block>* blocks;
+};
+
+// The lines of one block at one depth.
+struct Bucket {
+  size_t block;
+  std::vector<int64_t> arguments, firsts;
+};
+
+struct Launch {
+  size_t block, count;
+  size_t rows;                   // where the rows of its arguments begin, one argument after the other
+  std::vector<int64_t> side;     // of each argument the first row where they lie side by side, else -1
+  std::vector<int64_t> starts;   // first rows of its results
+  Bucket* bucket;
+};
+
+// What a call has recorded since it was last scheduled, and where its values are.
+struct State {
+  PyObject_HEAD
+  PyObject* recorder;  // owned until the call has ended and nobody holds a pending tensor of it
+  Table* table;
+  long long next_id;
+  long long computed;  // values below this one are computed: nothing has to wait for them
+  long long floor;     // the depth below which nothing is recorded: the program phase
+  long long live;      // pending tensors of this call that exist
+  char closed;
+  std::vector<std::vector<std::vector<Bucket>>>* buckets;  // by phase and depth, in each one for a block
+  std::vector<int64_t>*integer_ids, *integers, *real_ids;
+  std::vector<double>* reals;
+  std::vector<int64_t>* row_of;  // of each value, -1 where it is not computed yet
+  std::vector<int64_t>* used;    // rows of each type
+  std::vector<int64_t>* rows;    // of the arguments of the launches
+  std::vector<Launch>* launches;
+  std::vector<char>* scratch;
+};
+
+inline Bucket& bucket_of(State* s, size_t block, int64_t depth) {
+  const auto phase = static_cast<size_t>(depth >> PHASE_BITS), deep = static_cast<size_t>(depth & ((1LL << PHASE_BITS) - 1));
+  auto& phases = *s->buckets;
+  if (phase >= phases.size()) phases.resize(phase + 1);
+  auto& depths = phases[phase];
+  if (deep >= depths.size()) depths.resize(deep + 1);
+  for (Bucket& b : depths[deep])
+    if (b.block == block) return b;
+  depths[deep].push_back({block, {}, {}});
+  return depths[deep].back();
+}
+
+inline long long depth_of(const State* s, const Handle* h) { return h->id < s->computed ? 0 : h->depth; }
+
+inline char* padded(char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63}); }
+
+// launch.cpp
+extern PyTypeObject table_type;
+extern PyMethodDef launch_methods[];  // of State
+bool ready_table();
+
+}  // namespace plait
