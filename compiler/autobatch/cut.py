@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from .fork import Forker
+from .ghosts import Ghosts
 from .seen import Seen, is_code
 from .source import Source, function_of, place_of
 
@@ -47,12 +49,15 @@ Callee = Callable[[types.FunctionType, Any], str | None]  # the name of the cut 
 class Cutter:
     """Cuts one function, of which the first parameter is bound to `bound` (None where it is not known)."""
 
-    def __init__(self, source: Source, bound: Any, seen: Seen, callee: Callee, prefix: str) -> None:
+    def __init__(
+        self, source: Source, bound: Any, seen: Seen, callee: Callee, prefix: str, without: frozenset[str] = frozenset()
+    ) -> None:
         self.source = source
         self.bound = bound
         self.seen = seen
         self.callee = callee
         self.prefix = prefix
+        self.without = without
         self.cuts: list[Cut] = []
         self.count = 0
         self.code = source.function.__code__
@@ -64,6 +69,8 @@ class Cutter:
         self.known = {**source.known(), **self.own}
         self.holds: list[tuple[Any, str, Any]] = []  # (object, attribute, what it held)
         self.called: set[str] = set()  # names of cut forms
+        self.waiting: set[str] = set()  # those that wait for values
+        self.forks: set[str] = set()  # those that wait for values, and that nothing else can reach meanwhile
         self.marked: set[int] = set()  # statements that are tensor code
         self.always: frozenset[str] = frozenset()  # names that may be read at any time
         self.exits: list[tuple[frozenset[str], frozenset[str]]] = []  # for each loop: read after it, and by its next turn
@@ -73,10 +80,14 @@ class Cutter:
         phase of its own: it runs once all instances have come so far, however deep they had to go."""
         tree = copy.deepcopy(self.source.tree)
         tree.body = self.body(tree.body)
-        if phases:
+        if phases and f"_{self.prefix}" not in self.called:  # an entry that reaches itself has no phases
             tree.body = list(self.with_phases(tree.body))
         self.always = frozenset(self.code.co_cellvars)  # what inner functions may read at any time
         tree.body, _ = self.joined(tree.body, self.always)
+        if "ghosts" not in self.without:
+            tree.body = Ghosts({c.name for c in self.cuts}, self.called).body(tree.body)
+        if self.forks and "forks" not in self.without:
+            tree.body = Forker(self.forks, {c.name for c in self.cuts}, self.fresh).body(tree.body)
         tree.returns = None
         return ast.fix_missing_locations(tree)
 
@@ -252,6 +263,10 @@ class Cutter:
         if name is None:
             return call
         self.called.add(name)
+        if function.__code__ in self.seen.demands:
+            self.waiting.add(name)
+            if self.seen.is_separate(function.__code__, of_module=isinstance(bound, nn.Module)):
+                self.forks.add(name)
         func = call.func
         if bound is not None:
             receiver = func if isinstance(self.object(func), nn.Module) else func.value  # type: ignore[attr-defined]

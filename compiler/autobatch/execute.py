@@ -9,20 +9,29 @@ Launches whose plans need no Python run one after the other in native code (`lau
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ...runtime.native import raise_status
+from ...runtime.ops import ROW_OUT_OF_RANGE
 from .blocks import Block
-from .compile import Compiled
+from .compile import Compiled, Substitute
+from .fuse import Derived
 from .report import Counts
 from .values import INTEGER, REAL, Pending, Type
 
+READ = {
+    torch.float32: ctypes.c_float, torch.float64: ctypes.c_double, torch.int64: ctypes.c_int64, torch.int32: ctypes.c_int32,
+    torch.bool: ctypes.c_bool, torch.uint8: ctypes.c_uint8, torch.int16: ctypes.c_int16, torch.int8: ctypes.c_int8,
+}  # fmt: skip
+BAD_ROW = -100  # as in launch.cpp
 Scheduled = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # as `State.schedule` gives it
 
 
@@ -30,7 +39,7 @@ Scheduled = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # as `State.
 class Launch:
     """One batched application: the rows of its arguments in their pools, and where its results begin in theirs.
 
-    `leaves` and `results` are the ends of its autograd graph where it ran in torch, `saved` is for the compiled backward.
+    `leaves`, `shared` and `results` are the ends of its autograd graph where it ran in torch, `saved` is for the compiled backward.
     """
 
     block: Block
@@ -38,29 +47,34 @@ class Launch:
     rows: tuple[torch.Tensor, ...]
     starts: tuple[int, ...]
     leaves: tuple[torch.Tensor, ...] = ()
+    shared: tuple[torch.Tensor, ...] = ()
     results: tuple[torch.Tensor, ...] = ()
     saved: tuple[Any, ...] | None = None
 
 
-class Execution:
-    """Values of one call, and the launches that made them. `state` is what the call records into, `types` numbers types,
-    `pools` may be those of a call that has ended, `compile` compiles a block if it is time to."""
+class Learnt(Protocol):
+    """What launching needs of a table of blocks."""
 
-    def __init__(
-        self,
-        state: Any,
-        table: Any,
-        types: Mapping[Type, int],
-        pools: dict[Type, torch.Tensor],
-        compile: Callable[[Block], None],
-    ) -> None:
+    native: Any
+    types: dict[Type, int]
+    derived: dict[int, Derived]
+
+
+class Execution:
+    """Values of one call, and the launches that made them. `state` is what the call records into, `pools` may be those of a
+    call that has ended, `compile` compiles a block if it is time to."""
+
+    def __init__(self, state: Any, table: Learnt, pools: dict[Type, torch.Tensor], compile: Callable[[Block], None]) -> None:
         self.state = state
-        self.table = table
-        self.types = types
+        self.table = table.native
+        self.types = table.types
+        self.derived = table.derived
+        self.made: dict[tuple[int, bool], torch.Tensor] = {}  # derived tensors of this call
         self.pools = pools
         self.compile = compile
-        self.waiting: dict[Type, list[tuple[int, torch.Tensor]]] = {}  # given tensors that are not in their pool yet
+        self.waiting: dict[Type, dict[int, torch.Tensor]] = {}  # given tensors that are not in their pool yet
         self.used: tuple[int, ...] = ()  # rows of each type that hold something
+        self.addresses: tuple[int, ...] = ()  # of the pools, by number of type
         self.launches: list[Launch] = []
         self.counts = Counts()
         self.wanting: list[tuple[torch.Tensor, Type, int]] = []  # given tensors that want a gradient: type and id
@@ -69,9 +83,14 @@ class Execution:
 
     def given(self, value: Pending, tensor: torch.Tensor) -> None:
         """Take a real tensor as a value."""
-        self.waiting.setdefault(value.type, []).append((value.id, tensor.detach()))
+        self.waiting.setdefault(value.type, {})[value.id] = tensor
         if tensor.requires_grad and torch.is_grad_enabled():
             self.wanting.append((tensor, value.type, value.id))
+
+    def given_as(self, value: Pending) -> torch.Tensor | None:
+        """The real tensor that a value was given as, while it waits for its pool."""
+        found = self.waiting.get(value.type, {}).get(value.id)
+        return None if found is None else found.detach()
 
     def has(self, id: int) -> bool:
         """Whether a value has been computed."""
@@ -81,17 +100,37 @@ class Execution:
         """A computed value: a view of its row."""
         return self.pools[x.type][self.state.row(x.id)]
 
+    def number(self, x: Pending) -> Any:
+        """The number of a computed value of one element; None where it is of a rare kind."""
+        kind = READ.get(x.type.dtype)
+        if kind is None or x.type.device.type != "cpu":
+            return None
+        return kind.from_address(self.addresses[self.types[x.type]] + self.state.row(x.id) * x.type.row_bytes).value
+
     def values(self, found: Sequence[Pending]) -> list[torch.Tensor]:
         """Computed values as tensors of their own. Those of one type are parts of one."""
-        by_type: dict[Type, list[int]] = {}
-        for at, x in enumerate(found):
-            by_type.setdefault(x.type, []).append(at)
-        made: list[Any] = [None] * len(found)
-        for type, places in by_type.items():
-            rows = torch.tensor([self.state.row(found[at].id) for at in places])
-            for at, x in zip(places, self.pools[type].index_select(0, rows).unbind(0), strict=True):
-                made[at] = x
-        return made
+        by_type: dict[Type, list[Pending]] = {}
+        for x in found:
+            by_type.setdefault(x.type, []).append(x)
+        made: dict[Type, Iterator[torch.Tensor]] = {}
+        for type, same in by_type.items():
+            rows = torch.frombuffer(self.state.rows(same), dtype=torch.int64)
+            made[type] = iter(self.pools[type].index_select(0, rows).unbind(0))
+        return [next(made[x.type]) for x in found]
+
+    def shared(self, block: Block) -> list[torch.Tensor]:
+        """What all instances share, derived tensors as they are in this call."""
+        return [self._actual(s, grad=block.grad) for s in block.shared]
+
+    def _actual(self, s: torch.Tensor, *, grad: bool) -> torch.Tensor:
+        derived = self.derived.get(id(s))
+        if derived is None:
+            return s
+        key = id(s), grad
+        if key not in self.made:
+            with torch.set_grad_enabled(grad):
+                self.made[key] = derived.make()
+        return self.made[key]
 
     # -- launches -----------------------------------------------------------------------------------------------------
 
@@ -99,14 +138,13 @@ class Execution:
         """Compute all lines that are recorded."""
         started, spent = time.perf_counter(), self.counts.seconds
         waiting, self.waiting = self.waiting, {}
-        given = [
-            (type, tensors, self.state.put(self.types[type], tuple(id for id, _ in tensors)))
-            for type, tensors in waiting.items()
-        ]
+        given = [(t, tensors, self.state.put(self.types[t], tuple(tensors))) for t, tensors in waiting.items()]
         launches, rows = self.state.schedule()
+        self.counts.reused += self.state.reused
         self._reserve(self.state.used())
-        for type, tensors, start in given:
-            torch.stack([t for _, t in tensors], out=self.pools[type][start : start + len(tensors)])
+        with torch.no_grad():
+            for type, tensors, start in given:
+                torch.stack(list(tensors.values()), out=self.pools[type][start : start + len(tensors)])
         self.state.numbers(*(self.pools[t].data_ptr() for t in (INTEGER, REAL)))
         gathers, now = spent.gathers, time.perf_counter()
         spent.scheduling += now - started
@@ -127,7 +165,7 @@ class Execution:
         self.used = used
 
     def _launches(self, blocks: Sequence[Block], launches: Sequence[Scheduled], rows: bytearray) -> None:
-        addresses = tuple(self.pools[t].data_ptr() for t in self.types)
+        self.addresses = addresses = tuple(self.pools[t].data_ptr() for t in self.types)
         at, bound = 0, set[int]()
         while at < len(launches):
             end = at
@@ -139,11 +177,11 @@ class Execution:
                 self._count(block, launches[end][1])
                 end += 1
             if end > at:
-                status, gathered, gathers, _ = self.state.run(at, end, addresses, torch.get_num_threads())
+                status, ran, gathered, gathers, _ = self.state.run(at, end, addresses, torch.get_num_threads())
                 self.counts.gathered_bytes += gathered
                 self.counts.seconds.gathers += 1e-9 * gathers
                 if status:
-                    raise_status(status, [f"a guard of the plan of {blocks[launches[at][0]].source}"] * status)
+                    _raise(status, blocks[launches[at + ran - 1][0]])
             else:
                 self._launch(blocks[launches[at][0]], launches[at], rows)
                 end = at + 1
@@ -155,9 +193,11 @@ class Execution:
             return True
         if block.compiled is None or block.compiled.layouts is None:
             return False
-        if tuple((s.shape, s.stride(), s.dtype) for s in block.shared) != block.compiled.layouts:
+        shared = self.shared(block)
+        if tuple((s.shape, s.stride(), s.dtype) for s in shared) != block.compiled.layouts:
+            block.compiled = None  # it is compiled anew for what they are like now
             return False
-        self.table.shared(block.number, tuple(s.data_ptr() for s in block.shared))
+        self.table.shared(block.number, tuple(s.data_ptr() for s in shared))
         bound.add(block.number)
         return True
 
@@ -178,11 +218,14 @@ class Execution:
         self.counts.seconds.gathers += time.perf_counter() - started
         saved: tuple[Any, ...] | None = None
         leaves: list[torch.Tensor] = []
+        shared: list[torch.Tensor] = []
         if block.compiled is not None:
             made, saved = self._run_compiled(block, block.compiled, stacked)
         else:
             leaves = [x.detach().requires_grad_(block.grad and (x.is_floating_point() or x.is_complex())) for x in stacked]
-            with torch.set_grad_enabled(block.grad):
+            shared = [_leaf(t) if t is not s else s for s, t in zip(block.shared, self.shared(block), strict=True)]
+            instead = {id(s): t for s, t in zip(block.shared, shared, strict=True) if t is not s}
+            with torch.set_grad_enabled(block.grad), Substitute(instead) if instead else contextlib.nullcontext():
                 made = block.batched(leaves)
         for start, type, x in zip(starts, block.outputs, made, strict=True):
             self.pools[type][start : start + count] = x.detach()[:count]
@@ -190,13 +233,15 @@ class Execution:
         if saved is not None:
             self.launches.append(Launch(block, count, tuple(at), starts, saved=saved))
         elif any(x.requires_grad for x in made):
-            self.launches.append(Launch(block, count, tuple(at), starts, tuple(leaves), tuple(made)))
+            self.launches.append(Launch(block, count, tuple(at), starts, tuple(leaves), tuple(shared), tuple(made)))
 
-    @staticmethod
-    def _run_compiled(block: Block, compiled: Compiled, stacked: list[torch.Tensor]) -> tuple[Any, tuple[Any, ...] | None]:
+    def _run_compiled(
+        self, block: Block, compiled: Compiled, stacked: list[torch.Tensor]
+    ) -> tuple[Any, tuple[Any, ...] | None]:
         """(results, what the backward reads). One instance alone runs twice: graphs hold for two and more."""
+        assert compiled.forward is not None
         with torch.no_grad():
-            made = compiled.forward([*(_doubled(x) for x in stacked), *(s.detach() for s in block.shared)])
+            made = compiled.forward([*(_doubled(x) for x in stacked), *(s.detach() for s in self.shared(block))])
         results = made[: len(block.outputs)]
         return results, compiled.save(made[len(results) :]) if compiled.backward is not None else None
 
@@ -211,13 +256,14 @@ class Execution:
 
     def sources(self) -> list[torch.Tensor]:
         """The real tensors that gradients flow to: shared ones, then given ones."""
-        shared = {id(s): s for x in self.launches for s in x.block.shared if s.requires_grad}
-        return [*shared.values(), *(t for t, _, _ in self.wanting)]
+        return [*self._shared_sources().values(), *(t for t, _, _ in self.wanting)]
 
-    def backward(
-        self, values: Sequence[Pending], grads: Sequence[torch.Tensor | None], sources: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
-        """Gradients of `sources` for those of some values."""
+    def _shared_sources(self) -> dict[int, torch.Tensor]:
+        shared = {id(s): s for x in self.launches for s in x.block.shared if s.requires_grad}
+        return {k: self._actual(s, grad=True) for k, s in shared.items()}
+
+    def backward(self, values: Sequence[Pending], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Gradients of the sources for those of some values."""
         pools = {
             t: torch.zeros_like(p[: self.used[self.types[t]]])
             for t, p in self.pools.items()
@@ -232,7 +278,7 @@ class Execution:
         shared: dict[int, torch.Tensor] = {}
         for launch in reversed(self.launches):
             self._launch_backward(launch, pools, touched, shared)
-        found: list[torch.Tensor | None] = [shared.get(id(s)) for s in sources[: len(sources) - len(self.wanting)]]
+        found: list[torch.Tensor | None] = [shared.get(k) for k in self._shared_sources()]
         for _, type, id_ in self.wanting:
             row = self.state.row(id_)
             found.append(pools[type][row] if touched[type][row] else None)
@@ -283,10 +329,26 @@ class Execution:
     @staticmethod
     def _torch_gradients(launch: Launch, given: list[torch.Tensor | None]) -> list[tuple[int, torch.Tensor]]:
         pairs = [(x, g) for x, g in zip(launch.results, given, strict=True) if x.requires_grad and g is not None]
-        places = [k for k, x in enumerate((*launch.leaves, *launch.block.shared)) if x.requires_grad]
-        wanted = [(*launch.leaves, *launch.block.shared)[k] for k in places]
-        made = torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True) if pairs else ()
+        everything = (*launch.leaves, *launch.shared)
+        places = [k for k, x in enumerate(everything) if x.requires_grad]
+        wanted = [everything[k] for k in places]
+        if not pairs:
+            return []
+        given = [x for x, _ in pairs], wanted, [g for _, g in pairs]
+        made = torch.autograd.grad(*given, allow_unused=True, retain_graph=True)  # results may be asked one after the other
         return [(k, g) for k, g in zip(places, made, strict=False) if g is not None]
+
+
+def _raise(status: int, block: Block) -> None:
+    """Raise the error of a launch without Python."""
+    if status == BAD_ROW:
+        raise IndexError(f"{ROW_OUT_OF_RANGE} (at {block.source})")
+    raise_status(status, [f"a guard of the plan of {block.source}"] * status)
+
+
+def _leaf(derived: torch.Tensor) -> torch.Tensor:
+    """A derived tensor for one launch, whose gradients end here: those of what it is made of follow once, for all launches."""
+    return derived.detach().requires_grad_(derived.requires_grad)
 
 
 def _doubled(x: torch.Tensor) -> torch.Tensor:

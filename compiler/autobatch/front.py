@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from .captured import Captured
 from .cut import PHASE, Cut, Cutter
-from .record import begin_phase
+from .fork import FORK
+from .ghosts import DEEPER
+from .record import begin_phase, deeper, driven, fork
 from .seen import Seen
 from .sites import Site
 from .source import NoSource, function_of, source_of, with_inner
+from .tasks import Forked
+from .values import Pending, item
+from .yields import DRIVE, FORKED, ITEM, PENDING, TYPE, Yields
+
+
+# what generators refer to
+YIELDED = {PENDING: Pending, TYPE: type, ITEM: item, FORKED: Forked, DRIVE: driven}
 
 
 class Front:
@@ -22,33 +32,57 @@ class Front:
     `reasons` says of functions why they are run as they are.
     """
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: Seen, without: frozenset[str] = frozenset()) -> None:
         self.seen = seen
+        self.without = without
         self.version = -1
-        self.state: Any = None
-        self.modules: list[nn.Module] = []  # whose data blocks may have been traced with
+        self.size = 0, 0  # of `holds`, and of what blocks have taken as arguments
+        self.watched = Watched([])  # data that blocks may have been traced with
         self.cells: dict[tuple[types.FunctionType, int], tuple[str, types.CellType]] = {}
         self.reasons: dict[types.FunctionType, str] = {}
         self.holds: list[tuple[Any, str, Any]] = []  # what cut code relies on: (object, attribute, what it holds)
         self.blocks: dict[Any, Site] = {}
+        self.generates = "fibers" not in without  # functions that wait are generators
 
     def entry(self, program: Any) -> Callable[..., Any]:
         """What to call in place of the program."""
-        changed = any(getattr(o, a, None) is not held for o, a, held in self.holds) or _state(self.modules) != self.state
+        changed = any(getattr(o, a, None) is not held for o, a, held in self.holds) or self.watched.changed()
         if changed:
             self.blocks = {}
         if self.version != self.seen.version or changed:
             self.version, self.cells, self.holds = self.seen.version, {}, []
         found = function_of(program)
-        name = self._cut(*found, entry=True) if found is not None and self.seen.ops else None
-        held = (program, *(x for _, _, x in self.holds), *(m for s in self.blocks.values() for m in s.modules))
-        self.modules = list(dict.fromkeys(m for x in held if isinstance(x, nn.Module) for m in x.modules()))
-        self.state = _state(self.modules)
+        cut = found is not None and self.seen.ops and "blocks" not in self.without
+        name = self._cut(*found, entry=True) if found is not None and cut else None
+        if changed and isinstance(program, Captured):
+            program.renew()
+        size = len(self.holds), sum(len(s.modules) for s in self.blocks.values())
+        if changed or size != self.size:
+            held = (program, *(x for _, _, x in self.holds), *(m for s in self.blocks.values() for m in s.modules))
+            modules = dict.fromkeys(m for x in held if isinstance(x, nn.Module) for m in x.modules())
+            self.size, self.watched = size, Watched(list(modules))
         if found is None or name is None:
             return program
         function: Any = self.cells[found[0], id(found[1])][1].cell_contents
         bound = found[1]
         return function if bound is None else lambda *args: function(bound, *args)
+
+    def waits(self, program: Any) -> bool:
+        """Whether what `entry` gave is a generator."""
+        found = function_of(program)
+        cut = found is not None and (found[0], id(found[1])) in self.cells
+        return self.generates and cut and found is not None and found[0].__code__ in self.seen.demands
+
+    def use_fibers(self) -> None:
+        """Functions that wait are plain ones from now on: somebody waits where no generator can."""
+        self.generates, self.version = False, -1
+
+    def is_separate(self, program: Any) -> bool:
+        """Whether the program is seen to change nothing that others see, so that an instance may run twice."""
+        found = function_of(program)
+        if isinstance(program, Captured):
+            return True
+        return found is not None and self.seen.is_separate(found[0].__code__, of_module=isinstance(found[1], nn.Module))
 
     def apart(self) -> list[tuple[str, str]]:
         """Functions and places that run op by op, and why."""
@@ -86,9 +120,15 @@ class Front:
                 used[found] = self.cells[other, id(its)][1]
             return found
 
-        cutter = Cutter(source, bound, self.seen, callee, name.strip("_"))
-        tree = cutter.run(phases=entry)
+        cutter = Cutter(source, bound, self.seen, callee, name.strip("_"), self.without)
+        tree = cutter.run(phases=entry and "phases" not in self.without)
+        if self.generates:
+            own = function.__code__ in self.seen.demands
+            tree = Yields(cutter.waiting, cutter.fresh, own=own).run(tree)
+            used |= {n: types.CellType(x) for n, x in YIELDED.items()}
         used[PHASE] = types.CellType(begin_phase)
+        used[FORK] = types.CellType(fork)
+        used[DEEPER] = types.CellType(deeper)
         for cut in cutter.cuts:
             used[cut.name] = self._block(function, cut).cell
         self.holds += cutter.holds
@@ -111,16 +151,38 @@ class Front:
         return self.blocks[key]
 
 
-def _state(modules: list[nn.Module]) -> Any:
+class Watched:
     """The plain data of modules, and what their parameters are like, by which blocks are traced."""
-    plain = (bool, int, float, str, type(None), tuple)
-    return [
-        (
-            [(k, v) for k, v in vars(m).items() if type(v) in plain],
-            [(k, p.dtype, p.device, p.requires_grad) for k, p in m._parameters.items() if p is not None],
-        )
-        for m in modules
-    ]
+
+    PLAIN = (bool, int, float, str, type(None), tuple)
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.data = [(vars(m), len(vars(m)), [(k, v) for k, v in vars(m).items() if type(v) in self.PLAIN]) for m in modules]
+        self.parameters = [
+            (m._parameters, [(k, p, p.dtype, p.device, p.requires_grad) for k, p in m._parameters.items() if p is not None])
+            for m in modules
+            if m._parameters
+        ]
+
+    def changed(self) -> bool:
+        """Whether any of it is not what it was."""
+        for now, count, before in self.data:
+            if len(now) != count:
+                return True
+            for k, v in before:
+                found = now.get(k, self)
+                if found is not v and (type(found) is not type(v) or found != v):
+                    return True
+        for now, held in self.parameters:
+            for k, p, dtype, device, grad in held:
+                found = now.get(k)
+                if found is not p:
+                    if found is None:
+                        return True
+                    p = found
+                if p.dtype is not dtype or p.device != device or p.requires_grad is not grad:
+                    return True
+        return False
 
 
 def _compiled(tree: ast.FunctionDef, like: types.FunctionType, cells: dict[str, types.CellType]) -> types.FunctionType:

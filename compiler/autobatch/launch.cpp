@@ -36,6 +36,7 @@ PyObject* table_new(PyTypeObject* type, PyObject*, PyObject*) {
   if (t == nullptr) return nullptr;
   t->row_bytes = new std::vector<int64_t>;
   t->blocks = new std::vector<Block>;
+  t->schedules = new std::vector<Schedule>;
   return reinterpret_cast<PyObject*>(t);
 }
 
@@ -44,6 +45,7 @@ void table_dealloc(PyObject* self) {
   for (Block& b : *t->blocks) Py_XDECREF(b.direct.keep);
   delete t->row_bytes;
   delete t->blocks;
+  delete t->schedules;
   Py_TYPE(self)->tp_free(self);
 }
 
@@ -63,24 +65,31 @@ PyObject* table_add_block(PyObject* self, PyObject* args) {
   if (!PyArg_ParseTuple(args, "O!O!", &PyTuple_Type, &inputs, &PyTuple_Type, &outputs)) return nullptr;
   Block b;
   if (!numbers(inputs, b.inputs) || !numbers(outputs, b.outputs)) return nullptr;
+  b.recursive.resize(b.inputs.size());
   t->blocks->push_back(std::move(b));
   return PyLong_FromSize_t(t->blocks->size() - 1);
 }
 
-// direct(block, run, sizes, program, slots, counts, arena, bases, inputs, outputs, keep): how a block runs without Python.
+// direct(block, run, sizes, program, slots, counts, arena, bases, inputs, outputs, checks, panels,
+// keep): how a block runs without Python.
 PyObject* table_direct(PyObject* self, PyObject* args) {
   auto* t = reinterpret_cast<Table*>(self);
   Py_ssize_t block;
   unsigned long long run, sizes, program;
   long long arena;
-  PyObject *slots, *counts, *bases, *inputs, *outputs, *keep;
-  if (!PyArg_ParseTuple(args, "nKKKO!O!LO!O!O!O", &block, &run, &sizes, &program, &PyTuple_Type, &slots, &PyTuple_Type, &counts,
-                        &arena, &PyTuple_Type, &bases, &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &keep))
+  PyObject *slots, *counts, *bases, *inputs, *outputs, *checks, *panels, *keep;
+  if (!PyArg_ParseTuple(args, "nKKKO!O!LO!O!O!O!O!O", &block, &run, &sizes, &program, &PyTuple_Type, &slots, &PyTuple_Type, &counts,
+                        &arena, &PyTuple_Type, &bases, &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &PyTuple_Type, &checks, &PyTuple_Type,
+                        &panels, &keep))
     return nullptr;
   Direct d;
   if (!numbers(slots, d.slots) || !numbers(counts, d.counts) || !addresses(bases, d.bases) || !numbers(inputs, d.inputs) ||
-      !numbers(outputs, d.outputs))
+      !numbers(outputs, d.outputs) || !numbers(checks, d.checks))
     return nullptr;
+  std::vector<int64_t> flat;
+  if (!numbers(panels, flat)) return nullptr;
+  for (size_t i = 0; i + 6 <= flat.size(); i += 6)
+    d.panels.push_back({flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4], flat[i + 5]});
   if (block < 0 || block >= static_cast<Py_ssize_t>(t->blocks->size())) {
     PyErr_SetString(PyExc_IndexError, "there is no such block");
     return nullptr;
@@ -94,6 +103,27 @@ PyObject* table_direct(PyObject* self, PyObject* args) {
   Py_XDECREF(held.keep);
   held = std::move(d);
   Py_RETURN_NONE;
+}
+
+// Panels of 32 columns; as many rows of a column side by side as make four bytes.
+template <class T> void lay_out(const Panels& p, const T* from, T* into) {
+  const int64_t word = std::max<int64_t>(1, 4 / static_cast<int64_t>(sizeof(T))), down = p.by_column ? 1 : p.n, across = p.by_column ? p.k : 1;
+  for (int64_t first = 0; first < p.n; first += 32)
+    for (int64_t row = 0; row < p.k; row += word)
+      for (int64_t j = 0; j < 32; j++)
+        for (int64_t w = 0; w < word; w++) {
+          const bool inside = first + j < p.n && row + w < p.k;
+          *into++ = inside ? from[(first + j) * across + (row + w) * down] : T{};
+        }
+}
+
+void lay_out(const Panels& p, const char* from, char* into) {
+  switch (p.item) {
+    case 1: return lay_out(p, reinterpret_cast<const uint8_t*>(from), reinterpret_cast<uint8_t*>(into));
+    case 2: return lay_out(p, reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(into));
+    case 4: return lay_out(p, reinterpret_cast<const uint32_t*>(from), reinterpret_cast<uint32_t*>(into));
+    default: return lay_out(p, reinterpret_cast<const uint64_t*>(from), reinterpret_cast<uint64_t*>(into));
+  }
 }
 
 // shared(block, addresses): where the tensors are that all instances share.
@@ -112,7 +142,22 @@ PyObject* table_shared(PyObject* self, PyObject* args) {
   Block& b = (*t->blocks)[block];
   for (size_t k = 0; k < found.size(); k++)
     if (const int64_t base = b.direct.inputs[b.inputs.size() + k]; base >= 0) b.direct.bases[base] = found[k];
+  for (const Panels& p : b.direct.panels) lay_out(p, found[p.shared], b.direct.bases[p.base]);
   Py_RETURN_NONE;
+}
+
+// recursive(block) -> which of its arguments have come from itself so far
+PyObject* table_recursive(PyObject* self, PyObject* block) {
+  auto* t = reinterpret_cast<Table*>(self);
+  const Py_ssize_t n = PyLong_AsSsize_t(block);
+  if (n < 0 || n >= static_cast<Py_ssize_t>(t->blocks->size())) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_IndexError, "there is no such block");
+    return nullptr;
+  }
+  const auto& found = (*t->blocks)[n].recursive;
+  PyObject* made = PyTuple_New(found.size());
+  for (size_t k = 0; made != nullptr && k < found.size(); k++) PyTuple_SET_ITEM(made, k, PyBool_FromLong(found[k]));
+  return made;
 }
 
 PyMethodDef table_methods[] = {
@@ -120,6 +165,7 @@ PyMethodDef table_methods[] = {
     {"block", table_add_block, METH_VARARGS, nullptr},
     {"direct", table_direct, METH_VARARGS, nullptr},
     {"shared", table_shared, METH_VARARGS, nullptr},
+    {"recursive", table_recursive, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -151,6 +197,9 @@ PyObject* state_put(PyObject* self, PyObject* args) {
   fit(s);
   const int64_t start = reserve(s, type, found.size());
   place(s, found.data(), found.size(), start);
+  s->given->push_back(type);
+  s->given->push_back(static_cast<int64_t>(found.size()));
+  s->given->insert(s->given->end(), found.begin(), found.end());
   return PyLong_FromLongLong(start);
 }
 
@@ -160,6 +209,21 @@ PyObject* state_row(PyObject* self, PyObject* id) {
   const long long n = PyLong_AsLongLong(id);
   if (n == -1 && PyErr_Occurred()) return nullptr;
   return PyLong_FromLongLong(n < s->computed && n < static_cast<long long>(s->row_of->size()) ? (*s->row_of)[n] : -1);
+}
+
+// rows(values) -> where they lie, as int64
+PyObject* state_rows(PyObject* self, PyObject* values) {
+  auto* s = reinterpret_cast<State*>(self);
+  if (!PyList_Check(values)) {
+    PyErr_SetString(PyExc_TypeError, "a list of pending tensors is wanted");
+    return nullptr;
+  }
+  const Py_ssize_t count = PyList_GET_SIZE(values);
+  PyObject* made = PyByteArray_FromStringAndSize(nullptr, count * sizeof(int64_t));
+  if (made == nullptr) return nullptr;
+  auto* rows = reinterpret_cast<int64_t*>(PyByteArray_AS_STRING(made));
+  for (Py_ssize_t i = 0; i < count; i++) rows[i] = (*s->row_of)[reinterpret_cast<Handle*>(PyList_GET_ITEM(values, i))->id];
+  return made;
 }
 
 PyObject* tuple_of(const std::vector<int64_t>& v) {
@@ -175,22 +239,43 @@ PyObject* state_used(PyObject* self, PyObject*) {
   return tuple_of(*s->used);
 }
 
-// schedule() -> ([(block, count, where the rows of its arguments begin, first rows of its results)], rows as int64)
-// What was recorded is in the order of launches then: by depth, then by block.
-PyObject* state_schedule(PyObject* self, PyObject*) {
-  auto* s = reinterpret_cast<State*>(self);
-  fit(s);
-  s->launches->clear();
-  s->rows->clear();
-  for (auto& depths : *s->buckets)
-    for (auto& found : depths) {
-      std::sort(found.begin(), found.end(), [](const Bucket& a, const Bucket& b) { return a.block < b.block; });
-      for (Bucket& b : found) s->launches->push_back({b.block, b.firsts.size(), 0, {}, {}, &b});
-    }
+constexpr size_t SCHEDULES = 8;  // kept by a table
+
+// All of what was recorded, one part after the other.
+std::vector<int64_t> key_of(const State* s) {
+  std::vector<int64_t> key{s->next_id};
+  auto append = [&](const std::vector<int64_t>& part) {
+    key.push_back(static_cast<int64_t>(part.size()));
+    key.insert(key.end(), part.begin(), part.end());
+  };
+  for (const auto* part : {s->given, s->integer_ids, s->real_ids}) append(*part);
+  for (const Launch& l : *s->launches) {
+    key.push_back(static_cast<int64_t>(l.block));
+    append(l.bucket->arguments);
+    append(l.bucket->firsts);
+  }
+  return key;
+}
+
+// Takes up the schedule that is kept for the same key; false where there is none.
+bool recalled(State* s, const std::vector<int64_t>& key) {
+  auto& kept = *s->table->schedules;
+  for (auto found = kept.begin(); found != kept.end(); ++found) {
+    if (found->key != key) continue;
+    *s->launches = found->launches;
+    *s->rows = found->rows;
+    *s->row_of = found->row_of;
+    *s->used = found->used;
+    std::rotate(kept.begin(), found, found + 1);
+    return true;
+  }
+  return false;
+}
+
+// Finds the rows of all arguments and results, launch after launch.
+void place_all(State* s) {
   for (auto [ids, type] : {std::pair{s->integer_ids, 0}, {s->real_ids, 1}})
     if (!ids->empty()) place(s, ids->data(), ids->size(), reserve(s, type, ids->size()));
-  PyObject* found = PyList_New(0);
-  if (found == nullptr) return nullptr;
   for (Launch& l : *s->launches) {
     const Block& b = (*s->table->blocks)[l.block];
     const size_t arity = b.inputs.size();
@@ -209,6 +294,37 @@ PyObject* state_schedule(PyObject* self, PyObject*) {
       l.starts.push_back(reserve(s, b.outputs[k], l.count));
       for (size_t i = 0; i < l.count; i++) (*s->row_of)[l.bucket->firsts[i] + k] = l.starts[k] + static_cast<int64_t>(i);
     }
+  }
+}
+
+// schedule() -> ([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that
+// lie side by side, else -1)], rows as int64): what was recorded, by depth, then by block.
+PyObject* state_schedule(PyObject* self, PyObject*) {
+  auto* s = reinterpret_cast<State*>(self);
+  fit(s);
+  s->launches->clear();
+  s->rows->clear();
+  for (auto& depths : *s->buckets)
+    for (auto& found : depths) {
+      std::sort(found.begin(), found.end(), [](const Bucket& a, const Bucket& b) { return a.block < b.block; });
+      for (Bucket& b : found) s->launches->push_back({b.block, b.firsts.size(), 0, {}, {}, &b});
+    }
+  const bool first = s->keeps && s->computed == 0;
+  std::vector<int64_t> key;
+  if (first) key = key_of(s);
+  s->reused = first && recalled(s, key);
+  if (!s->reused) place_all(s);
+  if (first && !s->reused) {
+    auto& kept = *s->table->schedules;
+    kept.insert(kept.begin(), Schedule{std::move(key), *s->launches, *s->rows, *s->row_of, *s->used});
+    if (kept.size() > SCHEDULES) kept.pop_back();
+  }
+  s->buckets->clear();
+  s->same->clear();
+  s->computed = s->next_id;
+  PyObject* found = PyList_New(0);
+  if (found == nullptr) return nullptr;
+  for (const Launch& l : *s->launches) {
     PyObject* entry = Py_BuildValue("nnnNN", l.block, l.count, l.rows, tuple_of(l.starts), tuple_of(l.side));
     if (entry == nullptr || PyList_Append(found, entry) != 0) {
       Py_XDECREF(entry);
@@ -217,8 +333,6 @@ PyObject* state_schedule(PyObject* self, PyObject*) {
     }
     Py_DECREF(entry);
   }
-  s->buckets->clear();
-  s->computed = s->next_id;
   PyObject* rows = PyByteArray_FromStringAndSize(reinterpret_cast<const char*>(s->rows->data()), s->rows->size() * sizeof(int64_t));
   return Py_BuildValue("NN", found, rows);
 }
@@ -238,6 +352,8 @@ PyObject* state_numbers(PyObject* self, PyObject* args) {
 }
 
 // -- running --------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t BAD_ROW = -100;
 
 struct Spent {
   int64_t gathered = 0, gathers = 0, kernels = 0;  // bytes, nanoseconds
@@ -269,8 +385,9 @@ int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int thre
     if (const int64_t status = d.run(d.sizes, bases.data(), slots.data(), 1, nullptr)) return status;
   size_t bytes = static_cast<size_t>(slots[d.arena]) + 64;
   for (size_t k = 0; k < arity; k++) bytes += count * (*s->table->row_bytes)[b.inputs[k]] + 64;
-  if (s->scratch->size() < bytes) s->scratch->resize(bytes);
-  char* at = padded(s->scratch->data());
+  thread_local std::vector<char> scratch;
+  if (scratch.size() < bytes) scratch = std::vector<char>(bytes);
+  char* at = padded(scratch.data());
   bases[0] = at;
   at += slots[d.arena];
   for (size_t k = 0; k < arity; k++) {
@@ -291,14 +408,18 @@ int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int thre
   }
   for (size_t k = 0; k < b.outputs.size(); k++)
     bases[d.outputs[k]] = pools[b.outputs[k]] + l.starts[k] * (*s->table->row_bytes)[b.outputs[k]];
+  for (size_t i = 0; i < d.checks.size(); i += 2) *reinterpret_cast<int64_t*>(bases[d.checks[i]] + slots[d.checks[i + 1]]) = 0;
   const int64_t ready = now();
-  const int64_t status = d.run(d.program, bases.data(), slots.data(), threads, nullptr);
+  int64_t status = d.run(d.program, bases.data(), slots.data(), threads, nullptr);
   spent.gathers += ready - started;
   spent.kernels += now() - ready;
+  for (size_t i = 0; i < d.checks.size() && status == 0; i += 2)
+    if (*reinterpret_cast<int64_t*>(bases[d.checks[i]] + slots[d.checks[i + 1]]) != 0) status = BAD_ROW;
   return status;
 }
 
-// run(first, end, addresses of the pools, threads) -> (status, bytes gathered, nanoseconds of gathers, of kernels)
+// run(first, end, addresses of the pools, threads) -> (status, launches that ran, bytes gathered, nanoseconds of gathers, of
+// kernels)
 PyObject* state_run(PyObject* self, PyObject* args) {
   auto* s = reinterpret_cast<State*>(self);
   Py_ssize_t first, end;
@@ -309,10 +430,13 @@ PyObject* state_run(PyObject* self, PyObject* args) {
   if (!addresses(given, pools)) return nullptr;
   Spent spent;
   int64_t status = 0;
+  Py_ssize_t ran = 0;
   Py_BEGIN_ALLOW_THREADS;
-  for (Py_ssize_t i = first; i < end && status == 0; i++) status = run(s, (*s->launches)[i], pools, threads, spent);
+  Py_ssize_t i = first;
+  for (; i < end && status == 0; i++) status = run(s, (*s->launches)[i], pools, threads, spent);
+  ran = i - first;
   Py_END_ALLOW_THREADS;
-  return Py_BuildValue("LLLL", status, spent.gathered, spent.gathers, spent.kernels);
+  return Py_BuildValue("LnLLL", status, ran, spent.gathered, spent.gathers, spent.kernels);
 }
 
 }  // namespace
@@ -320,6 +444,7 @@ PyObject* state_run(PyObject* self, PyObject* args) {
 PyMethodDef launch_methods[] = {
     {"put", state_put, METH_VARARGS, nullptr},
     {"row", state_row, METH_O, nullptr},
+    {"rows", state_rows, METH_O, nullptr},
     {"used", state_used, METH_NOARGS, nullptr},
     {"schedule", state_schedule, METH_NOARGS, nullptr},
     {"numbers", state_numbers, METH_VARARGS, nullptr},

@@ -15,7 +15,7 @@ void settle(State* s) {
   if (s->closed && s->live == 0) Py_CLEAR(s->recorder);
 }
 
-PyObject* handle_made(PyTypeObject* type, State* s, PyObject* kind, long long id, long long depth) {
+PyObject* handle_made(PyTypeObject* type, State* s, PyObject* kind, long long id, long long depth, uint64_t ancestors) {
   auto* h = reinterpret_cast<Handle*>(type->tp_alloc(type, 0));
   if (h == nullptr) return nullptr;
   h->state = reinterpret_cast<State*>(Py_NewRef(reinterpret_cast<PyObject*>(s)));
@@ -23,6 +23,7 @@ PyObject* handle_made(PyTypeObject* type, State* s, PyObject* kind, long long id
   h->view_of = Py_NewRef(Py_None);
   h->id = id;
   h->depth = depth;
+  h->ancestors = ancestors;
   s->live++;
   return reinterpret_cast<PyObject*>(h);
 }
@@ -69,23 +70,36 @@ PyObject* state_new(PyTypeObject* type, PyObject* args, PyObject*) {
   s->recorder = Py_NewRef(recorder);
   s->table = reinterpret_cast<Table*>(Py_NewRef(table));
   s->buckets = new std::vector<std::vector<std::vector<Bucket>>>;
-  for (auto** v : {&s->integer_ids, &s->integers, &s->real_ids, &s->row_of, &s->used, &s->rows}) *v = new std::vector<int64_t>;
+  for (auto** v : {&s->integer_ids, &s->integers, &s->real_ids, &s->row_of, &s->used, &s->given, &s->rows}) *v = new std::vector<int64_t>;
   s->reals = new std::vector<double>;
   s->launches = new std::vector<Launch>;
-  s->scratch = new std::vector<char>;
+  s->same = new std::vector<Same>;
+  s->lifted = new std::unordered_map<PyObject*, PyObject*>;
+  s->keeps = 1;
   return reinterpret_cast<PyObject*>(s);
+}
+
+void forget_lifted(State* s) {
+  std::unordered_map<PyObject*, PyObject*> gone;
+  gone.swap(*s->lifted);
+  for (auto [tensor, value] : gone) {
+    Py_DECREF(tensor);
+    Py_DECREF(value);
+  }
 }
 
 void state_dealloc(PyObject* self) {
   auto* s = reinterpret_cast<State*>(self);
   if (current == s) current = nullptr;
+  forget_lifted(s);
+  delete s->lifted;
   Py_CLEAR(s->recorder);
   Py_CLEAR(s->table);
   delete s->buckets;
-  for (auto* v : {s->integer_ids, s->integers, s->real_ids, s->row_of, s->used, s->rows}) delete v;
+  for (auto* v : {s->integer_ids, s->integers, s->real_ids, s->row_of, s->used, s->given, s->rows}) delete v;
   delete s->reals;
   delete s->launches;
-  delete s->scratch;
+  delete s->same;
   Py_TYPE(self)->tp_free(self);
 }
 
@@ -108,35 +122,73 @@ PyObject* state_number(PyObject* self, PyObject* n) {
   return id < 0 ? nullptr : PyLong_FromLongLong(id);
 }
 
-// line(block, arguments, results) -> (depth, id of the first result)
+// A line of a block with arguments of these ids, depths and ancestors; the first id of its results.
+struct Line {
+  long long depth, first;
+  uint64_t ancestors;
+};
+
+Line add_line(State* s, size_t block, const long long* ids, const uint64_t* ancestors, size_t count, long long depth, size_t results) {
+  Bucket& b = bucket_of(s, block, ++depth);
+  b.arguments.insert(b.arguments.end(), ids, ids + count);
+  b.firsts.push_back(s->next_id);
+  uint64_t all = bit_of(block);
+  auto& recursive = (*s->table->blocks)[block].recursive;
+  for (size_t k = 0; k < count; k++) {
+    all |= ancestors[k];
+    if (ancestors[k] & bit_of(block)) recursive[k] = 1;
+  }
+  const Line made{depth, s->next_id, all};
+  s->next_id += static_cast<long long>(results);
+  return made;
+}
+
+constexpr size_t MOST = 32;  // arguments of a quick call
+
+// line(block, arguments, results) -> (depth, id of the first result, ancestors of all)
 PyObject* state_line(PyObject* self, PyObject* args) {
   auto* s = reinterpret_cast<State*>(self);
   Py_ssize_t block, results;
   PyObject* given;
   if (!PyArg_ParseTuple(args, "nO!n", &block, &PyList_Type, &given, &results)) return nullptr;
+  std::vector<long long> ids;
+  std::vector<uint64_t> ancestors;
   long long depth = s->floor;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); i++)
-    depth = std::max(depth, depth_of(s, reinterpret_cast<Handle*>(PyList_GET_ITEM(given, i))));
-  Bucket& b = bucket_of(s, block, ++depth);
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); i++)
-    b.arguments.push_back(reinterpret_cast<Handle*>(PyList_GET_ITEM(given, i))->id);
-  b.firsts.push_back(s->next_id);
-  PyObject* made = Py_BuildValue("LL", depth, s->next_id);
-  s->next_id += results;
-  return made;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given); i++) {
+    auto* h = reinterpret_cast<Handle*>(PyList_GET_ITEM(given, i));
+    ids.push_back(h->id);
+    ancestors.push_back(h->ancestors);
+    depth = std::max(depth, depth_of(s, h));
+  }
+  const Line l = add_line(s, block, ids.data(), ancestors.data(), ids.size(), depth, results);
+  return Py_BuildValue("LLK", l.depth, l.first, static_cast<unsigned long long>(l.ancestors));
 }
 
-// pending(class, type, id, depth) -> a pending tensor of this call
+// pending(class, type, id, depth, ancestors) -> a pending tensor of this call
 PyObject* state_pending(PyObject* self, PyObject* args) {
   PyObject *type, *kind;
   long long id, depth;
-  if (!PyArg_ParseTuple(args, "O!OLL", &PyType_Type, &type, &kind, &id, &depth)) return nullptr;
-  return handle_made(reinterpret_cast<PyTypeObject*>(type), reinterpret_cast<State*>(self), kind, id, depth);
+  unsigned long long ancestors;
+  if (!PyArg_ParseTuple(args, "O!OLLK", &PyType_Type, &type, &kind, &id, &depth, &ancestors)) return nullptr;
+  return handle_made(reinterpret_cast<PyTypeObject*>(type), reinterpret_cast<State*>(self), kind, id, depth, ancestors);
+}
+
+// lifted(tensor, value): quick calls find the value of this tensor.
+PyObject* state_lifted(PyObject* self, PyObject* args) {
+  auto* s = reinterpret_cast<State*>(self);
+  PyObject *tensor, *value;
+  if (!PyArg_ParseTuple(args, "OO", &tensor, &value)) return nullptr;
+  if (s->lifted->emplace(tensor, value).second) {
+    Py_INCREF(tensor);
+    Py_INCREF(value);
+  }
+  Py_RETURN_NONE;
 }
 
 // end() -> whether no pending tensor is left; the recorder is let go of once that is so.
 PyObject* state_end(PyObject* self, PyObject*) {
   auto* s = reinterpret_cast<State*>(self);
+  forget_lifted(s);
   const bool alone = s->live == 0;
   s->closed = 1;
   settle(s);
@@ -146,6 +198,8 @@ PyObject* state_end(PyObject* self, PyObject*) {
 PyMemberDef state_members[] = {
     {"next_id", T_LONGLONG, offsetof(State, next_id), 0, nullptr},
     {"floor", T_LONGLONG, offsetof(State, floor), 0, nullptr},
+    {"keeps", T_BOOL, offsetof(State, keeps), 0, nullptr},
+    {"reused", T_BOOL, offsetof(State, reused), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 };
 
@@ -160,6 +214,12 @@ struct Kind {
   PyObject* what;  // the type of a pending or real tensor, the very object, an equal one, the class of a number
 };
 
+// A hoisted block that runs before: it takes the arguments at `places`, and the block takes those at `kept`, then its results.
+struct Before {
+  size_t block = 0, results = 0;
+  std::vector<size_t> places, kept;
+};
+
 struct Version {
   bool grad;
   size_t block;
@@ -168,6 +228,8 @@ struct Version {
   std::vector<std::pair<size_t, size_t>> views;  // (result of the block, argument) that share memory in eager
   std::vector<size_t> order;     // results of the call among those of the block
   bool single;                   // one result, not a tuple
+  bool hoisted = false;
+  Before before;
 };
 
 struct Quick {
@@ -179,8 +241,6 @@ struct Quick {
 
 PyObject* lift_as = nullptr;            // the name of the recorder's method
 bool (*grad_enabled)() = nullptr;  // torch's own: whether gradients are recorded in this thread
-
-constexpr size_t MOST = 32;  // arguments
 
 bool fits(const Quick* q, const Version& v, PyObject* const* args) {
   for (size_t i = 0; i < v.kinds.size(); i++) {
@@ -212,30 +272,72 @@ bool fits(const Quick* q, const Version& v, PyObject* const* args) {
   return true;
 }
 
+// Records the line of a hoisted block, or finds the last one to be the same; the arguments of the block that follows take the
+// place of its own. Returns their number.
+size_t hoist(State* s, const Before& b, long long* ids, long long* depths, uint64_t* ancestors) {
+  long long own[MOST], kept_ids[MOST], kept_depths[MOST], depth = s->floor;
+  uint64_t own_ancestors[MOST], kept_ancestors[MOST];
+  for (size_t i = 0; i < b.places.size(); i++) {
+    own[i] = ids[b.places[i]];
+    own_ancestors[i] = ancestors[b.places[i]];
+    depth = std::max(depth, depths[b.places[i]]);
+  }
+  if (b.block >= s->same->size()) s->same->resize(b.block + 1);
+  Same& last = (*s->same)[b.block];
+  uint64_t all = bit_of(b.block);
+  if (last.depth != depth || !std::equal(last.arguments.begin(), last.arguments.end(), own, own + b.places.size())) {
+    const Line l = add_line(s, b.block, own, own_ancestors, b.places.size(), depth, b.results);
+    last.arguments.assign(own, own + b.places.size());
+    last.depth = depth;
+    last.first = l.first;
+    all = l.ancestors;
+  }
+  size_t count = 0;
+  for (size_t k : b.kept) {
+    kept_ids[count] = ids[k];
+    kept_depths[count] = depths[k];
+    kept_ancestors[count++] = ancestors[k];
+  }
+  for (size_t r = 0; r < b.results; r++) {
+    kept_ids[count] = last.first + static_cast<long long>(r);
+    kept_depths[count] = depth + 1;
+    kept_ancestors[count++] = all;
+  }
+  std::copy(kept_ids, kept_ids + count, ids);
+  std::copy(kept_depths, kept_depths + count, depths);
+  std::copy(kept_ancestors, kept_ancestors + count, ancestors);
+  return count;
+}
+
 // Records one line. `lifted` are the handles of real tensors. Null with an error set, or without one for a number that is too
 // large.
 PyObject* record(Quick* q, State* s, const Version& v, PyObject* const* args, PyObject* const* lifted) {
-  long long ids[MOST], depth = s->floor;
+  long long ids[MOST], depths[MOST];
+  uint64_t ancestors[MOST];
   size_t count = 0;
   for (size_t i = 0; i < v.kinds.size(); i++) {
     const How how = v.kinds[i].how;
     if (how == NUMBER) {
-      if ((ids[count++] = number(s, args[i])) < 0) {
+      if ((ids[count] = number(s, args[i])) < 0) {
         PyErr_Clear();
         return nullptr;
       }
+      depths[count] = 0;
+      ancestors[count++] = 0;
     } else if (how == PENDING || how == REAL) {
       auto* h = reinterpret_cast<Handle*>(how == REAL ? lifted[i] : args[i]);
-      ids[count++] = h->id;
-      depth = std::max(depth, depth_of(s, h));
+      ids[count] = h->id;
+      depths[count] = depth_of(s, h);
+      ancestors[count++] = h->ancestors;
     }
   }
-  Bucket& b = bucket_of(s, v.block, ++depth);
-  b.arguments.insert(b.arguments.end(), ids, ids + count);
-  b.firsts.push_back(s->next_id);
+  if (v.hoisted) count = hoist(s, v.before, ids, depths, ancestors);
+  long long depth = s->floor;
+  for (size_t k = 0; k < count; k++) depth = std::max(depth, depths[k]);
+  Line l = add_line(s, v.block, ids, ancestors, count, depth, v.types.size());
   PyObject* made[MOST];
   for (size_t k = 0; k < v.types.size(); k++)
-    if ((made[k] = handle_made(reinterpret_cast<PyTypeObject*>(q->pending), s, v.types[k], s->next_id++, depth)) == nullptr)
+    if ((made[k] = handle_made(reinterpret_cast<PyTypeObject*>(q->pending), s, v.types[k], l.first++, l.depth, l.ancestors)) == nullptr)
       return nullptr;
   for (auto [result, argument] : v.views) {
     PyObject* base = v.kinds[argument].how == REAL ? lifted[argument] : args[argument];
@@ -269,6 +371,11 @@ PyObject* quick_call(PyObject* self, PyObject* const* args, size_t nargsf, PyObj
       bool all = true;
       for (size_t i = 0; all && i < count; i++) {
         if (v.kinds[i].how != REAL) continue;
+        if (const auto found = s->lifted->find(args[i]); found != s->lifted->end()) {
+          all = reinterpret_cast<Handle*>(found->second)->type == v.kinds[i].what;
+          lifted[i] = Py_NewRef(found->second);
+          continue;
+        }
         lifted[i] = PyObject_CallMethodObjArgs(s->recorder, lift_as, args[i], v.kinds[i].what, nullptr);
         all = lifted[i] != nullptr && lifted[i] != Py_None;
       }
@@ -326,16 +433,31 @@ void quick_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
-// add(grad, block, ((how, what), …), types, ((result, argument), …), order, single)
+bool positions(PyObject* tuple, std::vector<size_t>& into) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) into.push_back(PyLong_AsSize_t(PyTuple_GET_ITEM(tuple, i)));
+  return !PyErr_Occurred();
+}
+
+bool hoisted_before(PyObject* given, Before& into) {
+  Py_ssize_t block, results;
+  PyObject *places, *kept;
+  if (!PyArg_ParseTuple(given, "nnO!O!", &block, &results, &PyTuple_Type, &places, &PyTuple_Type, &kept)) return false;
+  into.block = block;
+  into.results = results;
+  return positions(places, into.places) && positions(kept, into.kept);
+}
+
+// add(grad, block, ((how, what), …), types, ((result, argument), …), order, single, (block, results, places, kept) or None)
 PyObject* quick_add(PyObject* self, PyObject* args) {
   auto* q = reinterpret_cast<Quick*>(self);
   int grad, single;
   Py_ssize_t block;
-  PyObject *kinds, *types, *views, *order;
-  if (!PyArg_ParseTuple(args, "pnO!O!O!O!p", &grad, &block, &PyTuple_Type, &kinds, &PyTuple_Type, &types, &PyTuple_Type, &views,
-                        &PyTuple_Type, &order, &single))
+  PyObject *kinds, *types, *views, *order, *before;
+  if (!PyArg_ParseTuple(args, "pnO!O!O!O!pO", &grad, &block, &PyTuple_Type, &kinds, &PyTuple_Type, &types, &PyTuple_Type, &views,
+                        &PyTuple_Type, &order, &single, &before))
     return nullptr;
-  Version v{grad != 0, static_cast<size_t>(block), {}, {}, {}, {}, single != 0};
+  Version v{grad != 0, static_cast<size_t>(block), {}, {}, {}, {}, single != 0, before != Py_None, {}};
+  if (before != Py_None && !hoisted_before(before, v.before)) return nullptr;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds); i++) {
     int how;
     PyObject* what;
@@ -400,6 +522,7 @@ PyMODINIT_FUNC PyInit_plait_record() {
       {"line", state_line, METH_VARARGS, nullptr},
       {"number", state_number, METH_O, nullptr},
       {"pending", state_pending, METH_VARARGS, nullptr},
+      {"lifted", state_lifted, METH_VARARGS, nullptr},
       {"end", state_end, METH_NOARGS, nullptr},
   };
   for (PyMethodDef* m = launch_methods; m->ml_name != nullptr; m++) methods.push_back(*m);

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...errors import SharedWrite
-from .blocks import Block, Outcome, analyse, without_modes
+from .blocks import Block, Hoisted, Outcome, analyse, block_of, without_modes
+from .deliver import deliver
 from .execute import Execution
+from .fibers import Fibers
+from .fuse import Derived, fuse
+from .hoist import split
 from .native import record
 from .seen import Seen, stack_of
+from .tasks import drive
 from .values import INTEGER, REAL, Pending, Type
 
 PHASE_BITS = 24  # of a depth, below the number of the phase
@@ -56,22 +63,72 @@ def current() -> Recorder:
     return here.recorder
 
 
+def is_recording() -> bool:
+    """Whether this thread records a batch."""
+    return getattr(here, "recorder", None) is not None
+
+
 def begin_phase(number: int) -> None:
     """What this instance records from now on runs after all that others record in earlier phases."""
     here.recorder.state.floor = number << PHASE_BITS
 
 
+def driven(generator: Any) -> Any:
+    """The result of a function that waits, where its caller cannot."""
+    recorder = here.recorder
+
+    def wait(x: Pending) -> Any:
+        recorder.wait_for(x)
+        return recorder.numbers([x])[0]
+
+    return drive(generator, wait)
+
+
+def deeper(by: int, x: Any) -> Any:
+    """A value as if it had been computed so many ops later; other data as it is."""
+    if type(x) is not Pending or here.recorder.execution.has(x.id):
+        return x
+    made = Pending.of(here.recorder.state, x.type, x.id, x.depth + by)
+    made.view_of, made.viewed = x.view_of, x.viewed
+    return made
+
+
+def fork(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The results of calls that may run in any order: side by side where instances wait for values."""
+    recorder = here.recorder
+    state, floor = recorder.state, recorder.state.floor
+
+    def begun(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        state.floor = floor
+        return fn(*args)
+
+    made = recorder.spread([lambda fn=fn, args=args: begun(fn, args) for fn, args in calls])
+    if made is None:
+        return tuple(fn(*args) for fn, args in calls)
+    state.floor = floor
+    return tuple(made)
+
+
+# what gives the same tensor for the same arguments
+CONSTANTS = {
+    torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.arange, torch.linspace, torch.tensor,
+}  # fmt: skip
+
+
 class Table:
     """What a batched function has learnt about its ops; lives as long as it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, without: frozenset[str] = frozenset()) -> None:
+        self.without = without
         self.outcomes: dict[Any, Outcome] = {}
         self.blocks: list[Block] = []
         self.seen = Seen()
+        self.demanded: set[tuple[types.CodeType, int]] = set()  # instructions that asked for values, all noted
         self.native = record.Table()
         self.types: dict[Type, int] = {}
         for type in (INTEGER, REAL):  # plain numbers are written by number of type
             self.number_of(type)
+        self.derived: dict[int, Derived] = {}  # by the identity of their stand-ins
         self.spare: list[dict[Type, torch.Tensor]] = []  # pools of calls that have ended, for later ones
 
     def number_of(self, type: Type) -> int:
@@ -86,10 +143,57 @@ class Table:
         found = self.outcomes.get(key)
         if found is None:
             found = self.outcomes[key] = make(len(self.blocks))
-            if (block := found.block) is not None:
-                self.blocks.append(block)
-                self.native.block(*(tuple(map(self.number_of, types)) for types in (block.inputs, block.outputs)))
+            if found.block is not None:
+                self.add(found.block)
         return found
+
+    def add(self, block: Block) -> None:
+        """Take up a new block, which has the next number."""
+        self.blocks.append(block)
+        self.native.block(*(tuple(map(self.number_of, types)) for types in (block.inputs, block.outputs)))
+
+    def improve(self) -> set[Any]:
+        """Rewrite new blocks: take out what does not depend on the recursion, and make products of one operand one. Gives the
+        functions whose outcome is another one now."""
+        found = set()
+        for key, outcome in list(self.outcomes.items()):
+            block = outcome.block
+            if block is None or block.examined or not block.launches:
+                continue
+            block.examined = True
+            if block.looped or outcome.written:
+                continue
+            made = self._fused(self._hoisted(outcome, block))
+            if made is not outcome:
+                self.outcomes[key] = made
+                found.add(key[0])
+        return found
+
+    def _hoisted(self, outcome: Outcome, block: Block) -> Outcome:
+        parts = None if "hoisting" in self.without else split(block, self.native.recursive(block.number))
+        if parts is None:
+            return outcome
+        count = len(self.blocks)
+        before = block_of(count, block, parts.before, tuple(block.inputs[k] for k in parts.places), parts.types)
+        inputs = (*(block.inputs[k] for k in parts.kept), *parts.types)
+        after = block_of(count + 1, block, parts.after, inputs, block.outputs)
+        if before.looped or after.looped:
+            return outcome
+        self.add(before)
+        self.add(after)
+        return replace(outcome, block=after, before=Hoisted(before, parts.places, parts.kept))
+
+    def _fused(self, outcome: Outcome) -> Outcome:
+        block = outcome.block
+        made = fuse(block) if block is not None and "fusion" not in self.without else None
+        if made is None or block is None:
+            return outcome
+        new = block_of(len(self.blocks), block, made.fn, block.inputs, block.outputs)
+        if new.looped:
+            return outcome
+        self.add(new)
+        self.derived.update({id(d.stand_in): d for d in made.derived})
+        return replace(outcome, block=new)
 
 
 class Recorder(TorchFunctionMode):
@@ -99,17 +203,22 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(
-        self, table: Table, shared: dict[int, torch.Tensor], park: Callable[[], bool], compile: Callable[[Block], None]
+        self, table: Table, shared: dict[int, torch.Tensor], fibers: Fibers, compile: Callable[[Block], None]
     ) -> None:
         super().__init__()
         self.table = table
         self.seen = table.seen
         self.shared = dict(shared)
-        self.park = park  # lets others run until values are there; False where this call cannot wait
+        self.shares = "shared" not in table.without
+        self.park = fibers.park  # lets others run until values are there; False where this call cannot wait
+        self.spread = fibers.spread  # runs functions side by side; None where nobody waits
         self.state = record.State(self, table.native)  # lines, ids, and the depth below which nothing is recorded
-        self.execution = Execution(self.state, table.native, table.types, table.spare.pop() if table.spare else {}, compile)
+        self.state.keeps = "structure" not in table.without
+        self.execution = Execution(self.state, table, table.spare.pop() if table.spare else {}, compile)
         self.lifted: dict[int, tuple[torch.Tensor, Pending]] = {}
         self.derived: dict[Any, Any] = {}
+        self.constants: dict[Any, Pending] = {}
+        self.demanded = table.demanded
         self.last: Outcome | None = None  # of the op that was recorded last
         self.closed = False  # all is computed: what the program kept for later are plain values
 
@@ -123,10 +232,27 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return self.apply(func, args, kwargs)
 
+    def demand(self, x: Pending, convert: Callable[[Any], Any]) -> Any:
+        """What `convert` makes of one number. Called by a method of a pending tensor."""
+        frame = sys._getframe(3)  # above this, `_number` and the method
+        place = frame.f_code, frame.f_lasti
+        if place not in self.demanded:
+            self.demanded.add(place)
+            self.seen.note(self._stack(), demand=True)
+        if not self.closed and (self.execution.has(x.id) or self.execution.given_as(x) is None):
+            self.wait_for(x)
+            found = self.execution.number(x)
+            if found is not None:
+                return convert(found)
+        with torch._C.DisableTorchFunction():
+            return convert(self.known(x))
+
     # -- ops ----------------------------------------------------------------------------------------------------------
 
-    def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record one application; gives pending tensors, or plain data where the op only asks for a size or the like."""
+    def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], source: str = "") -> Any:
+        """Record one application; gives pending tensors, or plain data where the op only asks for a size or the like.
+        `source` is where a block is in the user's program, as file:line; without it this is an op of the line that this thread
+        is at."""
         if self.closed:
             args, kwargs = tree_map(self.known, (args, kwargs))
             return func(*args, **kwargs)
@@ -139,11 +265,14 @@ class Recorder(TorchFunctionMode):
         tensors = [at for at, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         places = [at for at in tensors if type(leaves[at]) is Pending or not self.is_shared(leaves[at])]
         if not places:
-            return self._apart(func, args, kwargs, leaves, spec, bool(tensors))
-        self.seen.note(self._stack(), demand=False)
+            return self._apart(func, args, kwargs, leaves, spec, bool(tensors), noted=bool(source))
+        if not source:  # where a block is called is no place of an op
+            self.seen.note(self._stack(), demand=False)
         grad = torch.is_grad_enabled()
         key = func, spec, grad, tuple(self._key(x, at in places) for at, x in enumerate(leaves))
-        outcome = self.table.outcome(key, lambda number: analyse(number, func, leaves, spec, places, user_line(), grad))
+        outcome = self.table.outcome(
+            key, lambda number: analyse(number, func, leaves, spec, places, source or user_line(), grad)
+        )
         if outcome.block is None:
             return tree_unflatten([x for _, x in outcome.results], outcome.spec)
         return self._record(outcome, outcome.block, leaves, places)
@@ -151,7 +280,11 @@ class Recorder(TorchFunctionMode):
     def _record(self, outcome: Outcome, block: Block, leaves: list[Any], places: list[int]) -> Any:
         self.last = outcome
         given = {at: self.lift(leaves[at]) for at in places}
-        made = self.line(block, [given[at] for at in places])
+        arguments = [given[at] for at in places]
+        if (before := outcome.before) is not None:
+            hoisted = self.line(before.block, [arguments[k] for k in before.places])
+            arguments = [*(arguments[k] for k in before.kept), *hoisted]
+        made = self.line(block, arguments)
         for at, k in outcome.written.items():
             given[at].id, given[at].depth = made[k].id, made[k].depth
         results: list[Any] = []
@@ -167,15 +300,18 @@ class Recorder(TorchFunctionMode):
 
     def line(self, block: Block, given: Sequence[Pending]) -> list[Pending]:
         """One line for one application of a block; its results."""
-        depth, first = self.state.line(block.number, list(given), len(block.outputs))
-        return [Pending.of(self.state, t, first + k, depth) for k, t in enumerate(block.outputs)]
+        depth, first, ancestors = self.state.line(block.number, list(given), len(block.outputs))
+        return [Pending.of(self.state, t, first + k, depth, ancestors) for k, t in enumerate(block.outputs)]
 
-    def _apart(self, func: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: Any, on_shared: bool) -> Any:
+    def _apart(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: Any, on_shared: bool, *, noted: bool
+    ) -> Any:
         """What depends on no instance: computed at once; from shared tensors once for all, and then shared itself."""
-        if on_shared or (func is torch.tensor and type(args[0]) in (int, float)):  # a number may be a block's argument
+        number = func is torch.tensor and type(args[0]) in (int, float)  # it may be a block's argument
+        if not noted and (on_shared or number):
             self.seen.note(self._stack(), demand=False)
         if not on_shared:
-            return func(*args, **kwargs)
+            return self._constant(func, args, kwargs, leaves, spec) if func in CONSTANTS else func(*args, **kwargs)
         try:
             key = func, spec, torch.is_grad_enabled(), tuple(self._key(x, False) for x in leaves)
             if key in self.derived:
@@ -195,6 +331,19 @@ class Recorder(TorchFunctionMode):
             self.derived[key] = made
         return made
 
+    def _constant(self, func: Callable[..., Any], args: Any, kwargs: Any, leaves: list[Any], spec: Any) -> Any:
+        """A constant: one value for all that make the same, to each a tensor of its own."""
+        if "constants" in self.table.without or kwargs.get("requires_grad") or "out" in kwargs:
+            return func(*args, **kwargs)
+        try:
+            key = func, spec, torch.get_default_dtype(), tuple(self._key(x, False) for x in leaves)
+            found = self.constants.get(key)
+        except TypeError:
+            return func(*args, **kwargs)
+        if found is None:
+            found = self.constants[key] = self.lift(func(*args, **kwargs))
+        return Pending.of(self.state, found.type, found.id, 0)
+
     @staticmethod
     def _stack() -> list[Any]:
         return stack_of(sys._getframe(1), (_PACKAGE, _TORCH))
@@ -203,26 +352,32 @@ class Recorder(TorchFunctionMode):
 
     def is_shared(self, tensor: torch.Tensor) -> bool:
         """Whether all instances see this real tensor."""
-        return id(tensor) in self.shared or isinstance(tensor, nn.Parameter)
+        return self.shares and (id(tensor) in self.shared or isinstance(tensor, nn.Parameter))
 
     def lift(self, tensor: Any) -> Pending:
         """A tensor that an instance brought along, as a value of depth 0."""
         if type(tensor) is Pending:
             return tensor
         found = self.lifted.get(id(tensor))
-        if found is None or found[0] is not tensor:
-            type_ = Type.of(tensor)
-            self.table.number_of(type_)
-            value = Pending.of(self.state, type_, self.state.next_id, 0)
-            self.state.next_id += 1
-            self.execution.given(value, tensor)
-            found = self.lifted[id(tensor)] = tensor, value
-        return found[1]
+        return found[1] if found is not None else self._lift(tensor, Type.of(tensor))
+
+    def _lift(self, tensor: torch.Tensor, type: Type) -> Pending:
+        if type not in self.table.types:
+            self.table.number_of(type)
+        value = Pending.of(self.state, type, self.state.next_id, 0)
+        self.state.next_id += 1
+        self.execution.given(value, tensor)
+        self.lifted[id(tensor)] = tensor, value
+        self.state.lifted(tensor, value)
+        return value
 
     def lift_as(self, tensor: torch.Tensor, type: Type) -> Pending | None:
         """`lift` from where torch's API is recorded; None for a shared tensor or one of another type."""
         with torch._C.DisableTorchFunction():
-            return None if self.is_shared(tensor) or Type.of(tensor) is not type else self.lift(tensor)
+            if self.is_shared(tensor) or Type.of(tensor) is not type:
+                return None
+            found = self.lifted.get(id(tensor))
+            return found[1] if found is not None else self._lift(tensor, type)
 
     def number(self, n: int | float) -> Pending:
         """A plain number of an instance, as a value of depth 0."""
@@ -232,12 +387,31 @@ class Recorder(TorchFunctionMode):
         """The real tensor of a pending one; waits for it. Other data as it is."""
         if type(x) is not Pending:
             return x
+        if self.closed:  # kept for later: it still has its gradient
+            return deliver(self.execution, [x])[0]
+        if (given := self.execution.given_as(x)) is not None:
+            return given
+        self.wait_for(x)
+        return self.execution.value(x)
+
+    def numbers(self, values: list[Pending]) -> list[Any]:
+        """The numbers of computed values; the tensors of those that hold several."""
+        found = []
+        for x in values:
+            given = self.execution.given_as(x)
+            number = None if given is not None or x.type.numel != 1 else self.execution.number(x)
+            if number is None:
+                number = given if given is not None else self.execution.value(x)
+            found.append(number)
+        return found
+
+    def wait_for(self, x: Pending) -> None:
+        """Come back when a value is computed."""
         if not self.execution.has(x.id):
             floor = self.state.floor
             if not self.park():
                 self.flush()
             self.state.floor = floor
-        return self.execution.value(x)
 
     def flush(self) -> None:
         """Compute all that is recorded."""
@@ -250,6 +424,7 @@ class Recorder(TorchFunctionMode):
         self.closed = True
         self.lifted.clear()
         self.derived.clear()
+        self.constants.clear()
         if self.state.end() and not self.execution.launches:
             self.table.spare.append(self.execution.pools)
 

@@ -13,7 +13,7 @@ from typing import Any
 class Handle:
     """What a pending tensor consists of."""
 
-    __slots__ = ("depth", "id", "state", "type", "view_of", "viewed")
+    __slots__ = ("ancestors", "depth", "id", "state", "type", "view_of", "viewed")
 
     @property
     def recorder(self) -> Any:
@@ -27,6 +27,7 @@ class Table:
     def __init__(self) -> None:
         self.types = 0
         self.blocks: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.recursion: list[list[bool]] = []
 
     def type(self, row_bytes: int) -> int:
         """The number of a new type."""
@@ -36,7 +37,12 @@ class Table:
     def block(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
         """The number of a new block, of types of arguments and results."""
         self.blocks.append((inputs, outputs))
+        self.recursion.append([False] * len(inputs))
         return len(self.blocks) - 1
+
+    def recursive(self, block: int) -> tuple[bool, ...]:
+        """Which of a block's arguments have come from itself so far."""
+        return tuple(self.recursion[block])
 
 
 class State:
@@ -48,26 +54,33 @@ class State:
         self.next_id = 0
         self.computed = 0
         self.floor = 0
+        self.keeps = True
+        self.reused = False  # no schedules are kept here
         self.buckets: dict[tuple[int, int], tuple[array[int], array[int]]] = {}  # by depth and block: arguments, results
         self.integers: dict[int, int] = {}
         self.reals: dict[int, float] = {}
         self.row_of: dict[int, int] = {}
         self.rows_used: dict[int, int] = {}
 
-    def pending(self, cls: type, type: Any, id: int, depth: int) -> Any:
+    def pending(self, cls: type, type: Any, id: int, depth: int, ancestors: int) -> Any:
         """A pending tensor of this call."""
         made = cls.__new__(cls)
         made.state, made.type, made.id, made.depth, made.view_of, made.viewed = self, type, id, depth, None, False
+        made.ancestors = ancestors
         return made
 
-    def line(self, block: int, given: list[Any], results: int) -> tuple[int, int]:
-        """(depth, id of the first result) of a new line."""
+    def line(self, block: int, given: list[Any], results: int) -> tuple[int, int, int]:
+        """(depth, id of the first result, ancestors) of a new line."""
         depth = max((self.floor, *(x.depth for x in given if x.id >= self.computed))) + 1
         arguments, firsts = self.buckets.setdefault((depth, block), (array("q"), array("q")))
         arguments.extend(x.id for x in given)
         firsts.append(self.next_id)
         self.next_id += results
-        return depth, firsts[-1]
+        ancestors, own = 1 << block % 64, 1 << block % 64
+        for k, x in enumerate(given):
+            ancestors |= x.ancestors
+            self.table.recursion[block][k] |= bool(x.ancestors & own)
+        return depth, firsts[-1], ancestors
 
     def number(self, n: int | float) -> int:
         """The id of a plain number as a value. Raises OverflowError for one that does not fit."""
@@ -79,6 +92,9 @@ class State:
             self.integers[self.next_id] = n
         self.next_id += 1
         return self.next_id - 1
+
+    def lifted(self, tensor: Any, value: Any) -> None:
+        """Nothing: there are no quick calls."""
 
     def end(self) -> bool:
         """Whether no pending tensor is left: nobody counts them here."""
@@ -94,6 +110,10 @@ class State:
     def row(self, id: int) -> int:
         """Where a value lies in the pool of its type; -1 where it is not computed."""
         return self.row_of.get(id, -1) if id < self.computed else -1
+
+    def rows(self, values: list[Any]) -> bytearray:
+        """Where values lie, as int64."""
+        return bytearray(array("q", [self.row_of[x.id] for x in values]).tobytes())
 
     def used(self) -> tuple[int, ...]:
         """Rows of each type."""

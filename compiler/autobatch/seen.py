@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dataclasses
 import itertools
 import types
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ class Seen:
         self.blocks: set[types.CodeType] = set()
         self.globals: dict[types.CodeType, dict[str, Any]] = {}
         self._straight: dict[tuple[types.CodeType, bool], tuple[int, bool]] = {}
+        self._separate: dict[tuple[types.CodeType, bool], tuple[int, bool]] = {}
 
     def note(self, frames: list[Frame], *, demand: bool) -> None:
         """An op, or a demand for a value, that came from the first of the user's frames, innermost first."""
@@ -96,6 +98,23 @@ class Seen:
         if found is None or found[0] != self.version:
             self._straight[key] = self.version, False  # while it is being decided: what reaches itself is not straight
             self._straight[key] = found = self.version, self._decide(code, of_module)
+        return found[1]
+
+    def is_separate(self, code: types.CodeType, *, of_module: bool) -> bool:
+        """Whether nothing in a user function changes what others see, so that calls of it may run in any order. It may ask
+        for values, reach itself and read anything."""
+        key = code, of_module
+        found = self._separate.get(key)
+        if found is None or found[0] != self.version:
+            self._separate[key] = (
+                self.version,
+                True,
+            )  # while it is being decided: what reaches itself is as separate as it is
+            try:
+                holds = _Separate(self, code, parse(code), of_module).holds()
+            except NoSource:
+                holds = False
+            self._separate[key] = found = self.version, holds
         return found[1]
 
     def _decide(self, code: types.CodeType, of_module: bool) -> bool:
@@ -178,6 +197,33 @@ class _Straight:
         return False
 
 
+class _Separate(_Straight):
+    """Looks for what changes something that others see."""
+
+    def is_harmless(self, n: ast.AST) -> bool:
+        match n:
+            case ast.Attribute(ctx=ast.Load()) | ast.Name(ctx=ast.Load()):
+                return True
+            case ast.Subscript(ctx=ast.Store(), value=ast.Name(id=name)):
+                return name in self.lists or self.seen.has_op(self.code, place_of(n))
+        return super().is_harmless(n)
+
+    def is_harmless_call(self, n: ast.Call) -> bool:
+        place = place_of(n)
+        if self.seen.has_op(self.code, place):
+            return True
+        if callees := self.seen.callees(self.code, place):
+            own = bool(self.owner) and self.root(n.func) == self.owner
+            return all(self.seen.is_separate(c, of_module=own) for c in callees)
+        if isinstance(n.func, ast.Attribute) and isinstance(n.func.value, ast.Name) and n.func.value.id in self.lists:
+            return n.func.attr in ("append", "pop", "extend", "insert", "reverse")
+        made = self.object(n.func)
+        if isinstance(made, type) and (dataclasses.is_dataclass(made) or issubclass(made, tuple)):
+            return not hasattr(made, "__post_init__")
+        demanded = isinstance(n.func, ast.Attribute) and n.func.attr in ("item", "tolist")
+        return demanded or super().is_harmless_call(n)
+
+
 def is_code(x: object) -> bool:
     """Whether an object is a module, a function or a class, or a torch op: nothing with data that may change."""
     plain = isinstance(x, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type)
@@ -189,7 +235,7 @@ def stack_of(frame: Any, foreign: tuple[str, ...]) -> list[Frame]:
     `foreign` are folders whose code is not theirs, of which the first is this package's."""
     found = []
     while frame is not None and not (
-        frame.f_code.co_name == "_instance" and frame.f_code.co_filename.startswith(foreign[0])
+        frame.f_code.co_name in ("_instance", "_all_ready") and frame.f_code.co_filename.startswith(foreign[0])
     ):
         name = frame.f_code.co_filename
         if not name.startswith(foreign) and not name.startswith("<"):

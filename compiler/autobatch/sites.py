@@ -59,6 +59,10 @@ class Site:
                     self.why = f"it reads a {type(strange).__name__}"
         return self.fn(*args)
 
+    def forget(self) -> None:
+        """Let calls find their blocks anew."""
+        self.quick, self.count, self.cell.cell_contents = None, 0, self
+
     def recorded(self, args: tuple[Any, ...], leaves: list[Any]) -> Any:
         """Record one line. Raises DataDependentShape."""
         key = tuple((type(x), x) for x in leaves if not isinstance(x, torch.Tensor))
@@ -70,7 +74,8 @@ class Site:
         recorder.last = None
         if many and self.lifts and any(type(a) in (int, float) for a in args):
             try:
-                made = recorder.apply(self.fn, tuple(recorder.number(a) if type(a) in (int, float) else a for a in args), {})
+                given = tuple(recorder.number(a) if type(a) in (int, float) else a for a in args)
+                made = recorder.apply(self.fn, given, {}, self.line)
                 if not self.lifting:  # blocks for single numbers would split what can be one launch
                     self.lifting, self.quick, self.count = True, None, 0
                 self.quicken(args, recorder.last, lifted=True)
@@ -80,7 +85,7 @@ class Site:
         if len(self.keys) > VERSIONS:
             self.why = "too many values of plain data"
             self.cell.cell_contents = self
-        made = recorder.apply(self.fn, args, {})
+        made = recorder.apply(self.fn, args, {}, self.line)
         self.quicken(args, recorder.last, lifted=False)
         return made
 
@@ -101,7 +106,9 @@ class Site:
         order = tuple(at for _, at in outcome.results)
         single = outcome.spec.is_leaf()
         block = outcome.block
-        self.quick.add(torch.is_grad_enabled(), block.number, kinds, block.outputs, views, order, single)
+        before = outcome.before
+        hoisted = before and (before.block.number, len(before.block.outputs), before.places, before.kept)
+        self.quick.add(torch.is_grad_enabled(), block.number, kinds, block.outputs, views, order, single, hoisted)
         self.cell.cell_contents = self.quick
 
 

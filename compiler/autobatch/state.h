@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace plait {
@@ -25,7 +26,13 @@ struct Handle {
   PyObject* view_of;  // in eager it shares memory with this one
   long long id;
   long long depth;
+  uint64_t ancestors;  // blocks that it comes from, by number modulo 64
   char viewed;  // in eager another one shares memory with it
+};
+
+// A matrix of `runtime/panels.py` that is laid out anew for each call, from a shared tensor.
+struct Panels {
+  int64_t shared, base, by_column, n, k, item;  // by_column: [N, K] in memory; item: bytes of an element
 };
 
 // A plan of `runtime/direct.py`: what a launch needs to run without Python.
@@ -38,19 +45,15 @@ struct Direct {
   int64_t arena = 0;                    // slot of the bytes that the arena needs
   std::vector<char*> bases;             // with the addresses of constants
   std::vector<int64_t> inputs, outputs;  // bases of a block's stacked arguments, then of its shared ones; of its results
+  std::vector<int64_t> checks;          // bases and slots of offsets of words that stay 0 unless a row id is out of range
+  std::vector<Panels> panels;
   PyObject* keep = nullptr;             // owns what the addresses point to
 };
 
 struct Block {
   std::vector<int> inputs, outputs;  // types
+  std::vector<char> recursive;       // which arguments have come from this very block
   Direct direct;
-};
-
-// What a batched function has learnt, as far as launching needs it; lives as long as it does.
-struct Table {
-  PyObject_HEAD
-  std::vector<int64_t>* row_bytes;  // of each type
-  std::vector<Block>* blocks;
 };
 
 // The lines of one block at one depth.
@@ -59,12 +62,33 @@ struct Bucket {
   std::vector<int64_t> arguments, firsts;
 };
 
+// The last line of a hoisted block: another one with the same arguments is not needed.
+struct Same {
+  std::vector<int64_t> arguments;
+  long long depth = -1, first = 0;
+};
+
 struct Launch {
   size_t block, count;
   size_t rows;                   // where the rows of its arguments begin, one argument after the other
   std::vector<int64_t> side;     // of each argument the first row where they lie side by side, else -1
   std::vector<int64_t> starts;   // first rows of its results
   Bucket* bucket;
+};
+
+// How something was scheduled, for when the same is recorded again: `key` is all of what was recorded.
+struct Schedule {
+  std::vector<int64_t> key;
+  std::vector<Launch> launches;
+  std::vector<int64_t> rows, row_of, used;
+};
+
+// What a batched function has learnt, as far as launching needs it; lives as long as it does.
+struct Table {
+  PyObject_HEAD
+  std::vector<int64_t>* row_bytes;  // of each type
+  std::vector<Block>* blocks;
+  std::vector<Schedule>* schedules;  // the latest first
 };
 
 // What a call has recorded since it was last scheduled, and where its values are.
@@ -77,14 +101,18 @@ struct State {
   long long floor;     // the depth below which nothing is recorded: the program phase
   long long live;      // pending tensors of this call that exist
   char closed;
+  char keeps;   // schedules are kept
+  char reused;  // the first schedule of this call was one of those
   std::vector<std::vector<std::vector<Bucket>>>* buckets;  // by phase and depth, in each one for a block
   std::vector<int64_t>*integer_ids, *integers, *real_ids;
   std::vector<double>* reals;
+  std::vector<Same>* same;       // by block
+  std::unordered_map<PyObject*, PyObject*>* lifted;  // real tensors and their values
   std::vector<int64_t>* row_of;  // of each value, -1 where it is not computed yet
   std::vector<int64_t>* used;    // rows of each type
+  std::vector<int64_t>* given;   // number of a type and ids of what was put into its pool, one after the other
   std::vector<int64_t>* rows;    // of the arguments of the launches
   std::vector<Launch>* launches;
-  std::vector<char>* scratch;
 };
 
 inline Bucket& bucket_of(State* s, size_t block, int64_t depth) {
@@ -102,6 +130,8 @@ inline Bucket& bucket_of(State* s, size_t block, int64_t depth) {
 inline long long depth_of(const State* s, const Handle* h) { return h->id < s->computed ? 0 : h->depth; }
 
 inline char* padded(char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63}); }
+
+inline uint64_t bit_of(size_t block) { return uint64_t{1} << (block % 64); }
 
 // launch.cpp
 extern PyTypeObject table_type;

@@ -25,12 +25,17 @@ class Type:
     @staticmethod
     def of(tensor: torch.Tensor) -> Type:
         """The type of a tensor as one instance's value."""
-        return _type(tuple(int(n) for n in tensor.shape), tensor.dtype, tensor.device)
+        return _type(tensor.shape, tensor.dtype, tensor.device)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one instance's value."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        """Elements of one instance's value."""
+        return math.prod(self.shape)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
@@ -56,9 +61,9 @@ class Pending(record.Handle):
     __slots__ = ()
 
     @staticmethod
-    def of(state: Any, type: Type, id: int, depth: int) -> Pending:
-        """A new one of the call that `state` belongs to."""
-        return state.pending(Pending, type, id, depth)
+    def of(state: Any, type: Type, id: int, depth: int, ancestors: int = 0) -> Pending:
+        """A new one of the call that `state` belongs to; it comes from blocks of these numbers modulo 64."""
+        return state.pending(Pending, type, id, depth, ancestors)
 
     @property
     def __class__(self) -> type:
@@ -83,6 +88,24 @@ class Pending(record.Handle):
             return lambda *args, **kwargs: self.recorder.call(found, (self, *args), kwargs)
         return self.recorder.call(found.__get__, (self,), {})
 
+    def __bool__(self) -> bool:
+        return self._number(bool)
+
+    def __int__(self) -> int:
+        return self._number(int)
+
+    def __float__(self) -> float:
+        return self._number(float)
+
+    def item(self) -> Any:
+        """The number that a tensor of one element holds."""
+        return self._number(item)
+
+    def _number(self, convert: Callable[[Any], Any]) -> Any:
+        if self.type.numel == 1:
+            return self.recorder.demand(self, convert)
+        return self.recorder.call(getattr(torch.Tensor, _DEMANDS[convert]), (self,), {})
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -93,6 +116,14 @@ class Pending(record.Handle):
         if not self.type.shape:
             raise TypeError("len() of a 0-d tensor")
         return self.type.shape[0]
+
+
+def item(x: Any) -> Any:
+    """The number that a tensor of one element holds, or that is one already."""
+    return x.item() if isinstance(x, torch.Tensor) else x
+
+
+_DEMANDS = {bool: "__bool__", int: "__int__", float: "__float__", item: "item"}
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -154,9 +185,6 @@ for _name in [
     "ge",
     "getitem",
     "setitem",
-    "bool",
-    "int",
-    "float",
     "complex",
     "index",
     "contains",

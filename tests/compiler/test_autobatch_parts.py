@@ -1,0 +1,435 @@
+"""The optimisations of automatic batching, one by one: what each does, and that answers are the same without it."""
+
+from __future__ import annotations
+
+import gc
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import plait
+import pytest
+import torch
+from plait.compiler.autobatch.switches import SWITCHES
+from plait.errors import RegionNotBatched, UnknownSwitch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from tests.compiler.batched_models import CASES, DRNN, NestedRNN, TreeLSTM, tree
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def vectors(count: int, *shape: int) -> list[Tensor]:
+    return [torch.randn(shape or (8,)) for _ in range(count)]
+
+
+def launches(batched: Any) -> int:
+    return batched.report().counts.launches
+
+
+def check(batched: Any, program: Any, *columns: list[Any]) -> None:
+    torch.testing.assert_close(
+        batched(*columns), [program(*given) for given in zip(*columns, strict=True)], rtol=1e-5, atol=1e-5
+    )
+
+
+# -- switches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left_out", SWITCHES)
+@pytest.mark.parametrize("name", ["TreeLSTM", "StackRNN", "NestedRNN"])
+def test_answers_are_the_same_without_any_of_them(left_out: str, name: str) -> None:
+    case = CASES[name]
+    model = case.make()
+    batched = plait.autobatch(model, without=(left_out,), compile_after=None)
+    rng = random.Random(4)
+    for n in (4, 3, 6):
+        check(batched, model, *case.columns(rng, n))
+
+
+def test_an_unknown_one_is_refused_with_all_names() -> None:
+    with pytest.raises(UnknownSwitch, match="no optimisation called 'speed'") as caught:
+        plait.autobatch(TreeLSTM(), without=("speed",))
+    assert "hoisting" in str(caught.value)
+
+
+# -- forks --------------------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_wait_grow_side_by_side() -> None:
+    model = DRNN()
+    forked = plait.autobatch(model, compile_after=None)
+    alone = plait.autobatch(model, compile_after=None, without=("forks",))
+    for n in (4, 4, 8):
+        given = vectors(n)
+        check(forked, model, given)
+        check(alone, model, given)
+    assert forked.report().counts.forks > 0
+    assert alone.report().counts.forks == 0
+    assert launches(forked) < launches(alone) / 2
+
+
+def test_an_error_in_a_fork_names_the_instance() -> None:
+    def grow(h: Tensor, depth: int) -> Any:
+        if float(h.sum()) > 50:
+            raise ValueError("too large")
+        if depth == 0:
+            return h * 2
+        return grow(h - 1, depth - 1), grow(h + 1, depth - 1)
+
+    batched = plait.autobatch(grow, compile_after=None)
+    for _ in range(2):
+        batched(vectors(4, 3), [3] * 4)
+    with pytest.raises(ValueError, match="too large") as caught:
+        batched([torch.ones(3), torch.ones(3) * 15], [2, 2])
+    assert "instance 1" in "".join(caught.value.__notes__)
+
+
+def test_calls_with_effects_are_not_forked() -> None:
+    order: list[int] = []
+
+    def visit(h: Tensor, n: int) -> Tensor:
+        order.append(n)
+        if n > 6 or float(h.sum()) > 100:
+            return h
+        return visit(h * 0.5, 2 * n) + visit(h * 0.25, 2 * n + 1)
+
+    batched = plait.autobatch(visit, compile_after=None)
+    for _ in range(3):
+        order.clear()
+        batched([torch.ones(3)], [1])
+        assert order == [1, 2, 4, 8, 9, 5, 10, 11, 3, 6, 12, 13, 7]
+
+
+def test_comprehensions_fork_over_many_children() -> None:
+    linear = nn.Linear(4, 4)
+
+    def visit(h: Tensor, depth: int) -> Tensor:
+        h = torch.tanh(linear(h))
+        if depth == 0 or float(h.sum()) > 1.0:
+            return h
+        parts = [visit(h + k, depth - 1) for k in range(3)]
+        return torch.stack(parts).sum(0)
+
+    batched = plait.autobatch(visit, compile_after=None)
+    for _ in range(3):
+        check(batched, visit, vectors(5, 4), [2] * 5)
+    assert batched.report().counts.forks > 0
+
+
+# -- ghosts -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_follows_a_branch_is_one_launch() -> None:
+    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def step(h: Tensor, long: bool) -> Tensor:
+        if long:
+            t = torch.tanh(a(h))
+            if t.shape[0] == 0:
+                return h
+            h = torch.relu(b(t))
+        else:
+            h = torch.sigmoid(a(h))
+        return torch.softmax(b(h), -1)
+
+    def program(h: Tensor, flags: list[bool]) -> Tensor:
+        for long in flags:
+            if long:
+                u = torch.tanh(a(h))
+                n = u.shape[0]
+                h = torch.relu(b(u)) * n
+            else:
+                h = torch.sigmoid(a(h))
+            h = torch.softmax(b(h), -1)
+        return h
+
+    for fn, column in ((step, [True, False, True, False]), (program, [[True, False], [False, True], [True, True], []])):
+        batched = plait.autobatch(fn, compile_after=None)
+        for _ in range(2):
+            check(batched, fn, vectors(4, 4), column)
+
+
+# -- hoisting -----------------------------------------------------------------------------------------------------------
+
+
+def test_products_that_do_not_depend_on_the_recursion_run_at_once() -> None:
+    cell = nn.RNNCell(8, 8)
+
+    def read(words: list[Tensor]) -> Tensor:
+        h = torch.zeros(8)
+        for x in words:
+            h = cell(x, h)
+        return h
+
+    batched = plait.autobatch(read)
+    plain = plait.autobatch(read, without=("hoisting",))
+    for _ in range(5):
+        sentences = [vectors(n) for n in (9, 4, 6)]
+        check(batched, read, sentences)
+        check(plain, read, sentences)
+    sizes = sorted(max(b) for b in batched.report().counts.batches.values())
+    assert sizes[-1] == 9 + 4 + 6
+    assert max(max(b) for b in plain.report().counts.batches.values()) == 3
+
+
+def test_gradients_go_through_what_was_hoisted() -> None:
+    model = NestedRNN()
+    batched = plait.autobatch(model)
+    rng = random.Random(0)
+    for _ in range(5):
+        columns = CASES["NestedRNN"].columns(rng, 4)
+        expected = [model(*given) for given in zip(*columns, strict=True)]
+        got = batched(*columns)
+        grads = [torch.autograd.grad(torch.stack(r).pow(2).sum(), list(model.parameters())) for r in (got, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    lines = [sum(b) for b in batched.report().counts.batches.values()]
+    hoisted = len(columns[0])  # the same word at every step: one product for an instance
+    assert hoisted in lines and sum(n for s in columns[1] for n in s) > hoisted
+
+
+# -- schedules ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_structure_that_recurs_keeps_its_schedule() -> None:
+    model = TreeLSTM()
+    batched = plait.autobatch(model, compile_after=None)
+    rng = random.Random(0)
+    trees = [tree(rng, 7) for _ in range(5)]
+    for _ in range(3):
+        batched(trees)
+    assert batched.report().counts.reused == 1
+    check(batched, model, [tree(rng, 8) for _ in range(5)])
+    assert batched.report().counts.reused == 0
+    check(batched, model, trees)
+    assert batched.report().counts.reused == 1
+
+
+# -- opting out ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_faster_one_by_one_runs_one_by_one() -> None:
+    def nearly_nothing(x: Tensor) -> Tensor:
+        return x + 1
+
+    batched = plait.autobatch(nearly_nothing)
+    for _ in range(12):
+        check(batched, nearly_nothing, vectors(1))
+    assert batched.report().counts.alone < 1
+    assert "one by one" in str(batched.report())
+    check(batched, nearly_nothing, vectors(64))  # another size has figures of its own
+    assert not batched.report().counts.alone
+
+
+def test_programs_with_effects_never_run_twice() -> None:
+    calls = []
+
+    def noted(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x + 1
+
+    batched = plait.autobatch(noted)
+    for _ in range(8):
+        batched(vectors(3))
+    assert len(calls) == 8 * 3
+
+
+def test_iterators_are_never_read_twice() -> None:
+    def first(xs: Any) -> Tensor:
+        return torch.stack(list(xs)).sum(0)
+
+    batched = plait.autobatch(first)
+    for _ in range(8):
+        given = vectors(3)
+        torch.testing.assert_close(batched([iter([x]) for x in given]), given)
+
+
+# -- constants and objects ----------------------------------------------------------------------------------------------
+
+
+def test_constants_can_be_written_to() -> None:
+    def fill(x: Tensor, n: int) -> Tensor:
+        out = torch.zeros(4)
+        for k in range(n):
+            out[k] = x[k] * 2
+        return out
+
+    batched = plait.autobatch(fill, compile_after=None)
+    for _ in range(3):
+        check(batched, fill, vectors(4, 4), [0, 1, 4, 2])
+
+
+def test_constants_know_their_values() -> None:
+    def count(x: Tensor) -> Tensor:
+        n = torch.tensor(3)
+        for _ in range(int(n)):
+            x = x * 2
+        return x
+
+    batched = plait.autobatch(count, compile_after=None)
+    for _ in range(2):
+        check(batched, count, vectors(4))
+    assert batched.report().counts.launches == 3
+
+
+@dataclass(frozen=True)
+class Node:
+    value: Tensor
+    parts: tuple[Node, ...]
+
+
+def test_objects_in_results_hold_real_tensors_with_gradients() -> None:
+    linear = nn.Linear(4, 4)
+
+    def grow(h: Tensor, depth: int) -> Node:
+        return Node(linear(h), (grow(h * 2, depth - 1), grow(h - 1, depth - 1)) if depth else ())
+
+    batched = plait.autobatch(grow, compile_after=None)
+    for _ in range(2):
+        given = vectors(3, 4)
+        got, expected = batched(given, [2, 0, 1]), [grow(x, n) for x, n in zip(given, [2, 0, 1], strict=True)]
+
+        def values(n: Node) -> list[Tensor]:
+            return [n.value, *(v for p in n.parts for v in values(p))]
+
+        flat = [[v for n in nodes for v in values(n)] for nodes in (got, expected)]
+        assert all(type(v) is Tensor for v in flat[0])
+        torch.testing.assert_close(*flat)
+        grads = [torch.autograd.grad(torch.stack(v).pow(2).sum(), linear.weight) for v in flat]
+        torch.testing.assert_close(*grads)
+
+
+def test_what_the_program_keeps_has_gradients() -> None:
+    linear = nn.Linear(4, 4)
+    kept: list[Tensor] = []
+
+    def program(x: Tensor) -> Tensor:
+        kept.append(linear(x).sum())
+        return x * 2
+
+    batched = plait.autobatch(program, compile_after=None)
+    given = vectors(2, 4)
+    batched(given)
+    got = torch.autograd.grad(kept[0] * 2 + kept[1], linear.weight)
+    expected = torch.autograd.grad(linear(given[0]).sum() * 2 + linear(given[1]).sum(), linear.weight)
+    torch.testing.assert_close(got, expected)
+
+
+def test_nothing_is_left_of_a_call_without_garbage_collection() -> None:
+    model = TreeLSTM()
+    batched = plait.autobatch(model, compile_after=None)
+    rng = random.Random(0)
+
+    def call() -> int:
+        with torch.no_grad():
+            batched([tree(rng, 5) for _ in range(4)])
+        return sum(type(o) is Tensor for o in gc.get_objects())
+
+    for _ in range(8):
+        call()
+    gc.collect()
+    gc.disable()
+    try:
+        counts = [call() for _ in range(4)]
+    finally:
+        gc.enable()
+    assert len(set(counts)) == 1
+
+
+# -- captured graphs ----------------------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """A loop that ends on a value, and a branch on another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def grows(n: Tensor, h: Tensor) -> Tensor:
+            return (h.abs().sum() < 20) & (n < 9)
+
+        def step(n: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            return n + 1, h * 1.5 + torch.tanh(self.a(h))
+
+        n, h = torch._higher_order_ops.while_loop(grows, step, (torch.zeros((), dtype=torch.int64), self.a(x)))
+        y = torch.cond(h.sum() > 0, lambda t: torch.relu(self.b(t)), lambda t: torch.sigmoid(t) - 1, (h,))
+        return y, n
+
+
+def test_captured_branches_and_loops_run_for_those_that_take_them() -> None:
+    model = Branches()
+    exported = torch.export.export(model, (torch.randn(6),), strict=True)
+    batched = plait.autobatch(exported)
+    for _ in range(5):
+        given = vectors(12, 6)
+        with torch.no_grad():
+            check(batched, model, given)
+    report = batched.report()
+    sizes = [row.mean_batch for row in report.rows]
+    assert report.counts.waits > 0
+    assert min(sizes) < 12 <= max(sizes)
+
+
+def test_captured_graphs_train() -> None:
+    model = Branches()
+    batched = plait.autobatch(torch.export.export(model, (torch.randn(6),), strict=True), compile_after=None)
+    given = vectors(5, 6)
+
+    def one(x: Tensor) -> Tensor:
+        h, n = model.a(x), 0
+        while float(h.abs().sum()) < 20 and n < 9:
+            n, h = n + 1, h * 1.5 + torch.tanh(model.a(h))
+        return torch.relu(model.b(h)) if float(h.sum()) > 0 else torch.sigmoid(h) - 1
+
+    parameters = [*batched.program.parameters()]
+    got = torch.autograd.grad(torch.stack([y for y, _ in batched(given)]).sum(), parameters)
+    expected = torch.autograd.grad(torch.stack([one(x) for x in given]).sum(), list(model.parameters()))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_captured_scans() -> None:
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(4, 4)
+
+        def forward(self, xs: Tensor) -> tuple[Tensor, Tensor]:
+            def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+                h = torch.tanh(self.cell(h) + x)
+                return h, h * 2
+
+            return torch._higher_order_ops.scan(step, torch.zeros(4), xs, dim=0)
+
+    model = Scan()
+    exported = torch.export.export(model, (torch.randn(5, 4),))
+    batched = plait.autobatch(exported)
+    for _ in range(5):
+        given = vectors(6, 5, 4)
+        with torch.no_grad():
+            check(batched, model, given)
+    assert launches(batched) < 6 * 5
+
+
+def test_regions_of_other_kinds_are_refused_by_name() -> None:
+    class Mapped(nn.Module):
+        def forward(self, xs: Tensor) -> Tensor:
+            return torch._higher_order_ops.map(lambda x: x.sin(), xs)
+
+    graph = torch.export.export(Mapped(), (torch.randn(3, 2),)).module(check_guards=False)
+    if not any("map" in str(n.target) for n in graph.graph.nodes):
+        pytest.skip("this torch captures map as another region")
+    with pytest.raises(RegionNotBatched, match="map"):
+        plait.autobatch(graph)
+
+
+def test_verify_by_its_name() -> None:
+    batched = plait.autobatch(lambda x: F.softmax(x, -1), verify="unbatched")
+    for _ in range(2):
+        assert len(tree_leaves(batched(vectors(3)))) == 3
