@@ -112,7 +112,10 @@ SUBJECTS = {
         lambda b: ([torch.tensor(x) for x, _ in b], [steps for _, steps in b]),
     ),
     "DRNN": Subject(
-        batched_models.DRNN, lambda r, n, h: [_vector(r, h) for _ in range(n)], lambda b: ([torch.tensor(x) for x in b],), waits=True
+        batched_models.DRNN,
+        lambda r, n, h: [_vector(r, h) for _ in range(n)],
+        lambda b: ([torch.tensor(x) for x in b],),
+        waits=True,
     ),
     "StackRNN": Subject(batched_models.StackRNN, _words, lambda b: (b,), waits=True),
     "early exit": Subject(

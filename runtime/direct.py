@@ -27,9 +27,9 @@ class Direct:
     `sizes` computes sizes and checks guards, 0 where there is nothing to do; `program` launches. `slots` are initial; of
     `symbols` (slot, input, dimension) the caller sets the slots. Slot `arena` then holds the bytes that base 0 must have,
     aligned to 64. `bases` are initial addresses, those of constants set; `inputs` and `outputs` are the bases of the plan's
-    inputs (-1: no kernel reads it) and results, which are contiguous. `constants` are names and bases. `checks` are (base, slot of the offset) of int64 words
-    that the caller clears before; one that is set afterwards means a row id out of range. `keep` owns what the addresses
-    point to.
+    inputs (-1: no kernel reads it) and results, which are contiguous. `constants` are names and bases. `checks` are (base,
+    slot of the offset) of int64 words that the caller clears before; one that is set afterwards means a row id out of range.
+    `keep` owns what the addresses point to.
     """
 
     run: int

@@ -3,9 +3,9 @@
 python models.py NAME HIDDEN STRATEGY WEIGHTS BATCHES [PROFILE]
 
 WEIGHTS is an .npz of the torch model's parameters, BATCHES a JSON file with a list of batches of instances. Every line on
-standard input builds and runs the next batch with that strategy of automatic batching: "0" forward, "1" with the backward, "2"
-forward in lock step, written by hand so that all instances take a step together where they ask for values. The answer is a
-line "RAN" with the seconds and the sum of all results. With PROFILE, DyNet prints every batch of nodes that it runs.
+standard input builds and runs the next batch with that strategy of automatic batching: "0" forward, "1" with the backward,
+"2" forward in lock step, written by hand so that all instances take a step together where they ask for values. The answer is
+a line "RAN" with the seconds and the sum of all results. With PROFILE, DyNet prints every batch of nodes that it runs.
 """
 
 import json
@@ -93,7 +93,7 @@ class BiRNN(Model):
     def run(self, words):
         xs = [dy.inputVector(w) for w in words]
         there, back = self.read("there", xs), self.read("back", xs[::-1])[::-1]
-        return [self.linear("out", dy.concatenate([a, b])) for a, b in zip(there, back)]
+        return [self.linear("out", dy.concatenate([a, b])) for a, b in zip(there, back, strict=True)]
 
 
 class NestedRNN(BiRNN):
@@ -142,7 +142,7 @@ class DRNN(Model):
                 break
             stops = [dy.sum_elems(self.linear("stop", h)) for h in level]
             dy.forward(stops)
-            grown = [dy.tanh(self.linear("down", h)) for h, s in zip(level, stops) if not s.value() > 0.2]
+            grown = [dy.tanh(self.linear("down", h)) for h, s in zip(level, stops, strict=True) if not s.value() > 0.2]
             level = [part for g in grown for part in parts(g, 2, self.h)]
         return found
 
@@ -175,7 +175,7 @@ class StackRNN(NestedRNN):
         while going := [s for s in going if s["buffer"] or len(s["stack"]) > 1]:
             scores = [self.linear("action", s["state"]) for s in going]
             dy.forward(scores)
-            for s, score in zip(going, scores):
+            for s, score in zip(going, scores, strict=True):
                 self.step(s, int(np.argmax(score.npvalue())) == 0)
         return [s["stack"][0] + s["state"] for s in everyone]
 

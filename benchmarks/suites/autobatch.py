@@ -20,7 +20,7 @@ SUITE = Suite(
         Letter(
             "b",
             "every model beside DyNet (the best of its strategies) and eager one by one",
-            "TreeLSTM of 64: 2.5x DyNet's C++ API at widths 32 and 64, 1.5x at 256, its Python API 3x, 3x, 1.9x, training 2x; "
+            "TreeLSTM of 64: 2.5x DyNet C++ at widths 32 and 64, 1.5x at 256; its Python API 3x, 3x and 1.9x; training 2x; "
             "DRNN and StackRNN 4x naive DyNet and 1.5x lock-stepped DyNet; early exit 1.8x eager (all threads 3x); "
             "MV-RNN 1.5x the best; nothing slower than eager",
             batching.beside,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -114,6 +115,8 @@ class Batched:
         recorder = Recorder(self.table, _shared(self.program), fibers, self._compile)
         self.counts = counts = recorder.execution.counts
         counts.instances, started = len(instances), time.perf_counter()
+        collects = gc.isenabled()
+        gc.disable()  # what a call makes goes when it ends; looking for cycles meanwhile can take longer than all of it
         try:
             with recording(recorder):
                 results = self._record(recorder, fibers, instances)
@@ -122,6 +125,8 @@ class Batched:
             del results
         finally:
             recorder.release()
+            if collects:
+                gc.enable()
         counts.waits, counts.forks, spent = fibers.waits, fibers.forks, counts.seconds
         spent.host = time.perf_counter() - started - spent.scheduling - spent.gathers - spent.kernels
         return delivered

@@ -67,8 +67,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Hoisted:
-    """A block that runs before another one, at a smaller depth: it takes the arguments at `places`; the other one takes those
-    at `kept`, then its results."""
+    """A block that runs before another one, at a smaller depth: it takes the arguments at `places`; the other one takes
+    those at `kept`, then its results."""
 
     block: Block
     places: tuple[int, ...]

@@ -75,8 +75,8 @@ class Substitute(TorchFunctionMode):
 
 
 def compile_block(block: Block, session: Session, native: Any | None) -> Compiled:
-    """Trace and compile a block. A plan that needs no Python is handed to the table `native`, if there is one. Raises what tracing and
-    lowering raise."""
+    """Trace and compile a block. A plan that needs no Python is handed to the table `native`, if there is one. Raises what
+    tracing and lowering raise."""
     count = len(block.inputs)
     wanting = tuple(
         k
@@ -120,10 +120,10 @@ def _handed_over(block: Block, watched: Record, session: Session, native: Any | 
     graph, count = watched.graph, len(block.inputs)
     assert graph is not None
     shared = {count + k: s.detach() for k, s in enumerate(block.shared)}
-    frozen = freeze(graph, {i: s for i, s in shared.items() if s.is_contiguous()})
-    names = {name: i - count for name, i in zip(frozen.constants, (i for i, s in shared.items() if s.is_contiguous()))}
-    if graph.constants or len(names) < len(shared):
+    if graph.constants or not all(s.is_contiguous() for s in shared.values()):
         return None
+    frozen = freeze(graph, shared)
+    names = {name: k for k, name in enumerate(frozen.constants)}
     try:
         watched.compiled = generated(session, frozen, lambda made: made)
         found = watched.compiled.direct()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .execute import Execution
+from .native import record
 from .values import Pending
 
 _PLAIN = (torch.Tensor, nn.Module, str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device,
@@ -35,21 +36,29 @@ class _Joined(torch.autograd.Function):
 def deliver(execution: Execution, results: list[Any]) -> list[Any]:
     """The results with real tensors in place of pending ones, the same for the same. Pending tensors in attributes of the
     program's own objects are replaced where they are."""
-    leaves, spec = (results, None) if all(type(x) is Pending for x in results) else tree_flatten(results)
-    inside = list(_attributes(leaves)) if spec is not None else []
+    plain = record.pending_in(results, Pending)
+    if plain is not None:
+        made = _real(execution, plain)
+        return record.rebuilt(results, Pending, [made[x.id] for x in plain])
+    leaves, spec = tree_flatten(results)
+    inside = list(_attributes(leaves))
     everything = [*leaves, *(x for *_, found, _ in inside for x in found)]
-    values = list({x.id: x for x in everything if type(x) is Pending}.values())
-    sources = execution.sources()
-    real = _Joined.apply(execution, values, *sources) if sources and values else execution.values(values)
-    found = {v.id: t for v, t in zip(values, real, strict=True)}
+    found = _real(execution, [x for x in everything if type(x) is Pending])
 
     def replaced(some: list[Any]) -> list[Any]:
         return [found[x.id] if type(x) is Pending else x for x in some]
 
     for owner, name, held, form in inside:
         object.__setattr__(owner, name, tree_unflatten(replaced(held), form))
-    made = replaced(leaves)
-    return made if spec is None else tree_unflatten(made, spec)
+    return tree_unflatten(replaced(leaves), spec)
+
+
+def _real(execution: Execution, pending: list[Pending]) -> dict[int, torch.Tensor]:
+    """The real tensors of pending ones, by their ids."""
+    values = list({x.id: x for x in pending}.values())
+    sources = execution.sources()
+    real = _Joined.apply(execution, values, *sources) if sources and values else execution.values(values)
+    return {v.id: t for v, t in zip(values, real, strict=True)}
 
 
 def _attributes(leaves: list[Any]) -> Iterator[tuple[Any, str, list[Any], TreeSpec]]:

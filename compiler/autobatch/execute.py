@@ -10,7 +10,6 @@ Launches whose plans need no Python run one after the other in native code (`lau
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from .report import Counts
 from .values import INTEGER, REAL, Pending, Type
 
 READ = {
-    torch.float32: ctypes.c_float, torch.float64: ctypes.c_double, torch.int64: ctypes.c_int64, torch.int32: ctypes.c_int32,
-    torch.bool: ctypes.c_bool, torch.uint8: ctypes.c_uint8, torch.int16: ctypes.c_int16, torch.int8: ctypes.c_int8,
+    torch.float32: 1, torch.float64: 2, torch.int64: 3, torch.int32: 4, torch.bool: 5, torch.uint8: 6, torch.int16: 7,
+    torch.int8: 8,
 }  # fmt: skip
 BAD_ROW = -100  # as in launch.cpp
 Scheduled = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # as `State.schedule` gives it
@@ -39,7 +38,8 @@ Scheduled = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # as `State.
 class Launch:
     """One batched application: the rows of its arguments in their pools, and where its results begin in theirs.
 
-    `leaves`, `shared` and `results` are the ends of its autograd graph where it ran in torch, `saved` is for the compiled backward.
+    `leaves`, `shared` and `results` are the ends of its autograd graph where it ran in torch, `saved` is for the compiled
+    backward.
     """
 
     block: Block
@@ -74,7 +74,7 @@ class Execution:
         self.compile = compile
         self.waiting: dict[Type, dict[int, torch.Tensor]] = {}  # given tensors that are not in their pool yet
         self.used: tuple[int, ...] = ()  # rows of each type that hold something
-        self.addresses: tuple[int, ...] = ()  # of the pools, by number of type
+        self.kinds: dict[Type, tuple[int, int]] = {}  # types that are single numbers: address of the pool, how to read it
         self.launches: list[Launch] = []
         self.counts = Counts()
         self.wanting: list[tuple[torch.Tensor, Type, int]] = []  # given tensors that want a gradient: type and id
@@ -100,12 +100,10 @@ class Execution:
         """A computed value: a view of its row."""
         return self.pools[x.type][self.state.row(x.id)]
 
-    def number(self, x: Pending) -> Any:
-        """The number of a computed value of one element; None where it is of a rare kind."""
-        kind = READ.get(x.type.dtype)
-        if kind is None or x.type.device.type != "cpu":
-            return None
-        return kind.from_address(self.addresses[self.types[x.type]] + self.state.row(x.id) * x.type.row_bytes).value
+    def numbers(self, values: list[Pending]) -> list[Any]:
+        """The numbers of computed values; the tensor of one that is not a single number of an ordinary kind."""
+        found = self.state.read(values, self.kinds)
+        return [self.value(x) if n is None else n for x, n in zip(values, found, strict=True)] if None in found else found
 
     def values(self, found: Sequence[Pending]) -> list[torch.Tensor]:
         """Computed values as tensors of their own. Those of one type are parts of one."""
@@ -165,7 +163,12 @@ class Execution:
         self.used = used
 
     def _launches(self, blocks: Sequence[Block], launches: Sequence[Scheduled], rows: bytearray) -> None:
-        self.addresses = addresses = tuple(self.pools[t].data_ptr() for t in self.types)
+        addresses = tuple(self.pools[t].data_ptr() for t in self.types)
+        self.kinds = {
+            t: (address, READ[t.dtype])
+            for t, address in zip(self.types, addresses, strict=True)
+            if t.numel == 1 and t.dtype in READ and t.device.type == "cpu"
+        }
         at, bound = 0, set[int]()
         while at < len(launches):
             end = at
@@ -334,8 +337,9 @@ class Execution:
         wanted = [everything[k] for k in places]
         if not pairs:
             return []
-        given = [x for x, _ in pairs], wanted, [g for _, g in pairs]
-        made = torch.autograd.grad(*given, allow_unused=True, retain_graph=True)  # results may be asked one after the other
+        results, grads = [x for x, _ in pairs], [g for _, g in pairs]
+        # the graph is kept: results may be asked for their gradients one after the other
+        made = torch.autograd.grad(results, wanted, grads, allow_unused=True, retain_graph=True)
         return [(k, g) for k, g in zip(places, made, strict=False) if g is not None]
 
 
@@ -347,7 +351,7 @@ def _raise(status: int, block: Block) -> None:
 
 
 def _leaf(derived: torch.Tensor) -> torch.Tensor:
-    """A derived tensor for one launch, whose gradients end here: those of what it is made of follow once, for all launches."""
+    """A derived tensor for one launch, whose gradients end here: those of what it is made of follow once, for all."""
     return derived.detach().requires_grad_(derived.requires_grad)
 
 

@@ -106,8 +106,8 @@ class Fibers:
         return results
 
     def _leave(self) -> None:
-        """Let others run in this thread. What torch keeps for each thread, modes of its API and whether gradients are recorded,
-        is put away and taken up again where it is not as it was at the beginning."""
+        """Let others run in this thread. What torch keeps for each thread, modes of its API and whether gradients are
+        recorded, is put away and taken up again where it is not as it was at the beginning."""
         grad, modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
         if grad == self.grad and modes == len(self.modes) and torch._C._is_torch_function_enabled():
             self.hub.switch()

@@ -21,7 +21,6 @@ from .tasks import Forked
 from .values import Pending, item
 from .yields import DRIVE, FORKED, ITEM, PENDING, TYPE, Yields
 
-
 # what generators refer to
 YIELDED = {PENDING: Pending, TYPE: type, ITEM: item, FORKED: Forked, DRIVE: driven}
 

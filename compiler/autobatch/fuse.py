@@ -46,14 +46,22 @@ def fuse(block: Block) -> Fused | None:
     for n in graph.graph.nodes:
         keys[n] = _key(n, keys)
         if n.target in (_MM, _ADDMM) and not n.kwargs:
-            left, right = n.args[-2:]
-            if reads(left) and not reads(right) and (n.target is _MM or not reads(n.args[0])):
+            left, right = _operands(n)
+            if reads(left) and not reads(right) and (n.target is _MM or not reads(_bias(n))):
                 groups.setdefault(keys[left], []).append(n)
     several = [g for g in groups.values() if len(g) > 1]
     if not several:
         return None
     found = _rewritten(graph, several, block.grad)
     return found if is_same(block, lambda values: found.fn(values), shared=False) else None
+
+
+def _operands(n: fx.Node) -> tuple[Any, Any]:
+    return n.args[-2], n.args[-1]
+
+
+def _bias(n: fx.Node) -> Any:
+    return n.args[0]
 
 
 def _key(n: fx.Node, keys: dict[fx.Node, Any]) -> Any:
@@ -82,20 +90,20 @@ def _rewritten(graph: fx.GraphModule, groups: list[list[fx.Node]], grad: bool) -
             continue
         if n in first:
             weights = made.get_attr(f"derived{first[n]}")
-            whole = made.call_function(_MM, (new[n.args[-2]], weights))
+            whole = made.call_function(_MM, (new[_operands(n)[0]], weights))
             at = 0
             for member in of[n]:
-                width = member.args[-1].meta["val"].shape[1]
+                width = _operands(member)[1].meta["val"].shape[1]
                 new[member] = made.call_function(torch.ops.aten.slice.Tensor, (whole, 1, at, at + width))
                 at += width
         if n.target is _ADDMM:
-            new[n] = made.call_function(torch.ops.aten.add.Tensor, (new[n], new[n.args[0]]))
+            new[n] = made.call_function(torch.ops.aten.add.Tensor, (new[n], new[_bias(n)]))
     made.eliminate_dead_code()
     return Fused(runs(root, made), tuple(derived))
 
 
 def _derived(graph: fx.GraphModule, group: list[fx.Node], grad: bool) -> Derived:
-    matrices = part(graph, [], [n.args[-1] for n in group])  # type: ignore[misc]
+    matrices = part(graph, [], [_operands(n)[1] for n in group])
 
     def make() -> torch.Tensor:
         with without_modes():

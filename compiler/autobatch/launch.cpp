@@ -226,6 +226,52 @@ PyObject* state_rows(PyObject* self, PyObject* values) {
   return made;
 }
 
+// The number at an address; `code` as in READ of execute.py. None for other kinds.
+PyObject* number_at(const char* p, int code) {
+  switch (code) {
+    case 1: return PyFloat_FromDouble(*reinterpret_cast<const float*>(p));
+    case 2: return PyFloat_FromDouble(*reinterpret_cast<const double*>(p));
+    case 3: return PyLong_FromLongLong(*reinterpret_cast<const int64_t*>(p));
+    case 4: return PyLong_FromLong(*reinterpret_cast<const int32_t*>(p));
+    case 5: return PyBool_FromLong(*reinterpret_cast<const uint8_t*>(p));
+    case 6: return PyLong_FromLong(*reinterpret_cast<const uint8_t*>(p));
+    case 7: return PyLong_FromLong(*reinterpret_cast<const int16_t*>(p));
+    case 8: return PyLong_FromLong(*reinterpret_cast<const int8_t*>(p));
+    default: Py_RETURN_NONE;
+  }
+}
+
+// read(computed values, {type: (address of its pool, code)}) -> their numbers, None for those that are no single number here
+PyObject* state_read(PyObject* self, PyObject* args) {
+  auto* s = reinterpret_cast<State*>(self);
+  PyObject *values, *kinds;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &values, &PyDict_Type, &kinds)) return nullptr;
+  const Py_ssize_t count = PyList_GET_SIZE(values);
+  PyObject* made = PyList_New(count);
+  PyObject* type = nullptr;  // of the last one
+  const char* pool = nullptr;
+  int code = 0;
+  for (Py_ssize_t i = 0; made != nullptr && i < count; i++) {
+    auto* h = reinterpret_cast<Handle*>(PyList_GET_ITEM(values, i));
+    if (h->type != type) {
+      PyObject* kind = PyDict_GetItemWithError(kinds, h->type);
+      if (kind == nullptr && PyErr_Occurred()) {
+        Py_DECREF(made);
+        return nullptr;
+      }
+      type = h->type;
+      pool = kind == nullptr ? nullptr : static_cast<const char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(kind, 0)));
+      code = kind == nullptr ? 0 : static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(kind, 1)));
+    }
+    static const int64_t bytes[] = {0, 4, 8, 8, 4, 1, 1, 2, 1};
+    const bool known = h->id < s->computed && (*s->row_of)[h->id] >= 0;
+    PyObject* number = number_at(known && code ? pool + (*s->row_of)[h->id] * bytes[code] : nullptr, known ? code : 0);
+    if (number == nullptr) Py_CLEAR(made);
+    else PyList_SET_ITEM(made, i, number);
+  }
+  return made;
+}
+
 PyObject* tuple_of(const std::vector<int64_t>& v) {
   PyObject* made = PyTuple_New(v.size());
   for (size_t i = 0; made != nullptr && i < v.size(); i++) PyTuple_SET_ITEM(made, i, PyLong_FromLongLong(v[i]));
@@ -445,6 +491,7 @@ PyMethodDef launch_methods[] = {
     {"put", state_put, METH_VARARGS, nullptr},
     {"row", state_row, METH_O, nullptr},
     {"rows", state_rows, METH_O, nullptr},
+    {"read", state_read, METH_VARARGS, nullptr},
     {"used", state_used, METH_NOARGS, nullptr},
     {"schedule", state_schedule, METH_NOARGS, nullptr},
     {"numbers", state_numbers, METH_VARARGS, nullptr},

@@ -89,8 +89,10 @@ def is_same(block: Block, other: Callable[[list[torch.Tensor]], list[torch.Tenso
             return False
         sums = [[x.sum() for x in a if x.requires_grad] for a in answers]
         if wanted and all(sums):
-            how = {"allow_unused": True, "materialize_grads": True}
-            answers = [[*a, *torch.autograd.grad(s, wanted, **how)] for a, s in zip(answers, sums, strict=True)]
+            answers = [
+                [*a, *torch.autograd.grad(s, wanted, allow_unused=True, materialize_grads=True)]
+                for a, s in zip(answers, sums, strict=True)
+            ]
     return all(
         x.shape == y.shape and x.dtype == y.dtype and torch.allclose(x, y, CLOSE, CLOSE, equal_nan=True)
         for x, y in zip(*answers, strict=True)

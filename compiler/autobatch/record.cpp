@@ -494,6 +494,77 @@ PyObject* enter(PyObject*, PyObject* state) {
   Py_RETURN_NONE;
 }
 
+// -- results ----------------------------------------------------------------------------------------------------------------
+
+bool is_plain(PyObject* x) {
+  return x == Py_None || PyBool_Check(x) || PyLong_CheckExact(x) || PyFloat_CheckExact(x) || PyUnicode_CheckExact(x);
+}
+
+// Appends the pending tensors in lists, tuples and dicts; 0 where there is something else than these and plain data.
+int pending_in(PyObject* x, PyObject* type, PyObject* into) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) == type) return PyList_Append(into, x) == 0 ? 1 : -1;
+  if (is_plain(x)) return 1;
+  if (PyList_CheckExact(x) || PyTuple_CheckExact(x)) {
+    PyObject** items = PySequence_Fast_ITEMS(x);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(x); i++)
+      if (const int found = pending_in(items[i], type, into); found != 1) return found;
+    return 1;
+  }
+  if (!PyDict_CheckExact(x)) return 0;
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(x, &at, &key, &value);)
+    if (const int found = pending_in(value, type, into); found != 1) return found;
+  return 1;
+}
+
+// pending_in(results, class) -> their pending tensors; None where there is something else than these and plain data.
+PyObject* find_pending(PyObject*, PyObject* args) {
+  PyObject *x, *type;
+  if (!PyArg_ParseTuple(args, "OO!", &x, &PyType_Type, &type)) return nullptr;
+  PyObject* found = PyList_New(0);
+  if (found == nullptr || Py_EnterRecursiveCall(" while results are handed over") != 0) return nullptr;
+  const int whole = pending_in(x, type, found);
+  Py_LeaveRecursiveCall();
+  if (whole == 1) return found;
+  Py_DECREF(found);
+  if (whole < 0) return nullptr;
+  Py_RETURN_NONE;
+}
+
+// The same structure with the next of `values` in place of each pending tensor, in the order of `pending_in`.
+PyObject* rebuilt(PyObject* x, PyObject* type, PyObject* values, Py_ssize_t& next) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) == type) return Py_NewRef(PyList_GET_ITEM(values, next++));
+  if (PyList_CheckExact(x) || PyTuple_CheckExact(x)) {
+    const bool list = PyList_CheckExact(x);
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(x);
+    PyObject* made = list ? PyList_New(count) : PyTuple_New(count);
+    for (Py_ssize_t i = 0; made != nullptr && i < count; i++) {
+      PyObject* item = rebuilt(PySequence_Fast_ITEMS(x)[i], type, values, next);
+      if (item == nullptr) Py_CLEAR(made);
+      else if (list) PyList_SET_ITEM(made, i, item);
+      else PyTuple_SET_ITEM(made, i, item);
+    }
+    return made;
+  }
+  if (!PyDict_CheckExact(x)) return Py_NewRef(x);
+  PyObject* made = PyDict_New();
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; made != nullptr && PyDict_Next(x, &at, &key, &value);) {
+    PyObject* item = rebuilt(value, type, values, next);
+    if (item == nullptr || PyDict_SetItem(made, key, item) != 0) Py_CLEAR(made);
+    Py_XDECREF(item);
+  }
+  return made;
+}
+
+// rebuilt(results, class, values)
+PyObject* rebuild(PyObject*, PyObject* args) {
+  PyObject *x, *type, *values;
+  if (!PyArg_ParseTuple(args, "OO!O!", &x, &PyType_Type, &type, &PyList_Type, &values)) return nullptr;
+  Py_ssize_t next = 0;
+  return rebuilt(x, type, values, next);
+}
+
 // begin(address of torch's function that tells whether gradients are recorded), before anything else.
 PyObject* begin(PyObject*, PyObject* address) {
   grad_enabled = reinterpret_cast<bool (*)()>(PyLong_AsVoidPtr(address));
@@ -502,7 +573,12 @@ PyObject* begin(PyObject*, PyObject* address) {
 }
 
 PyMethodDef functions[] = {
-    {"enter", enter, METH_O, nullptr}, {"begin", begin, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
+    {"enter", enter, METH_O, nullptr},
+    {"begin", begin, METH_O, nullptr},
+    {"pending_in", find_pending, METH_VARARGS, nullptr},
+    {"rebuilt", rebuild, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "plait_record", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 

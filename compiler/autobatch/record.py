@@ -153,8 +153,8 @@ class Table:
         self.native.block(*(tuple(map(self.number_of, types)) for types in (block.inputs, block.outputs)))
 
     def improve(self) -> set[Any]:
-        """Rewrite new blocks: take out what does not depend on the recursion, and make products of one operand one. Gives the
-        functions whose outcome is another one now."""
+        """Rewrite new blocks: take out what does not depend on the recursion, and make products of one operand one. Gives
+        the functions whose outcome is another one now."""
         found = set()
         for key, outcome in list(self.outcomes.items()):
             block = outcome.block
@@ -241,9 +241,8 @@ class Recorder(TorchFunctionMode):
             self.seen.note(self._stack(), demand=True)
         if not self.closed and (self.execution.has(x.id) or self.execution.given_as(x) is None):
             self.wait_for(x)
-            found = self.execution.number(x)
-            if found is not None:
-                return convert(found)
+            with torch._C.DisableTorchFunction():
+                return convert(self.execution.numbers([x])[0])
         with torch._C.DisableTorchFunction():
             return convert(self.known(x))
 
@@ -251,8 +250,8 @@ class Recorder(TorchFunctionMode):
 
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], source: str = "") -> Any:
         """Record one application; gives pending tensors, or plain data where the op only asks for a size or the like.
-        `source` is where a block is in the user's program, as file:line; without it this is an op of the line that this thread
-        is at."""
+        `source` is where a block is in the user's program, as file:line; without it this is an op of the line that this
+        thread is at."""
         if self.closed:
             args, kwargs = tree_map(self.known, (args, kwargs))
             return func(*args, **kwargs)
@@ -396,14 +395,7 @@ class Recorder(TorchFunctionMode):
 
     def numbers(self, values: list[Pending]) -> list[Any]:
         """The numbers of computed values; the tensors of those that hold several."""
-        found = []
-        for x in values:
-            given = self.execution.given_as(x)
-            number = None if given is not None or x.type.numel != 1 else self.execution.number(x)
-            if number is None:
-                number = given if given is not None else self.execution.value(x)
-            found.append(number)
-        return found
+        return self.execution.numbers(values)
 
     def wait_for(self, x: Pending) -> None:
         """Come back when a value is computed."""
@@ -419,8 +411,8 @@ class Recorder(TorchFunctionMode):
             self.execution.run(self.table.blocks)
 
     def release(self) -> None:
-        """The call has ended: let go of what is not needed any more. Pools serve later calls, unless the program kept pending
-        tensors, or a backward may come."""
+        """The call has ended: let go of what is not needed any more. Pools serve later calls, unless the program kept
+        pending tensors, or a backward may come."""
         self.closed = True
         self.lifted.clear()
         self.derived.clear()

@@ -64,7 +64,7 @@ class State:
 
     def pending(self, cls: type, type: Any, id: int, depth: int, ancestors: int) -> Any:
         """A pending tensor of this call."""
-        made = cls.__new__(cls)
+        made: Any = cls.__new__(cls)  # pyright: ignore[reportCallIssue]
         made.state, made.type, made.id, made.depth, made.view_of, made.viewed = self, type, id, depth, None, False
         made.ancestors = ancestors
         return made
@@ -115,13 +115,17 @@ class State:
         """Where values lie, as int64."""
         return bytearray(array("q", [self.row_of[x.id] for x in values]).tobytes())
 
+    def read(self, values: list[Any], kinds: dict[Any, tuple[int, int]]) -> list[Any]:
+        """The numbers of computed values: none is read here."""
+        return [None] * len(values)
+
     def used(self) -> tuple[int, ...]:
         """Rows of each type."""
         return tuple(self.rows_used.get(k, 0) for k in range(self.table.types))
 
     def schedule(self) -> tuple[list[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]], bytearray]:
-        """([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that lie
-        side by side, else -1)], rows as int64): what was recorded, by depth, then by block."""
+        """([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that
+        lie side by side, else -1)], rows as int64): what was recorded, by depth, then by block."""
         for type, values in ((0, self.integers), (1, self.reals)):
             self.put(type, tuple(values))
         found = []
@@ -150,6 +154,10 @@ class State:
 
 def enter(state: State | None) -> None:
     """Nothing: there are no quick calls."""
+
+
+def pending_in(results: Any, cls: type) -> None:
+    """Nothing: results are looked through as torch does."""
 
 
 Quick = None

@@ -20,9 +20,9 @@ class Seconds:
 
 @dataclass
 class Counts:
-    """What a call launched. `batches` are the sizes of each block's launches, in order. `reused` says how many schedules were those
-    of an earlier call with the same structure. `alone` is set where the instances ran
-    one by one: how many times as fast the batch had been."""
+    """What a call launched. `batches` are the sizes of each block's launches, in order. `reused` says how many schedules
+    were those of an earlier call with the same structure. `alone` is set where the instances ran one by one: how many times as
+    fast the batch had been."""
 
     instances: int = 0
     lines: int = 0
@@ -49,8 +49,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """One call. `apart` says of functions and places why they are not cut into blocks but run op by op. `ratio` says how many
-    times as fast batches of this size are as their instances one by one; None where that is not known."""
+    """One call. `apart` says of functions and places why they are not cut into blocks but run op by op. `ratio` says how
+    many times as fast batches of this size are as their instances one by one; None where that is not known."""
 
     counts: Counts
     rows: tuple[Row, ...]

@@ -109,8 +109,10 @@ def _getitem(x: Any, index: Any) -> Any:
     """Indexing by numbers that are tensors, which torch would turn into plain numbers."""
     if not isinstance(x, Tensor) or not _is_position(index):
         return Tensor.__getitem__(x, index)
-    at = torch.where(index < 0, index + x.shape[0], index).reshape(1)
-    return x.index_select(0, at).squeeze(0)
+    at = torch.where(index < 0, index + x.shape[0], index)
+    if x.dim() < 2 or functorch.is_batchedtensor(x):
+        return x.index_select(0, at.reshape(1)).squeeze(0)
+    return F.embedding(at, x.flatten(1)).unflatten(-1, x.shape[1:])  # whose batched form holds for any number of instances
 
 
 def _tensor(data: Any, **how: Any) -> Tensor:

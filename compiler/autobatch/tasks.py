@@ -38,8 +38,8 @@ class Task:
 
 
 class Tasks:
-    """The tasks of one call. `waits` and `forks` count as in `Fibers`; `flush` computes all that is recorded, `numbers` reads
-    the numbers of computed values."""
+    """The tasks of one call. `waits` and `forks` count as in `Fibers`; `flush` computes all that is recorded, `numbers`
+    reads the numbers of computed values."""
 
     def __init__(self, state: Any, flush: Callable[[], None], numbers: Callable[[list[Any]], list[Any]]) -> None:
         self.state = state

@@ -94,7 +94,9 @@ class Yields(ast.NodeTransformer):
 
     def waits(self, node: Any) -> Any:
         """The expression, or what it holds once that is computed."""
-        plain = isinstance(node, ast.Constant | ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not))
+        plain = isinstance(node, ast.Constant | ast.Compare) or (
+            isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+        )
         if plain or not self.own or self.apart:
             return node
         name = self.fresh("w")
