@@ -131,6 +131,8 @@ SUBJECTS = {
 def total(results: Any) -> Tensor:
     """The sum of all results."""
     leaves = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
+    if len({x.shape for x in leaves}) == 1:
+        return torch.stack(leaves).sum()
     return torch.stack([x.sum() for x in leaves]).sum()
 
 

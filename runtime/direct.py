@@ -13,11 +13,23 @@ from . import native
 from .layout import Layout
 from .memory import Memory
 from .ops import CHECK_ROWS, CLEAR_STATUS
-from .plan import Call, Launch, Plan
+from .plan import Call, Launch, OutputSpec, Plan, SizeExpr
 
 
 class NotDirect(Exception):
     """Why a plan needs Python to run."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result of a plan: `kind` "memory" (base `at`, as many bytes as slot `bytes` says), "input" (the input number `at`),
+    "size", or "none". A result may be another view of such memory, from its first byte on; `contiguous` says whether its
+    elements lie there one after the other. Several results may be the same memory."""
+
+    kind: str
+    at: int = -1
+    bytes: int = -1
+    contiguous: bool = True
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class Direct:
 
     `sizes` computes sizes and checks guards, 0 where there is nothing to do; `program` launches. `slots` are initial; of
     `symbols` (slot, input, dimension) the caller sets the slots. Slot `arena` then holds the bytes that base 0 must have,
-    aligned to 64. `bases` are initial addresses, those of constants set; `inputs` and `outputs` are the bases of the plan's
-    inputs (-1: no kernel reads it) and results, which are contiguous. `constants` are names and bases. `checks` are (base,
+    aligned to 64. `bases` are initial addresses, those of constants set; `inputs` are the bases of the plan's
+    inputs (-1: no kernel reads it). `constants` are names and bases. `checks` are (base,
     slot of the offset) of int64 words that the caller clears before; one that is set afterwards means a row id out of range.
     `keep` owns what the addresses point to.
     """
@@ -36,11 +48,11 @@ class Direct:
     sizes: int
     program: int
     slots: tuple[int, ...]
-    symbols: tuple[tuple[int, int, int], ...]
+    symbols: tuple[tuple[int, int, int | None], ...]
     arena: int
     bases: tuple[int, ...]
     inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    results: tuple[Result, ...]
     constants: tuple[tuple[str, int], ...]
     checks: tuple[tuple[int, int], ...]
     keep: tuple[Any, ...]
@@ -64,6 +76,7 @@ def direct(plan: Plan, kernels: Mapping[str, Any], constants: Mapping[str, torch
         root, offset = layout.place(id)
         words.append((memory.bases.get(root, 0), layout.slot(offset)))
     arena = layout.slot(plan.arena)
+    results = tuple(_result(o, layout, memory) for o in plan.outputs)
     guards = [(layout.slot(e), index) for index, (e, _) in enumerate(plan.asserts)]
     sizes = native.Program()
     sizes.evaluate(layout.slots.programs.get(0, []))
@@ -85,11 +98,11 @@ def direct(plan: Plan, kernels: Mapping[str, Any], constants: Mapping[str, torch
         sizes=sizes.seal() if layout.slots.programs.get(0) or guards else 0,
         program=program.seal(),
         slots=tuple(layout.slots.initial),
-        symbols=tuple((layout.slot(s.name), s.input, s.dim) for s in plan.symbols if s.dim is not None),
+        symbols=tuple((layout.slot(s.name), s.input, s.dim) for s in plan.symbols),
         arena=arena,
         bases=tuple(bases),
         inputs=tuple(by_input.get(k, -1) for k in range(len(plan.inputs))),
-        outputs=tuple(memory.bases[o.ref] for o in plan.outputs if o.ref is not None),
+        results=results,
         constants=tuple(placed),
         checks=tuple(words),
         keep=(runner, program, sizes, held, kernels),
@@ -108,20 +121,32 @@ def _check(plan: Plan, simple: int, kernels: Mapping[str, Any], memory: Memory) 
         raise NotDirect("it calls torch ops")
     if not all(isinstance(kernels[s.kernel], int) for s in plan.steps if isinstance(s, Launch)):
         raise NotDirect("its kernels do not run on the CPU")
-    if memory.mutated or any(s.dim is None or s.input < 0 for s in plan.symbols):
-        raise NotDirect("it writes to inputs, or takes sizes as arguments")
-    results = [o.ref for o in plan.outputs]
-    if len(set(results)) < len(results):
-        raise NotDirect("a result is given twice")
-    for id in results:
-        spec = memory.value(id) if id is not None else None
-        if spec is None or spec.storage != "fresh" or spec.id not in memory.bases:
-            raise NotDirect("a result is not memory of its own")
-        expected = 1
-        for size, stride in zip(reversed(spec.shape), reversed(spec.strides), strict=True):
-            if stride != expected and size != 1:
-                raise NotDirect("a result is not contiguous")
-            expected = expected * size if isinstance(size, int) else -1  # only the first size may be a symbol
+    if memory.mutated or any(s.input < 0 for s in plan.symbols):
+        raise NotDirect("it writes to inputs, or finds sizes while it runs")
+    results = {memory.layout.place(o.ref)[0] for o in plan.outputs if o.kind == "value" and o.ref is not None}
     inner = {v.id for v in plan.values if v.storage in ("fresh", "handle", "scalar")}
-    if not inner <= set(results):
+    if not inner <= results:
         raise NotDirect("it allocates more than its results")
+
+
+def _result(out: OutputSpec, layout: Layout, memory: Memory) -> Result:
+    if out.kind != "value":
+        if out.kind == "constant":
+            raise NotDirect("a result is a number")
+        return Result(out.kind)
+    spec = memory.value(out.ref)
+    id, offset = layout.place(spec.id)
+    root = memory.value(id)
+    if root.storage not in ("input", "fresh") or layout.slots.constant(layout.slot(offset)) != 0:
+        raise NotDirect("a result is not memory of its own")
+    expected: SizeExpr = 1
+    contiguous = True
+    for size, stride in zip(reversed(spec.shape), reversed(spec.strides), strict=True):
+        contiguous = contiguous and (stride == expected or size == 1)
+        expected = expected * size if isinstance(size, int) and isinstance(expected, int) else -1  # the first alone may vary
+    if root.storage == "input":
+        return Result("input", int(root.ref), -1, contiguous)  # type: ignore[arg-type]
+    if id not in memory.bases:
+        raise NotDirect("no kernel writes a result")
+    bytes = ["mul", layout.dtype(id).itemsize, 1, *root.shape]
+    return Result("memory", memory.bases[id], layout.slot(bytes), contiguous)

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map
 
 from ...ir import from_fx
 from ...passes.decompositions import table
-from ...runtime.direct import NotDirect
+from ...runtime.direct import Direct, NotDirect, Result
 from ...runtime.panels import Panels
+from ...runtime.plan import Plan
 from .. import capture, rng
 from ..freeze import freeze
 from ..observe import Record, active
@@ -108,6 +109,9 @@ def compile_block(block: Block, session: Session, native: Any | None) -> Compile
             return Compiled(None if layouts is not None else _run(watched, session), layouts=layouts)
         graphs = partition(traced, fakes, session.options.recompute, num_fwd_outputs=len(block.outputs))
         watches = [_passed(gm, kind, session) for gm, kind in zip(graphs, ("forward", "backward"), strict=True)]
+        layouts = _handed_over_both(block, watches[0], watches[1], differentiable, session, native)
+        if layouts is not None:
+            return Compiled(None, layouts=layouts)
         forward, backward = (_run(w, session) for w in watches)
         return Compiled(forward, backward, differentiable)
 
@@ -125,13 +129,12 @@ def _handed_over(block: Block, watched: Record, session: Session, native: Any | 
     frozen = freeze(graph, shared)
     names = {name: k for k, name in enumerate(frozen.constants)}
     try:
-        watched.compiled = generated(session, frozen, lambda made: made)
+        watched.compiled = generated(session, frozen)
         found = watched.compiled.direct()
+        counts = _counts(watched.compiled.plan, found, "")
+        outputs = _memory(found, len(block.outputs))
     except NotDirect as why:
         log.info("%s at %s runs from Python: %s", block.name, block.source, why)
-        return None
-    counts = tuple(slot for slot, position, dim in found.symbols if dim == 0 and position < count)
-    if len(counts) != len(found.symbols):
         return None
     bases, panels = [-1] * len(shared), []
     for name, base in found.constants:
@@ -142,11 +145,99 @@ def _handed_over(block: Block, watched: Record, session: Session, native: Any | 
             panels += [names[laid.weight], base, laid.layout == "k", laid.n, laid.k, item]
         else:
             return None
-    native.direct(
-        block.number, found.run, found.sizes, found.program, found.slots, counts, found.arena, found.bases,
-        (*found.inputs, *bases), found.outputs, tuple(x for pair in found.checks for x in pair), tuple(panels), found,
-    )  # fmt: skip
+    native.direct(block.number, _flat(found, counts, (*found.inputs, *bases), outputs, panels))
     return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
+
+
+def _handed_over_both(
+    block: Block,
+    forward: Record,
+    backward: Record,
+    differentiable: tuple[int, ...],
+    session: Session,
+    native: Any | None,
+) -> tuple[Any, ...] | None:
+    """Like `_handed_over`, for a block that gradients go through: `native` runs its backward, too."""
+    if native is None or record.Quick is None or session.decisions.watched:
+        return None
+    try:
+        found = []
+        for watched in (forward, backward):
+            assert watched.graph is not None
+            if watched.graph.constants:
+                raise NotDirect("it has constants")
+            watched.compiled = generated(session, watched.graph)
+            found.append(watched.compiled.direct())
+        first, second = found
+        assert forward.compiled is not None and backward.compiled is not None
+        name = forward.compiled.plan.symbols[0].name
+        counts = [_counts(w.compiled.plan, d, name) for w, d in ((forward, first), (backward, second)) if w.compiled]
+        results = len(block.outputs)
+        saved = [r for r in first.results[results:] if r.kind != "size"]
+        numbers = len(first.results) - results - len(saved)
+        tangents = [(r, second.inputs[numbers + len(saved) + j]) for j, r in enumerate(differentiable)]
+        outputs = _memory(first, results)
+        kept = [_kept(r, second.inputs[numbers + i], len(block.inputs), outputs) for i, r in enumerate(saved)]
+        gradients = [g for k, r in enumerate(second.results) for g in _gradient(block, k, r, numbers + len(saved))]
+    except NotDirect as why:
+        log.info("%s at %s runs from Python: %s", block.name, block.source, why)
+        return None
+    native.trained(
+        block.number,
+        _flat(first, counts[0], first.inputs, outputs, ()),
+        _flat(second, counts[1], second.inputs, (), ()),
+        tuple(x for entry in kept for x in entry),
+        tuple(x for pair in tangents for x in pair),
+        tuple(x for entry in gradients for x in entry),
+    )
+    return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
+
+
+def _flat(found: Direct, counts: tuple[int, ...], inputs: Sequence[int], outputs: Sequence[int], panels: Sequence[int]) -> Any:
+    """A plan as `direct_of` of launch.cpp takes it."""
+    checks = tuple(x for pair in found.checks for x in pair)
+    return (
+        found.run, found.sizes, found.program, found.slots, counts, found.arena, found.bases, tuple(inputs), tuple(outputs),
+        checks, tuple(panels), found,
+    )  # fmt: skip
+
+
+def _counts(plan: Plan, found: Direct, name: str) -> tuple[int, ...]:
+    """The slots of the number of instances. Raises NotDirect where a plan has other sizes that vary."""
+    if len(found.symbols) > 1 or any(name and s.name != name for s in plan.symbols):
+        raise NotDirect("it has several sizes that vary")
+    return tuple(slot for slot, _, _ in found.symbols)
+
+
+def _memory(found: Direct, count: int) -> tuple[int, ...]:
+    """The bases of a plan's first results. Raises NotDirect for those that are no memory of their own."""
+    bases = tuple(r.at for r in found.results[:count])
+    if any(r.kind != "memory" or not r.contiguous for r in found.results[:count]) or len(set(bases)) < count:
+        raise NotDirect("a result is an argument, or another one, or not contiguous")
+    return bases
+
+
+def _kept(result: Result, base: int, count: int, outputs: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """What the forward keeps for the backward, as `Trained::Saved` of state.h."""
+    if result.kind == "memory" and result.at in outputs:
+        return 3, outputs.index(result.at), 0, base
+    if result.kind == "memory":
+        return 0, result.at, result.bytes, base
+    if result.kind != "input":
+        raise NotDirect("it keeps nothing where a tensor is read")
+    return (1, result.at, 0, base) if result.at < count else (2, result.at - count, 0, base)
+
+
+def _gradient(block: Block, k: int, result: Result, first: int) -> list[tuple[int, int, int, int]]:
+    """A gradient that the backward gives, as `Trained::Gradient` of state.h; none where nobody wants it."""
+    if result.kind == "none":
+        return []
+    count = len(block.inputs)
+    dtype = block.inputs[k].dtype if k < count else block.shared[k - count].dtype
+    passed = result.kind == "input" and result.at >= first and k < count
+    if dtype not in (torch.float32, torch.float64) or not (passed or result.kind == "memory") or not result.contiguous:
+        raise NotDirect("a gradient is of another kind")
+    return [(k, -1 - (result.at - first) if passed else result.at, -1 if passed else result.bytes, dtype.itemsize)]
 
 
 def _check_any_size(fakes: Sequence[Any]) -> None:

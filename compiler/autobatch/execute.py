@@ -52,6 +52,15 @@ class Launch:
     saved: tuple[Any, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Native:
+    """Launches that native code keeps, from one number to another, and their blocks."""
+
+    first: int
+    end: int
+    blocks: tuple[Block, ...]
+
+
 class Learnt(Protocol):
     """What launching needs of a table of blocks."""
 
@@ -73,9 +82,10 @@ class Execution:
         self.pools = pools
         self.compile = compile
         self.waiting: dict[Type, dict[int, torch.Tensor]] = {}  # given tensors that are not in their pool yet
+        self.outgrown: list[torch.Tensor] = []  # pools whose rows launches may have kept for the backward
         self.used: tuple[int, ...] = ()  # rows of each type that hold something
         self.kinds: dict[Type, tuple[int, int]] = {}  # types that are single numbers: address of the pool, how to read it
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | Native] = []
         self.counts = Counts()
         self.wanting: list[tuple[torch.Tensor, Type, int]] = []  # given tensors that want a gradient: type and id
 
@@ -150,15 +160,16 @@ class Execution:
         spent.kernels += time.perf_counter() - now - (spent.gathers - gathers)
 
     def _reserve(self, used: tuple[int, ...]) -> None:
-        """Make room for so many rows of each type, and one more: a single instance runs twice."""
+        """Make room for so many rows of each type."""
         for type, number in self.types.items():
-            pool, wanted = self.pools.get(type), used[number] + 1
+            pool, wanted = self.pools.get(type), used[number]
             if pool is None or pool.shape[0] < wanted:
                 before = self.used[number] if number < len(self.used) else 0
                 size = max(wanted, 2 * before)
                 grown = torch.empty((size, *type.shape), dtype=type.dtype, device=type.device)
                 if pool is not None and before:
                     grown[:before] = pool[:before]
+                    self.outgrown.append(pool)
                 self.pools[type] = grown
         self.used = used
 
@@ -180,7 +191,11 @@ class Execution:
                 self._count(block, launches[end][1])
                 end += 1
             if end > at:
+                first = self.state.kept()
                 status, ran, gathered, gathers, _ = self.state.run(at, end, addresses, torch.get_num_threads())
+                if (kept := self.state.kept()) > first:
+                    these = dict.fromkeys(blocks[number] for number, *_ in launches[at:end])
+                    self.launches.append(Native(first, kept, tuple(b for b in these if b.grad)))
                 self.counts.gathered_bytes += gathered
                 self.counts.seconds.gathers += 1e-9 * gathers
                 if status:
@@ -262,7 +277,8 @@ class Execution:
         return [*self._shared_sources().values(), *(t for t, _, _ in self.wanting)]
 
     def _shared_sources(self) -> dict[int, torch.Tensor]:
-        shared = {id(s): s for x in self.launches for s in x.block.shared if s.requires_grad}
+        blocks = [b for x in self.launches for b in (x.blocks if isinstance(x, Native) else (x.block,))]
+        shared = {id(s): s for b in dict.fromkeys(blocks) for s in b.shared if s.requires_grad}
         return {k: self._actual(s, grad=True) for k, s in shared.items()}
 
     def backward(self, values: Sequence[Pending], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -280,12 +296,41 @@ class Execution:
                 touched[value.type][row] = True
         shared: dict[int, torch.Tensor] = {}
         for launch in reversed(self.launches):
-            self._launch_backward(launch, pools, touched, shared)
+            if isinstance(launch, Native):
+                self._native_backward(launch, pools, touched, shared)
+            else:
+                self._launch_backward(launch, pools, touched, shared)
         found: list[torch.Tensor | None] = [shared.get(k) for k in self._shared_sources()]
         for _, type, id_ in self.wanting:
             row = self.state.row(id_)
             found.append(pools[type][row] if touched[type][row] else None)
         return found
+
+    def _native_backward(
+        self,
+        launches: Native,
+        pools: dict[Type, torch.Tensor],
+        touched: dict[Type, np.ndarray],
+        shared: dict[int, torch.Tensor],
+    ) -> None:
+        sums: dict[int, torch.Tensor] = {}
+        for s in dict.fromkeys(s for b in launches.blocks for s in b.shared if s.requires_grad):
+            held = shared.get(id(s))
+            sums[id(s)] = torch.zeros_like(s, memory_format=torch.contiguous_format) if held is None else held.contiguous()
+        found = {
+            block.number: tuple(
+                x
+                for s, actual in zip(block.shared, self.shared(block), strict=True)
+                for x in (actual.data_ptr(), sums[id(s)].data_ptr() if id(s) in sums else 0)
+            )
+            for block in launches.blocks
+        }
+        addresses = tuple(pools[t].data_ptr() if t in pools else 0 for t in self.types)
+        flags = tuple(touched[t].ctypes.data if t in touched else 0 for t in self.types)
+        status, ran = self.state.backward(launches.first, launches.end, addresses, flags, found, torch.get_num_threads())
+        if status:
+            _raise(status, launches.blocks[0])
+        shared.update({id(s): sums[id(s)] for b in launches.blocks if b.number in ran for s in b.shared if id(s) in sums})
 
     def _launch_backward(
         self,

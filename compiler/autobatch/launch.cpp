@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 
 namespace plait {
@@ -42,7 +43,10 @@ PyObject* table_new(PyTypeObject* type, PyObject*, PyObject*) {
 
 void table_dealloc(PyObject* self) {
   auto* t = reinterpret_cast<Table*>(self);
-  for (Block& b : *t->blocks) Py_XDECREF(b.direct.keep);
+  for (Block& b : *t->blocks) {
+    Py_XDECREF(b.direct.keep);
+    Py_XDECREF(b.trained.backward.keep);
+  }
   delete t->row_bytes;
   delete t->blocks;
   delete t->schedules;
@@ -70,38 +74,67 @@ PyObject* table_add_block(PyObject* self, PyObject* args) {
   return PyLong_FromSize_t(t->blocks->size() - 1);
 }
 
-// direct(block, run, sizes, program, slots, counts, arena, bases, inputs, outputs, checks, panels,
-// keep): how a block runs without Python.
-PyObject* table_direct(PyObject* self, PyObject* args) {
-  auto* t = reinterpret_cast<Table*>(self);
-  Py_ssize_t block;
+bool is_block(const Table* t, Py_ssize_t block) {
+  if (block >= 0 && block < static_cast<Py_ssize_t>(t->blocks->size())) return true;
+  PyErr_SetString(PyExc_IndexError, "there is no such block");
+  return false;
+}
+
+// A Direct from (run, sizes, program, slots, counts, arena, bases, inputs, outputs, checks, panels, keep).
+bool direct_of(PyObject* given, Direct& into) {
   unsigned long long run, sizes, program;
   long long arena;
   PyObject *slots, *counts, *bases, *inputs, *outputs, *checks, *panels, *keep;
-  if (!PyArg_ParseTuple(args, "nKKKO!O!LO!O!O!O!O!O", &block, &run, &sizes, &program, &PyTuple_Type, &slots, &PyTuple_Type, &counts,
-                        &arena, &PyTuple_Type, &bases, &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &PyTuple_Type, &checks, &PyTuple_Type,
+  if (!PyArg_ParseTuple(given, "KKKO!O!LO!O!O!O!O!O", &run, &sizes, &program, &PyTuple_Type, &slots, &PyTuple_Type, &counts, &arena,
+                        &PyTuple_Type, &bases, &PyTuple_Type, &inputs, &PyTuple_Type, &outputs, &PyTuple_Type, &checks, &PyTuple_Type,
                         &panels, &keep))
-    return nullptr;
+    return false;
   Direct d;
-  if (!numbers(slots, d.slots) || !numbers(counts, d.counts) || !addresses(bases, d.bases) || !numbers(inputs, d.inputs) ||
-      !numbers(outputs, d.outputs) || !numbers(checks, d.checks))
-    return nullptr;
   std::vector<int64_t> flat;
-  if (!numbers(panels, flat)) return nullptr;
+  if (!numbers(slots, d.slots) || !numbers(counts, d.counts) || !addresses(bases, d.bases) || !numbers(inputs, d.inputs) ||
+      !numbers(outputs, d.outputs) || !numbers(checks, d.checks) || !numbers(panels, flat))
+    return false;
   for (size_t i = 0; i + 6 <= flat.size(); i += 6)
     d.panels.push_back({flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4], flat[i + 5]});
-  if (block < 0 || block >= static_cast<Py_ssize_t>(t->blocks->size())) {
-    PyErr_SetString(PyExc_IndexError, "there is no such block");
-    return nullptr;
-  }
   d.run = reinterpret_cast<Direct::Run>(run);
   d.sizes = reinterpret_cast<const int64_t*>(sizes);
   d.program = reinterpret_cast<const int64_t*>(program);
   d.arena = arena;
   d.keep = Py_NewRef(keep);
-  Direct& held = (*t->blocks)[block].direct;
-  Py_XDECREF(held.keep);
-  held = std::move(d);
+  Py_XDECREF(into.keep);
+  into = std::move(d);
+  return true;
+}
+
+// direct(block, forward): how a block runs without Python.
+PyObject* table_direct(PyObject* self, PyObject* args) {
+  auto* t = reinterpret_cast<Table*>(self);
+  Py_ssize_t block;
+  PyObject* given;
+  if (!PyArg_ParseTuple(args, "nO!", &block, &PyTuple_Type, &given) || !is_block(t, block)) return nullptr;
+  if (!direct_of(given, (*t->blocks)[block].direct)) return nullptr;
+  Py_RETURN_NONE;
+}
+
+// trained(block, forward, backward, saved, tangents, gradients): how it does where gradients are wanted; the last three are
+// flat, as the members of `Trained`.
+PyObject* table_trained(PyObject* self, PyObject* args) {
+  auto* t = reinterpret_cast<Table*>(self);
+  Py_ssize_t block;
+  PyObject *forward, *backward, *saved, *tangents, *gradients;
+  if (!PyArg_ParseTuple(args, "nO!O!O!O!O!", &block, &PyTuple_Type, &forward, &PyTuple_Type, &backward, &PyTuple_Type, &saved,
+                        &PyTuple_Type, &tangents, &PyTuple_Type, &gradients) ||
+      !is_block(t, block))
+    return nullptr;
+  Block& b = (*t->blocks)[block];
+  std::vector<int64_t> s, g, d;
+  if (!direct_of(forward, b.direct) || !direct_of(backward, b.trained.backward) || !numbers(saved, s) || !numbers(tangents, g) ||
+      !numbers(gradients, d))
+    return nullptr;
+  for (size_t i = 0; i + 4 <= s.size(); i += 4)
+    b.trained.saved.push_back({static_cast<Trained::Kind>(s[i]), s[i + 1], s[i + 2], s[i + 3]});
+  for (size_t i = 0; i + 2 <= g.size(); i += 2) b.trained.tangents.emplace_back(g[i], g[i + 1]);
+  for (size_t i = 0; i + 4 <= d.size(); i += 4) b.trained.gradients.push_back({d[i], d[i + 1], d[i + 2], d[i + 3]});
   Py_RETURN_NONE;
 }
 
@@ -164,6 +197,7 @@ PyMethodDef table_methods[] = {
     {"type", table_add_type, METH_O, nullptr},
     {"block", table_add_block, METH_VARARGS, nullptr},
     {"direct", table_direct, METH_VARARGS, nullptr},
+    {"trained", table_trained, METH_VARARGS, nullptr},
     {"shared", table_shared, METH_VARARGS, nullptr},
     {"recursive", table_recursive, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -418,47 +452,108 @@ void gather(char* into, const char* pool, int64_t row_bytes, const int64_t* rows
   }
 }
 
-// Plans hold for two instances and more: a single one runs twice, and its second result is overwritten by what comes next.
+char* keep(State* s, size_t bytes) {
+  auto* made = static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64));
+  s->memory->push_back(made);
+  return made;
+}
+
+// Sizes of a launch; 0, or the status of what failed.
+int64_t size_up(const Direct& d, size_t count, std::vector<char*>& bases, std::vector<int64_t>& slots) {
+  bases = d.bases;
+  slots = d.slots;
+  for (int64_t slot : d.counts) slots[slot] = static_cast<int64_t>(count);
+  return d.sizes == nullptr ? 0 : d.run(d.sizes, bases.data(), slots.data(), 1, nullptr);
+}
+
+thread_local std::vector<char> scratch;
+
+char* room(size_t bytes) {
+  if (scratch.size() < bytes + 64) scratch = std::vector<char>(bytes + 64);
+  return padded(scratch.data());
+}
+
+// Plans hold for two instances and more: a single one runs twice, and its results are copied from scratch memory.
 int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int threads, Spent& spent) {
   const Block& b = (*s->table->blocks)[l.block];
   const Direct& d = b.direct;
   const int64_t started = now();
   const size_t count = l.count == 1 ? 2 : l.count, arity = b.inputs.size();
-  std::vector<char*> bases = d.bases;
-  std::vector<int64_t> slots = d.slots;
-  for (int64_t slot : d.counts) slots[slot] = static_cast<int64_t>(count);
-  if (d.sizes != nullptr)
-    if (const int64_t status = d.run(d.sizes, bases.data(), slots.data(), 1, nullptr)) return status;
+  std::vector<char*> bases;
+  std::vector<int64_t> slots;
+  if (const int64_t status = size_up(d, count, bases, slots)) return status;
+  const bool trains = b.trained.backward.run != nullptr;
+  std::vector<char> kept(arity, 0);  // arguments that the backward reads
+  for (const auto& saved : b.trained.saved)
+    if (saved.kind == Trained::ARGUMENT) kept[saved.at] = 1;
   size_t bytes = static_cast<size_t>(slots[d.arena]) + 64;
   for (size_t k = 0; k < arity; k++) bytes += count * (*s->table->row_bytes)[b.inputs[k]] + 64;
-  thread_local std::vector<char> scratch;
-  if (scratch.size() < bytes) scratch = std::vector<char>(bytes);
-  char* at = padded(scratch.data());
+  for (size_t k = 0; k < b.outputs.size(); k++) bytes += 2 * (*s->table->row_bytes)[b.outputs[k]] + 64;
+  char* at = room(bytes);
+  std::vector<char*> found(arity, nullptr);
   bases[0] = at;
   at += slots[d.arena];
   for (size_t k = 0; k < arity; k++) {
-    if (d.inputs[k] < 0) continue;
+    if (d.inputs[k] < 0 && !kept[k]) continue;
     const int64_t row_bytes = (*s->table->row_bytes)[b.inputs[k]];
     const char* pool = pools[b.inputs[k]];
     const int64_t* rows = s->rows->data() + l.rows + k * l.count;
-    if (l.side[k] >= 0 && l.count > 1) {
+    if (l.side[k] >= 0 && l.count > 1 && !kept[k]) {
       bases[d.inputs[k]] = const_cast<char*>(pool) + l.side[k] * row_bytes;
       continue;
     }
     at = padded(at);
-    bases[d.inputs[k]] = at;
-    gather(at, pool, row_bytes, rows, l.count);
-    if (l.count == 1) std::memcpy(at + row_bytes, at, row_bytes);
-    at += count * row_bytes;
+    char* into = found[k] = kept[k] ? keep(s, count * row_bytes) : at;
+    if (d.inputs[k] >= 0) bases[d.inputs[k]] = into;
+    gather(into, pool, row_bytes, rows, l.count);
+    if (l.count == 1) std::memcpy(into + row_bytes, into, row_bytes);
+    if (!kept[k]) at += count * row_bytes;
     spent.gathered += l.count * row_bytes;
   }
-  for (size_t k = 0; k < b.outputs.size(); k++)
-    bases[d.outputs[k]] = pools[b.outputs[k]] + l.starts[k] * (*s->table->row_bytes)[b.outputs[k]];
+  for (size_t k = 0; k < b.outputs.size(); k++) {
+    const int64_t row_bytes = (*s->table->row_bytes)[b.outputs[k]];
+    if (l.count > 1) {
+      bases[d.outputs[k]] = pools[b.outputs[k]] + l.starts[k] * row_bytes;
+      continue;
+    }
+    bases[d.outputs[k]] = at = padded(at);
+    at += 2 * row_bytes;
+  }
+  if (trains) {
+    Kept k{l.block, l.count, {}, l.starts, {}};
+    k.rows.assign(s->rows->begin() + static_cast<int64_t>(l.rows), s->rows->begin() + static_cast<int64_t>(l.rows + arity * l.count));
+    for (const auto& saved : b.trained.saved) {
+      char* where = nullptr;
+      if (saved.kind == Trained::MEMORY) {
+        if (bases[saved.at] == nullptr) bases[saved.at] = keep(s, static_cast<size_t>(slots[saved.bytes]));
+        where = bases[saved.at];
+      } else if (saved.kind == Trained::ARGUMENT) {
+        where = found[saved.at];
+      } else if (saved.kind == Trained::RESULT) {
+        where = bases[d.outputs[saved.at]];
+      }
+      k.saved.push_back(where);
+    }
+    s->kept->push_back(std::move(k));
+  }
   for (size_t i = 0; i < d.checks.size(); i += 2) *reinterpret_cast<int64_t*>(bases[d.checks[i]] + slots[d.checks[i + 1]]) = 0;
   const int64_t ready = now();
   int64_t status = d.run(d.program, bases.data(), slots.data(), threads, nullptr);
   spent.gathers += ready - started;
   spent.kernels += now() - ready;
+  if (l.count == 1)
+    for (size_t k = 0; k < b.outputs.size(); k++) {
+      const int64_t row_bytes = (*s->table->row_bytes)[b.outputs[k]];
+      std::memcpy(pools[b.outputs[k]] + l.starts[k] * row_bytes, bases[d.outputs[k]], row_bytes);
+    }
+  if (trains && l.count == 1)
+    for (size_t i = 0; i < b.trained.saved.size(); i++)
+      if (const auto& saved = b.trained.saved[i]; saved.kind == Trained::RESULT) {
+        const size_t size = 2 * (*s->table->row_bytes)[b.outputs[saved.at]];
+        char* own = keep(s, size);
+        std::memcpy(own, s->kept->back().saved[i], size);
+        s->kept->back().saved[i] = own;
+      }
   for (size_t i = 0; i < d.checks.size() && status == 0; i += 2)
     if (*reinterpret_cast<int64_t*>(bases[d.checks[i]] + slots[d.checks[i + 1]]) != 0) status = BAD_ROW;
   return status;
@@ -485,6 +580,118 @@ PyObject* state_run(PyObject* self, PyObject* args) {
   return Py_BuildValue("LnLLL", status, ran, spent.gathered, spent.gathers, spent.kernels);
 }
 
+// -- the backward -----------------------------------------------------------------------------------------------------------
+
+template <class T> void add(char* into, const char* from, size_t count) {
+  for (size_t i = 0; i < count; i++) reinterpret_cast<T*>(into)[i] += reinterpret_cast<const T*>(from)[i];
+}
+
+void add_bytes(char* into, const char* from, size_t bytes, int64_t item) {
+  if (item == 4) add<float>(into, from, bytes / 4);
+  else add<double>(into, from, bytes / 8);
+}
+
+// Adds the gradients of one launch to those of its arguments. `shared` are where the tensors that all share, and their
+// gradients, are: address after address.
+int64_t run_backward(State* s, const Kept& k, const std::vector<char*>& pools, const std::vector<char*>& touched,
+                     const std::vector<char*>& shared, int threads, bool& ran) {
+  const Block& b = (*s->table->blocks)[k.block];
+  const Direct& d = b.trained.backward;
+  const auto& row_bytes = *s->table->row_bytes;
+  bool any = false;
+  for (size_t r = 0; r < b.outputs.size(); r++)
+    if (const char* flags = touched[b.outputs[r]])
+      for (size_t i = 0; i < k.count && !any; i++) any = flags[k.starts[r] + static_cast<int64_t>(i)];
+  if (!any) return 0;
+  ran = true;
+  const size_t count = k.count == 1 ? 2 : k.count;
+  std::vector<char*> bases;
+  std::vector<int64_t> slots;
+  if (const int64_t status = size_up(d, count, bases, slots)) return status;
+  size_t bytes = static_cast<size_t>(slots[d.arena]) + 64;
+  for (const auto& g : b.trained.gradients)
+    if (g.base >= 0) bytes += static_cast<size_t>(slots[g.bytes]) + 64;
+  for (auto [r, base] : b.trained.tangents) bytes += 2 * row_bytes[b.outputs[r]] + 64;
+  char* at = room(bytes);
+  bases[0] = at;
+  at += slots[d.arena];
+  for (size_t i = 0; i < k.saved.size(); i++) {
+    const auto& saved = b.trained.saved[i];
+    if (saved.base >= 0) bases[saved.base] = saved.kind == Trained::SHARED ? shared[2 * saved.at] : k.saved[i];
+  }
+  std::vector<char*> tangents;
+  for (auto [r, base] : b.trained.tangents) {
+    const int64_t size = row_bytes[b.outputs[r]];
+    char* grad = pools[b.outputs[r]] + k.starts[r] * size;
+    if (k.count == 1) {
+      at = padded(at);
+      std::memcpy(at, grad, size);
+      std::memset(at + size, 0, size);
+      grad = at;
+      at += 2 * size;
+    }
+    tangents.push_back(grad);
+    if (base >= 0) bases[base] = grad;
+  }
+  for (const auto& g : b.trained.gradients) {
+    if (g.base < 0) continue;
+    at = padded(at);
+    bases[g.base] = at;
+    at += slots[g.bytes];
+  }
+  if (const int64_t status = d.run(d.program, bases.data(), slots.data(), threads, nullptr)) return status;
+  const int64_t arity = static_cast<int64_t>(b.inputs.size());
+  for (const auto& g : b.trained.gradients) {
+    const char* from = g.base >= 0 ? bases[g.base] : tangents[-1 - g.base];  // one that is only passed on
+    if (g.argument >= arity) {
+      if (char* into = shared[2 * (g.argument - arity) + 1]) add_bytes(into, from, static_cast<size_t>(slots[g.bytes]), g.item);
+      continue;
+    }
+    const int type = b.inputs[g.argument];
+    const int64_t size = row_bytes[type];
+    const int64_t* rows = k.rows.data() + g.argument * static_cast<int64_t>(k.count);
+    for (size_t i = 0; i < k.count; i++) {
+      add_bytes(pools[type] + rows[i] * size, from + static_cast<int64_t>(i) * size, size, g.item);
+      touched[type][rows[i]] = 1;
+    }
+  }
+  return 0;
+}
+
+// backward(first, end, addresses of the gradients' pools, of what says which rows have any, {block: addresses of shared tensors
+// and of their gradients}, threads) -> (status, the blocks of launches that had any). Goes through launches in reverse.
+PyObject* state_backward(PyObject* self, PyObject* args) {
+  auto* s = reinterpret_cast<State*>(self);
+  Py_ssize_t first, end;
+  PyObject *given, *flags, *by_block;
+  int threads;
+  if (!PyArg_ParseTuple(args, "nnO!O!O!i", &first, &end, &PyTuple_Type, &given, &PyTuple_Type, &flags, &PyDict_Type, &by_block, &threads))
+    return nullptr;
+  std::vector<char*> pools, touched;
+  if (!addresses(given, pools) || !addresses(flags, touched)) return nullptr;
+  std::vector<std::vector<char*>> shared(s->table->blocks->size());
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(by_block, &at, &key, &value);)
+    if (!addresses(value, shared[PyLong_AsSize_t(key)])) return nullptr;
+  int64_t status = 0;
+  std::vector<char> ran(shared.size(), 0);
+  Py_BEGIN_ALLOW_THREADS;
+  for (Py_ssize_t i = end - 1; i >= first && status == 0; i--) {
+    const Kept& k = (*s->kept)[i];
+    bool now = false;
+    status = run_backward(s, k, pools, touched, shared[k.block], threads, now);
+    ran[k.block] |= now;
+  }
+  Py_END_ALLOW_THREADS;
+  std::vector<int64_t> found;
+  for (size_t b = 0; b < ran.size(); b++)
+    if (ran[b]) found.push_back(static_cast<int64_t>(b));
+  return Py_BuildValue("LN", status, tuple_of(found));
+}
+
+// kept() -> how many launches the backward goes through so far
+PyObject* state_kept(PyObject* self, PyObject*) { return PyLong_FromSize_t(reinterpret_cast<State*>(self)->kept->size()); }
+
 }  // namespace
 
 PyMethodDef launch_methods[] = {
@@ -496,6 +703,8 @@ PyMethodDef launch_methods[] = {
     {"schedule", state_schedule, METH_NOARGS, nullptr},
     {"numbers", state_numbers, METH_VARARGS, nullptr},
     {"run", state_run, METH_VARARGS, nullptr},
+    {"kept", state_kept, METH_NOARGS, nullptr},
+    {"backward", state_backward, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -4,6 +4,7 @@
 #include "state.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace plait {
 namespace {
@@ -74,6 +75,8 @@ PyObject* state_new(PyTypeObject* type, PyObject* args, PyObject*) {
   s->reals = new std::vector<double>;
   s->launches = new std::vector<Launch>;
   s->same = new std::vector<Same>;
+  s->kept = new std::vector<Kept>;
+  s->memory = new std::vector<char*>;
   s->lifted = new std::unordered_map<PyObject*, PyObject*>;
   s->keeps = 1;
   return reinterpret_cast<PyObject*>(s);
@@ -99,6 +102,9 @@ void state_dealloc(PyObject* self) {
   for (auto* v : {s->integer_ids, s->integers, s->real_ids, s->row_of, s->used, s->given, s->rows}) delete v;
   delete s->reals;
   delete s->launches;
+  for (char* m : *s->memory) std::free(m);
+  delete s->kept;
+  delete s->memory;
   delete s->same;
   Py_TYPE(self)->tp_free(self);
 }

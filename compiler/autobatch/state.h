@@ -50,8 +50,27 @@ struct Direct {
   PyObject* keep = nullptr;             // owns what the addresses point to
 };
 
+// How a block runs where gradients are wanted: the forward keeps what the backward reads.
+struct Trained {
+  enum Kind { MEMORY, ARGUMENT, SHARED, RESULT };
+  struct Saved {
+    Kind kind;
+    int64_t at, bytes;  // MEMORY: base and slot of its bytes in the forward; else the number of the argument or result
+    int64_t base;       // in the backward, -1 where it is not read
+  };
+  struct Gradient {
+    int64_t argument, base, bytes;  // stacked arguments first, then shared ones; the slot of its bytes
+    int64_t item;                   // bytes of an element: float32 or float64
+  };
+  Direct backward;
+  std::vector<Saved> saved;
+  std::vector<std::pair<int64_t, int64_t>> tangents;  // (result of the block, base in the backward)
+  std::vector<Gradient> gradients;
+};
+
 struct Block {
   std::vector<int> inputs, outputs;  // types
+  Trained trained;
   std::vector<char> recursive;       // which arguments have come from this very block
   Direct direct;
 };
@@ -74,6 +93,13 @@ struct Launch {
   std::vector<int64_t> side;     // of each argument the first row where they lie side by side, else -1
   std::vector<int64_t> starts;   // first rows of its results
   Bucket* bucket;
+};
+
+// A launch that the backward goes through: what it kept, and where its values are.
+struct Kept {
+  size_t block, count;
+  std::vector<int64_t> rows, starts;
+  std::vector<char*> saved;
 };
 
 // How something was scheduled, for when the same is recorded again: `key` is all of what was recorded.
@@ -113,6 +139,8 @@ struct State {
   std::vector<int64_t>* given;   // number of a type and ids of what was put into its pool, one after the other
   std::vector<int64_t>* rows;    // of the arguments of the launches
   std::vector<Launch>* launches;
+  std::vector<Kept>* kept;
+  std::vector<char*>* memory;  // of what launches keep
 };
 
 inline Bucket& bucket_of(State* s, size_t block, int64_t depth) {

@@ -193,6 +193,80 @@ def test_gradients_go_through_what_was_hoisted() -> None:
     assert hoisted in lines and sum(n for s in columns[1] for n in s) > hoisted
 
 
+# -- native launches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_single_instances_in_native_launches(training: bool) -> None:
+    model = TreeLSTM()
+    batched = plait.autobatch(model, without=("opt-out",))
+    rng = random.Random(7)
+    with torch.set_grad_enabled(training):
+        for n in (5, 3, 8, 8, 1, 1, 2, 1):
+            trees = [tree(rng, rng.randrange(2, 12)) for _ in range(n)]
+            expected, got = [model(t) for t in trees], batched(trees)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            if training:
+                grads = [torch.autograd.grad(torch.stack(r).pow(2).sum(), list(model.parameters())) for r in (got, expected)]
+                torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert all(row.runs == "compiled" for row in batched.report().rows)
+
+
+def test_parameters_that_change_are_read_anew() -> None:
+    linear = nn.Linear(40, 40)
+
+    def program(x: Tensor, n: int) -> Tensor:
+        for _ in range(n):
+            x = torch.tanh(linear(x))
+        return x
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    with torch.no_grad():
+        for _ in range(5):
+            check(batched, program, vectors(5, 40), [1, 2, 3, 2, 1])
+        assert all(row.runs == "compiled" for row in batched.report().rows)
+        linear.weight.data.mul_(-2)  # leaves no trace but the numbers
+        check(batched, program, vectors(5, 40), [1, 2, 3, 2, 1])
+        linear.weight.data = torch.randn(40, 80).t()[:40].contiguous().t()  # another layout
+        check(batched, program, vectors(5, 40), [1, 2, 3, 2, 1])
+        check(batched, program, vectors(5, 40), [1, 2, 3, 2, 1])
+
+
+def test_a_row_out_of_range_in_a_native_launch_names_the_line() -> None:
+    table = nn.Embedding(5, 4)
+
+    def program(n: Tensor) -> Tensor:
+        return torch.tanh(table(n))
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    with torch.no_grad():
+        for _ in range(6):
+            batched([torch.tensor(1), torch.tensor(4), torch.tensor(0)])
+        with pytest.raises(IndexError, match="test_autobatch_parts.py"):
+            batched([torch.tensor(1), torch.tensor(5), torch.tensor(0)])
+        check(batched, program, [torch.tensor(3), torch.tensor(2)])
+
+
+def test_fused_weights_that_are_read_as_they_are_too() -> None:
+    a, b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def program(x: Tensor, n: int) -> Tensor:
+        for _ in range(n):
+            x = torch.sigmoid(a(x)) * torch.tanh(b(x)) + x @ a.weight + (x * 2) @ a.weight.t()
+            x = x / (1 + x.abs().sum())
+        return x
+
+    for compile_after in (None, 2):
+        batched = plait.autobatch(program, compile_after=compile_after, without=("opt-out",))
+        for _ in range(5):
+            given = vectors(4, 6), [1, 3, 2, 2]
+            results = batched(*given), [program(x, n) for x, n in zip(*given, strict=True)]
+            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+            wanted = [a.weight, a.bias, b.weight, b.bias]
+            grads = [torch.autograd.grad(torch.stack(r).pow(2).sum(), wanted) for r in results]
+            torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 # -- schedules ----------------------------------------------------------------------------------------------------------
 
 
