@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import statistics
@@ -35,7 +36,7 @@ from .harness import Probe, geometric_mean
 from .machine import ROOT
 from .runner import Outcome, Run
 
-SST = ROOT.parent / "shared" / "data" / "sst" / "train.txt"
+SST = Path(os.environ.get("PLAIT_DATA", ROOT.parent / "shared" / "data")) / "sst" / "train.txt"
 BATCHES = 6  # of different instances, by turns
 ROUNDS = 12
 EAGER_ROUNDS = 3

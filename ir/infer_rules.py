@@ -249,6 +249,8 @@ def _device_text(device: Any, default: str) -> str:
 @rule("aten._to_copy.default")
 def _to_copy(f: Facts, x: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
              non_blocking: bool = False, memory_format: Any = None) -> Result:  # fmt: skip
+    if not isinstance(x, TensorType):  # a number, where a decomposition did not look
+        return None
     if layout not in (None, torch.strided) or (device is not None and str(device) != x.device):
         return None
     return _fresh(f, x, memory_format, dtype=dtype or x.dtype)
@@ -286,6 +288,8 @@ def _scalar_tensor(f: Facts, value: Any, dtype: Any = None, layout: Any = None, 
 @rule("aten.zeros_like.default", "aten.ones_like.default", "aten.empty_like.default")
 def _like(f: Facts, x: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
           memory_format: Any = None) -> Result:  # fmt: skip
+    if not isinstance(x, TensorType):  # a number, where a decomposition did not look
+        return None
     if layout not in (None, torch.strided) or (device is not None and str(device) != x.device):
         return None
     return _fresh(f, x, memory_format, dtype=dtype or x.dtype)

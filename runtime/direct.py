@@ -22,7 +22,7 @@ class NotDirect(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """One result of a plan: `kind` "memory" (base `at`, as many bytes as slot `bytes` says), "input" (the input number `at`),
+    """One result of a plan: `kind` "memory" (base `at`, as many bytes as slot `bytes` says), "input" (input number `at`),
     "size", or "none". A result may be another view of such memory, from its first byte on; `contiguous` says whether its
     elements lie there one after the other. Several results may be the same memory."""
 

@@ -193,7 +193,9 @@ def _handed_over_both(
     return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
 
 
-def _flat(found: Direct, counts: tuple[int, ...], inputs: Sequence[int], outputs: Sequence[int], panels: Sequence[int]) -> Any:
+def _flat(
+    found: Direct, counts: tuple[int, ...], inputs: Sequence[int], outputs: Sequence[int], panels: Sequence[int]
+) -> Any:
     """A plan as `direct_of` of launch.cpp takes it."""
     checks = tuple(x for pair in found.checks for x in pair)
     return (

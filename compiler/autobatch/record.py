@@ -371,9 +371,9 @@ class Recorder(TorchFunctionMode):
         return value
 
     def lift_as(self, tensor: torch.Tensor, type: Type) -> Pending | None:
-        """`lift` from where torch's API is recorded; None for a shared tensor or one of another type."""
+        """`lift` of a plain tensor from where torch's API is recorded; None for a shared one or one of another type."""
         with torch._C.DisableTorchFunction():
-            if self.is_shared(tensor) or Type.of(tensor) is not type:
+            if (self.shares and id(tensor) in self.shared) or Type.of(tensor) is not type:
                 return None
             found = self.lifted.get(id(tensor))
             return found[1] if found is not None else self._lift(tensor, type)

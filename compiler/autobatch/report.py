@@ -21,8 +21,8 @@ class Seconds:
 @dataclass
 class Counts:
     """What a call launched. `batches` are the sizes of each block's launches, in order. `reused` says how many schedules
-    were those of an earlier call with the same structure. `alone` is set where the instances ran one by one: how many times as
-    fast the batch had been."""
+    were those of an earlier call with the same structure. `alone` is set where the instances ran one by one: how many times
+    as fast the batch had been."""
 
     instances: int = 0
     lines: int = 0

@@ -242,7 +242,7 @@ def test_a_row_out_of_range_in_a_native_launch_names_the_line() -> None:
     with torch.no_grad():
         for _ in range(6):
             batched([torch.tensor(1), torch.tensor(4), torch.tensor(0)])
-        with pytest.raises(IndexError, match="test_autobatch_parts.py"):
+        with pytest.raises(IndexError, match=r"test_autobatch_parts\.py"):
             batched([torch.tensor(1), torch.tensor(5), torch.tensor(0)])
         check(batched, program, [torch.tensor(3), torch.tensor(2)])
 
