@@ -116,12 +116,12 @@ class TestCommandLine:
     def test_list_names_every_letter(self, capsys: pytest.CaptureFixture) -> None:
         assert __main__.main(["--list"]) == 0
         printed = capsys.readouterr().out
-        assert printed.startswith("debug: ") and "\nspine: " in printed and all(f"\n  {k}  " in printed for k in "abcdefg")
+        assert printed.startswith("autobatch: ") and "\nspine: " in printed and all(f"\n  {k}  " in printed for k in "abcdefg")
 
     def test_an_unknown_suite_is_refused_by_name(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             __main__.main(["spin"])
-        assert "no suite is called 'spin'; there are: debug, speed, spine" in capsys.readouterr().err
+        assert "no suite is called 'spin'; there are: autobatch, debug, speed, spine" in capsys.readouterr().err
 
 
 class TestOpDatabase:
