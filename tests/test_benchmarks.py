@@ -116,7 +116,9 @@ class TestCommandLine:
     def test_list_names_every_letter(self, capsys: pytest.CaptureFixture) -> None:
         assert __main__.main(["--list"]) == 0
         printed = capsys.readouterr().out
-        assert printed.startswith("autobatch: ") and "\nspine: " in printed and all(f"\n  {k}  " in printed for k in "abcdefg")
+        assert (
+            printed.startswith("autobatch: ") and "\nspine: " in printed and all(f"\n  {k}  " in printed for k in "abcdefg")
+        )
 
     def test_an_unknown_suite_is_refused_by_name(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):

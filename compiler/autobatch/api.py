@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal
@@ -77,8 +78,13 @@ class Batched:
         self.counts = Counts()
         self.pace = Pace()
         self.settled = 0  # calls since anything was learnt or compiled
+        self.lock = threading.RLock()  # calls take turns: what one learns another one runs
 
     def __call__(self, *columns: Iterable[Any]) -> list[Any]:
+        with self.lock:
+            return self._call(*columns)
+
+    def _call(self, *columns: Iterable[Any]) -> list[Any]:
         instances = list(zip(*columns, strict=True))
         ratio = None if "opt-out" in self.without else self.pace.ratio(len(instances))
         if ratio is not None and ratio < 1:

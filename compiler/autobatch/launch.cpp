@@ -675,14 +675,13 @@ PyObject* state_backward(PyObject* self, PyObject* args) {
     if (!addresses(value, shared[PyLong_AsSize_t(key)])) return nullptr;
   int64_t status = 0;
   std::vector<char> ran(shared.size(), 0);
-  Py_BEGIN_ALLOW_THREADS;
+  // The interpreter lock is kept: a call in another thread may add blocks to the table.
   for (Py_ssize_t i = end - 1; i >= first && status == 0; i--) {
     const Kept& k = (*s->kept)[i];
     bool now = false;
     status = run_backward(s, k, pools, touched, shared[k.block], threads, now);
     ran[k.block] |= now;
   }
-  Py_END_ALLOW_THREADS;
   std::vector<int64_t> found;
   for (size_t b = 0; b < ran.size(); b++)
     if (ran[b]) found.push_back(static_cast<int64_t>(b));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -413,6 +414,22 @@ def test_nothing_is_left_of_a_call_without_garbage_collection() -> None:
     finally:
         gc.enable()
     assert len(set(counts)) == 1
+
+
+def test_threads_take_turns() -> None:
+    model = TreeLSTM()
+    batched = plait.autobatch(model, without=("opt-out",))
+    trees = [[tree(random.Random(k), 3 + k % 7) for _ in range(1 + k % 4)] for k in range(24)]
+    expected = [[model(t) for t in some] for some in trees]
+
+    def work(k: int) -> list[Tensor]:
+        results = batched(trees[k])
+        torch.stack(results).sum().backward()
+        return [r.detach() for r in results]
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(work, range(24)))
+    torch.testing.assert_close(got, [[x.detach() for x in some] for some in expected], rtol=1e-5, atol=1e-5)
 
 
 # -- captured graphs ----------------------------------------------------------------------------------------------------
