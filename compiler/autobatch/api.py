@@ -77,6 +77,7 @@ class Batched:
         self.waits = False  # some instance has asked for a value before
         self.counts = Counts()
         self.pace = Pace()
+        self.compilations = 0
         self.settled = 0  # calls since anything was learnt or compiled
         self.lock = threading.RLock()  # calls take turns: what one learns another one runs
 
@@ -90,7 +91,7 @@ class Batched:
         if ratio is not None and ratio < 1:
             self.counts = Counts(instances=len(instances), alone=ratio)
             return [self._alone(i, instance) for i, instance in enumerate(instances)]
-        known = self.front.seen.version, len(self.table.blocks), self.compiled()
+        known = self._known()
         started = time.perf_counter()
         delivered = self._batch(instances)
         took = time.perf_counter() - started
@@ -98,16 +99,16 @@ class Batched:
             for site in (*self.front.blocks.values(), *self._captured()):
                 if site.fn in changed:
                     site.forget()
-        self.settled = self.settled + 1 if known == (self.front.seen.version, len(self.table.blocks), self.compiled()) else 0
+        self.settled = self.settled + 1 if known == self._known() else 0
         if self.settled and "opt-out" not in self.without and self.front.is_separate(self.program):
             self.pace.compare(self.program, instances, took)
         for i in range(min(self.verify, len(instances))):
             self._check(i, instances[i], delivered[i])
         return delivered
 
-    def compiled(self) -> int:
-        """Blocks that are compiled so far."""
-        return sum(block.compiled is not None for block in self.table.blocks)
+    def _known(self) -> tuple[int, int, int]:
+        """Grows with all that is learnt or compiled."""
+        return self.front.seen.version, len(self.table.blocks), self.compilations
 
     def _alone(self, i: int, instance: tuple[Any, ...]) -> Any:
         try:
@@ -158,6 +159,7 @@ class Batched:
         after = self.compile_after
         if block.compiled is not None or block.uncompiled or after is None or block.launches < after or not block.examined:
             return
+        self.compilations += 1
         try:
             block.compiled = compile_block(block, self.session, None if "native" in self.without else self.table.native)
         except Exception as why:  # tracing raises many classes; the block then runs in torch, as the report says

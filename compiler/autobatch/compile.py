@@ -170,6 +170,8 @@ def _handed_over_both(
             found.append(watched.compiled.direct())
         first, second = found
         assert forward.compiled is not None and backward.compiled is not None
+        if not forward.compiled.plan.symbols:
+            raise NotDirect("it has no size that varies")
         name = forward.compiled.plan.symbols[0].name
         counts = [_counts(w.compiled.plan, d, name) for w, d in ((forward, first), (backward, second)) if w.compiled]
         results = len(block.outputs)

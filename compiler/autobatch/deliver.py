@@ -24,12 +24,14 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, execution: Execution, values: list[Pending], *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.execution, ctx.values = execution, values
+        ctx.save_for_backward(*sources)  # so that torch notices where one is written to before the backward
         ctx.set_materialize_grads(False)
         return tuple(execution.value(v).clone() for v in values)  # parts of one tensor could not be written to
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _ = ctx.saved_tensors  # raises for what was written to: the backward reads it as it is now
         return (None, None, *ctx.execution.backward(ctx.values, grads))
 
 

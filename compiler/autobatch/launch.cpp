@@ -131,6 +131,9 @@ PyObject* table_trained(PyObject* self, PyObject* args) {
   if (!direct_of(forward, b.direct) || !direct_of(backward, b.trained.backward) || !numbers(saved, s) || !numbers(tangents, g) ||
       !numbers(gradients, d))
     return nullptr;
+  b.trained.saved.clear();  // of an earlier compilation
+  b.trained.tangents.clear();
+  b.trained.gradients.clear();
   for (size_t i = 0; i + 4 <= s.size(); i += 4)
     b.trained.saved.push_back({static_cast<Trained::Kind>(s[i]), s[i + 1], s[i + 2], s[i + 3]});
   for (size_t i = 0; i + 2 <= g.size(); i += 2) b.trained.tangents.emplace_back(g[i], g[i + 1]);
@@ -167,12 +170,12 @@ PyObject* table_shared(PyObject* self, PyObject* args) {
   if (!PyArg_ParseTuple(args, "nO!", &block, &PyTuple_Type, &given)) return nullptr;
   std::vector<char*> found;
   if (!addresses(given, found)) return nullptr;
-  const bool known = block >= 0 && block < static_cast<Py_ssize_t>(t->blocks->size());
-  if (!known || (*t->blocks)[block].direct.inputs.size() != (*t->blocks)[block].inputs.size() + found.size()) {
-    PyErr_SetString(PyExc_IndexError, "no block has so many shared tensors");
+  if (!is_block(t, block)) return nullptr;
+  Block& b = (*t->blocks)[block];
+  if (b.direct.inputs.size() != b.inputs.size() + found.size()) {
+    PyErr_SetString(PyExc_IndexError, "the block has another number of shared tensors");
     return nullptr;
   }
-  Block& b = (*t->blocks)[block];
   for (size_t k = 0; k < found.size(); k++)
     if (const int64_t base = b.direct.inputs[b.inputs.size() + k]; base >= 0) b.direct.bases[base] = found[k];
   for (const Panels& p : b.direct.panels) lay_out(p, found[p.shared], b.direct.bases[p.base]);
@@ -183,10 +186,7 @@ PyObject* table_shared(PyObject* self, PyObject* args) {
 PyObject* table_recursive(PyObject* self, PyObject* block) {
   auto* t = reinterpret_cast<Table*>(self);
   const Py_ssize_t n = PyLong_AsSsize_t(block);
-  if (n < 0 || n >= static_cast<Py_ssize_t>(t->blocks->size())) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_IndexError, "there is no such block");
-    return nullptr;
-  }
+  if (PyErr_Occurred() || !is_block(t, n)) return nullptr;
   const auto& found = (*t->blocks)[n].recursive;
   PyObject* made = PyTuple_New(found.size());
   for (size_t k = 0; made != nullptr && k < found.size(); k++) PyTuple_SET_ITEM(made, k, PyBool_FromLong(found[k]));

@@ -506,6 +506,15 @@ bool is_plain(PyObject* x) {
   return x == Py_None || PyBool_Check(x) || PyLong_CheckExact(x) || PyFloat_CheckExact(x) || PyUnicode_CheckExact(x);
 }
 
+int pending_in(PyObject* x, PyObject* type, PyObject* into);
+
+int pending_below(PyObject* x, PyObject* type, PyObject* into) {
+  if (Py_EnterRecursiveCall(" while results are handed over") != 0) return -1;
+  const int found = pending_in(x, type, into);
+  Py_LeaveRecursiveCall();
+  return found;
+}
+
 // Appends the pending tensors in lists, tuples and dicts; 0 where there is something else than these and plain data.
 int pending_in(PyObject* x, PyObject* type, PyObject* into) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(x)) == type) return PyList_Append(into, x) == 0 ? 1 : -1;
@@ -513,13 +522,13 @@ int pending_in(PyObject* x, PyObject* type, PyObject* into) {
   if (PyList_CheckExact(x) || PyTuple_CheckExact(x)) {
     PyObject** items = PySequence_Fast_ITEMS(x);
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(x); i++)
-      if (const int found = pending_in(items[i], type, into); found != 1) return found;
+      if (const int found = pending_below(items[i], type, into); found != 1) return found;
     return 1;
   }
   if (!PyDict_CheckExact(x)) return 0;
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(x, &at, &key, &value);)
-    if (const int found = pending_in(value, type, into); found != 1) return found;
+    if (const int found = pending_below(value, type, into); found != 1) return found;
   return 1;
 }
 
@@ -528,16 +537,16 @@ PyObject* find_pending(PyObject*, PyObject* args) {
   PyObject *x, *type;
   if (!PyArg_ParseTuple(args, "OO!", &x, &PyType_Type, &type)) return nullptr;
   PyObject* found = PyList_New(0);
-  if (found == nullptr || Py_EnterRecursiveCall(" while results are handed over") != 0) return nullptr;
+  if (found == nullptr) return nullptr;
   const int whole = pending_in(x, type, found);
-  Py_LeaveRecursiveCall();
   if (whole == 1) return found;
   Py_DECREF(found);
   if (whole < 0) return nullptr;
   Py_RETURN_NONE;
 }
 
-// The same structure with the next of `values` in place of each pending tensor, in the order of `pending_in`.
+// The same structure with the next of `values` in place of each pending tensor, in the order of `pending_in`, which has been
+// as deep before.
 PyObject* rebuilt(PyObject* x, PyObject* type, PyObject* values, Py_ssize_t& next) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(x)) == type) return Py_NewRef(PyList_GET_ITEM(values, next++));
   if (PyList_CheckExact(x) || PyTuple_CheckExact(x)) {

@@ -122,6 +122,7 @@ class Table:
         self.without = without
         self.outcomes: dict[Any, Outcome] = {}
         self.blocks: list[Block] = []
+        self.fresh: list[Any] = []  # keys of outcomes that `improve` has not looked at
         self.seen = Seen()
         self.demanded: set[tuple[types.CodeType, int]] = set()  # instructions that asked for values, all noted
         self.native = record.Table()
@@ -145,6 +146,7 @@ class Table:
             found = self.outcomes[key] = make(len(self.blocks))
             if found.block is not None:
                 self.add(found.block)
+                self.fresh.append(key)
         return found
 
     def add(self, block: Block) -> None:
@@ -156,9 +158,13 @@ class Table:
         """Rewrite new blocks: take out what does not depend on the recursion, and make products of one operand one. Gives
         the functions whose outcome is another one now."""
         found = set()
-        for key, outcome in list(self.outcomes.items()):
+        keys, self.fresh = self.fresh, []
+        for key in keys:
+            outcome = self.outcomes[key]
             block = outcome.block
-            if block is None or block.examined or not block.launches:
+            assert block is not None
+            if not block.launches:  # the call ended before it ran
+                self.fresh.append(key)
                 continue
             block.examined = True
             if block.looped or outcome.written:

@@ -10,7 +10,7 @@ SWITCHES = {
     "blocks": "straight-line tensor code runs as one block; without it every op is one",
     "compiled": "blocks are compiled; without it they run in torch",
     "native": "launches whose plans need no Python run in native code, one after the other",
-    "shared": "parameters are shared by all instances; without it each instance brings its own",
+    "shared": "parameters are shared by all instances; without it, those that are arguments of ops are each instance's own",
     "constants": "a constant that every instance makes is made once",
     "phases": "what follows a call in the program's entry waits until all instances have come so far",
     "ghosts": "what follows a branch is as deep after its shorter side as after its longer one",

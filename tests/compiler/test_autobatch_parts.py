@@ -233,6 +233,56 @@ def test_parameters_that_change_are_read_anew() -> None:
         check(batched, program, vectors(5, 40), [1, 2, 3, 2, 1])
 
 
+@pytest.mark.parametrize("compile_after", [None, 2])
+def test_parameters_written_to_before_the_backward_are_refused(compile_after: int | None) -> None:
+    linear = nn.Linear(4, 4)
+
+    def program(x: Tensor, n: int) -> Tensor:
+        for _ in range(n):
+            x = torch.tanh(linear(x))
+        return x
+
+    batched = plait.autobatch(program, compile_after=compile_after, without=("opt-out",))
+    for _ in range(5):
+        torch.stack(batched(vectors(3, 4), [1, 2, 2])).sum().backward()
+    loss = torch.stack(batched(vectors(3, 4), [1, 2, 2])).sum()
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_training_goes_on_with_parameters_of_another_layout() -> None:
+    linear = nn.Linear(8, 8)
+
+    def program(x: Tensor, n: int) -> Tensor:
+        for _ in range(n):
+            x = torch.tanh(linear(x))
+        return x
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    for step in range(10):
+        if step == 5:
+            linear.weight.data = linear.weight.detach().t().contiguous().t()
+        given = vectors(4, 8), [1, 3, 2, 2]
+        results = batched(*given), [program(x, n) for x, n in zip(*given, strict=True)]
+        grads = [torch.autograd.grad(torch.stack(r).pow(2).sum(), [linear.weight, linear.bias]) for r in results]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_results_that_are_nested_too_deeply_raise() -> None:
+    def program(x: Tensor) -> Any:
+        found: Any = x * 2
+        for _ in range(200_000):
+            found = (found,)
+        return found
+
+    batched = plait.autobatch(program, compile_after=None)
+    with pytest.raises(RecursionError):
+        batched(vectors(1))
+
+
 def test_a_row_out_of_range_in_a_native_launch_names_the_line() -> None:
     table = nn.Embedding(5, 4)
 
