@@ -30,7 +30,7 @@ READ = {
     torch.float32: 1, torch.float64: 2, torch.int64: 3, torch.int32: 4, torch.bool: 5, torch.uint8: 6, torch.int16: 7,
     torch.int8: 8,
 }  # fmt: skip
-BAD_ROW = -100  # as in launch.cpp
+BAD_ROW, NO_MEMORY = -100, -101  # as in launch.cpp
 Scheduled = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # as `State.schedule` gives it
 
 
@@ -54,11 +54,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Native:
-    """Launches that native code keeps, from one number to another, and their blocks."""
+    """Launches that native code keeps, from one number to another, and their blocks with the shared tensors of each as they
+    were."""
 
     first: int
     end: int
-    blocks: tuple[Block, ...]
+    blocks: dict[Block, tuple[torch.Tensor, ...]]
 
 
 class Learnt(Protocol):
@@ -110,10 +111,20 @@ class Execution:
         """A computed value: a view of its row."""
         return self.pools[x.type][self.state.row(x.id)]
 
+    def copy(self, x: Pending) -> torch.Tensor:
+        """A computed value as a tensor of its own: rows of a pool are those of another value in a later call."""
+        with torch._C.DisableTorchFunction():
+            return self.value(x).clone()
+
     def numbers(self, values: list[Pending]) -> list[Any]:
-        """The numbers of computed values; the tensor of one that is not a single number of an ordinary kind."""
+        """The numbers of computed values; the tensors of those that hold several."""
         found = self.state.read(values, self.kinds)
-        return [self.value(x) if n is None else n for x, n in zip(values, found, strict=True)] if None in found else found
+        return [self._number(x) if n is None else n for x, n in zip(values, found, strict=True)] if None in found else found
+
+    def _number(self, x: Pending) -> Any:
+        copied = self.copy(x)
+        with torch._C.DisableTorchFunction():
+            return copied.item() if x.type.numel == 1 else copied
 
     def values(self, found: Sequence[Pending]) -> list[torch.Tensor]:
         """Computed values as tensors of their own. Those of one type are parts of one."""
@@ -180,7 +191,7 @@ class Execution:
             for t, address in zip(self.types, addresses, strict=True)
             if t.numel == 1 and t.dtype in READ and t.device.type == "cpu"
         }
-        at, bound = 0, set[int]()
+        at, bound = 0, dict[int, tuple[torch.Tensor, ...]]()
         while at < len(launches):
             end = at
             while end < len(launches):
@@ -195,7 +206,7 @@ class Execution:
                 status, ran, gathered, gathers, _ = self.state.run(at, end, addresses, torch.get_num_threads())
                 if (kept := self.state.kept()) > first:
                     these = dict.fromkeys(blocks[number] for number, *_ in launches[at:end])
-                    self.launches.append(Native(first, kept, tuple(b for b in these if b.grad)))
+                    self.launches.append(Native(first, kept, {b: bound[b.number] for b in these if b.grad}))
                 self.counts.gathered_bytes += gathered
                 self.counts.seconds.gathers += 1e-9 * gathers
                 if status:
@@ -205,7 +216,7 @@ class Execution:
                 end = at + 1
             at = end
 
-    def _is_direct(self, block: Block, bound: set[int]) -> bool:
+    def _is_direct(self, block: Block, bound: dict[int, tuple[torch.Tensor, ...]]) -> bool:
         """Whether a block runs without Python; its shared tensors are where they are now."""
         if block.number in bound:
             return True
@@ -216,7 +227,8 @@ class Execution:
             block.compiled = None  # it is compiled anew for what they are like now
             return False
         self.table.shared(block.number, tuple(s.data_ptr() for s in shared))
-        bound.add(block.number)
+        # with memory of their own for the backward: a parameter may be given other memory (`p.data = …`) before it
+        bound[block.number] = tuple(s.detach() for s in shared) if block.grad else ()
         return True
 
     def _count(self, block: Block, count: int) -> None:
@@ -320,16 +332,16 @@ class Execution:
         found = {
             block.number: tuple(
                 x
-                for s, actual in zip(block.shared, self.shared(block), strict=True)
-                for x in (actual.data_ptr(), sums[id(s)].data_ptr() if id(s) in sums else 0)
+                for s, held in zip(block.shared, shared_then, strict=True)
+                for x in (held.data_ptr(), sums[id(s)].data_ptr() if id(s) in sums else 0)
             )
-            for block in launches.blocks
+            for block, shared_then in launches.blocks.items()
         }
         addresses = tuple(pools[t].data_ptr() if t in pools else 0 for t in self.types)
         flags = tuple(touched[t].ctypes.data if t in touched else 0 for t in self.types)
         status, ran = self.state.backward(launches.first, launches.end, addresses, flags, found, torch.get_num_threads())
         if status:
-            _raise(status, launches.blocks[0])
+            _raise(status, next(iter(launches.blocks)))
         shared.update({id(s): sums[id(s)] for b in launches.blocks if b.number in ran for s in b.shared if id(s) in sums})
 
     def _launch_backward(
@@ -392,6 +404,8 @@ def _raise(status: int, block: Block) -> None:
     """Raise the error of a launch without Python."""
     if status == BAD_ROW:
         raise IndexError(f"{ROW_OUT_OF_RANGE} (at {block.source})")
+    if status == NO_MEMORY:
+        raise MemoryError(f"what the backward of the block at {block.source} reads does not fit")
     raise_status(status, [f"a guard of the plan of {block.source}"] * status)
 
 

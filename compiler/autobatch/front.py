@@ -35,7 +35,7 @@ class Front:
         self.seen = seen
         self.without = without
         self.version = -1
-        self.size = 0, 0  # of `holds`, and of what blocks have taken as arguments
+        self.size = -1, -1  # of `holds`, and of what blocks have taken as arguments
         self.watched = Watched([])  # data that blocks may have been traced with
         self.cells: dict[tuple[types.FunctionType, int], tuple[str, types.CellType]] = {}
         self.reasons: dict[types.FunctionType, str] = {}

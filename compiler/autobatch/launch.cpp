@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 namespace plait {
 
@@ -43,10 +44,6 @@ PyObject* table_new(PyTypeObject* type, PyObject*, PyObject*) {
 
 void table_dealloc(PyObject* self) {
   auto* t = reinterpret_cast<Table*>(self);
-  for (Block& b : *t->blocks) {
-    Py_XDECREF(b.direct.keep);
-    Py_XDECREF(b.trained.backward.keep);
-  }
   delete t->row_bytes;
   delete t->blocks;
   delete t->schedules;
@@ -70,6 +67,7 @@ PyObject* table_add_block(PyObject* self, PyObject* args) {
   Block b;
   if (!numbers(inputs, b.inputs) || !numbers(outputs, b.outputs)) return nullptr;
   b.recursive.resize(b.inputs.size());
+  b.plan = std::make_shared<Plan>();
   t->blocks->push_back(std::move(b));
   return PyLong_FromSize_t(t->blocks->size() - 1);
 }
@@ -101,7 +99,6 @@ bool direct_of(PyObject* given, Direct& into) {
   d.program = reinterpret_cast<const int64_t*>(program);
   d.arena = arena;
   d.keep = Py_NewRef(keep);
-  Py_XDECREF(into.keep);
   into = std::move(d);
   return true;
 }
@@ -112,7 +109,9 @@ PyObject* table_direct(PyObject* self, PyObject* args) {
   Py_ssize_t block;
   PyObject* given;
   if (!PyArg_ParseTuple(args, "nO!", &block, &PyTuple_Type, &given) || !is_block(t, block)) return nullptr;
-  if (!direct_of(given, (*t->blocks)[block].direct)) return nullptr;
+  auto plan = std::make_shared<Plan>();
+  if (!direct_of(given, plan->direct)) return nullptr;
+  (*t->blocks)[block].plan = plan;
   Py_RETURN_NONE;
 }
 
@@ -126,18 +125,17 @@ PyObject* table_trained(PyObject* self, PyObject* args) {
                         &PyTuple_Type, &tangents, &PyTuple_Type, &gradients) ||
       !is_block(t, block))
     return nullptr;
-  Block& b = (*t->blocks)[block];
+  auto plan = std::make_shared<Plan>();
+  Trained& made = plan->trained;
   std::vector<int64_t> s, g, d;
-  if (!direct_of(forward, b.direct) || !direct_of(backward, b.trained.backward) || !numbers(saved, s) || !numbers(tangents, g) ||
+  if (!direct_of(forward, plan->direct) || !direct_of(backward, made.backward) || !numbers(saved, s) || !numbers(tangents, g) ||
       !numbers(gradients, d))
     return nullptr;
-  b.trained.saved.clear();  // of an earlier compilation
-  b.trained.tangents.clear();
-  b.trained.gradients.clear();
   for (size_t i = 0; i + 4 <= s.size(); i += 4)
-    b.trained.saved.push_back({static_cast<Trained::Kind>(s[i]), s[i + 1], s[i + 2], s[i + 3]});
-  for (size_t i = 0; i + 2 <= g.size(); i += 2) b.trained.tangents.emplace_back(g[i], g[i + 1]);
-  for (size_t i = 0; i + 4 <= d.size(); i += 4) b.trained.gradients.push_back({d[i], d[i + 1], d[i + 2], d[i + 3]});
+    made.saved.push_back({static_cast<Trained::Kind>(s[i]), s[i + 1], s[i + 2], s[i + 3]});
+  for (size_t i = 0; i + 2 <= g.size(); i += 2) made.tangents.emplace_back(g[i], g[i + 1]);
+  for (size_t i = 0; i + 4 <= d.size(); i += 4) made.gradients.push_back({d[i], d[i + 1], d[i + 2], d[i + 3]});
+  (*t->blocks)[block].plan = plan;
   Py_RETURN_NONE;
 }
 
@@ -172,13 +170,14 @@ PyObject* table_shared(PyObject* self, PyObject* args) {
   if (!addresses(given, found)) return nullptr;
   if (!is_block(t, block)) return nullptr;
   Block& b = (*t->blocks)[block];
-  if (b.direct.inputs.size() != b.inputs.size() + found.size()) {
+  Direct& d = b.plan->direct;
+  if (d.inputs.size() != b.inputs.size() + found.size()) {
     PyErr_SetString(PyExc_IndexError, "the block has another number of shared tensors");
     return nullptr;
   }
   for (size_t k = 0; k < found.size(); k++)
-    if (const int64_t base = b.direct.inputs[b.inputs.size() + k]; base >= 0) b.direct.bases[base] = found[k];
-  for (const Panels& p : b.direct.panels) lay_out(p, found[p.shared], b.direct.bases[p.base]);
+    if (const int64_t base = d.inputs[b.inputs.size() + k]; base >= 0) d.bases[base] = found[k];
+  for (const Panels& p : d.panels) lay_out(p, found[p.shared], d.bases[p.base]);
   Py_RETURN_NONE;
 }
 
@@ -433,7 +432,7 @@ PyObject* state_numbers(PyObject* self, PyObject* args) {
 
 // -- running --------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t BAD_ROW = -100;
+constexpr int64_t BAD_ROW = -100, NO_MEMORY = -101;
 
 struct Spent {
   int64_t gathered = 0, gathers = 0, kernels = 0;  // bytes, nanoseconds
@@ -454,6 +453,7 @@ void gather(char* into, const char* pool, int64_t row_bytes, const int64_t* rows
 
 char* keep(State* s, size_t bytes) {
   auto* made = static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64));
+  if (made == nullptr) throw std::bad_alloc();
   s->memory->push_back(made);
   return made;
 }
@@ -476,15 +476,16 @@ char* room(size_t bytes) {
 // Plans hold for two instances and more: a single one runs twice, and its results are copied from scratch memory.
 int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int threads, Spent& spent) {
   const Block& b = (*s->table->blocks)[l.block];
-  const Direct& d = b.direct;
+  const Direct& d = b.plan->direct;
+  const Trained& trained = b.plan->trained;
   const int64_t started = now();
   const size_t count = l.count == 1 ? 2 : l.count, arity = b.inputs.size();
   std::vector<char*> bases;
   std::vector<int64_t> slots;
   if (const int64_t status = size_up(d, count, bases, slots)) return status;
-  const bool trains = b.trained.backward.run != nullptr;
+  const bool trains = trained.backward.run != nullptr;
   std::vector<char> kept(arity, 0);  // arguments that the backward reads
-  for (const auto& saved : b.trained.saved)
+  for (const auto& saved : trained.saved)
     if (saved.kind == Trained::ARGUMENT) kept[saved.at] = 1;
   size_t bytes = static_cast<size_t>(slots[d.arena]) + 64;
   for (size_t k = 0; k < arity; k++) bytes += count * (*s->table->row_bytes)[b.inputs[k]] + 64;
@@ -520,9 +521,9 @@ int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int thre
     at += 2 * row_bytes;
   }
   if (trains) {
-    Kept k{l.block, l.count, {}, l.starts, {}};
+    Kept k{l.block, l.count, b.plan, {}, l.starts, {}};
     k.rows.assign(s->rows->begin() + static_cast<int64_t>(l.rows), s->rows->begin() + static_cast<int64_t>(l.rows + arity * l.count));
-    for (const auto& saved : b.trained.saved) {
+    for (const auto& saved : trained.saved) {
       char* where = nullptr;
       if (saved.kind == Trained::MEMORY) {
         if (bases[saved.at] == nullptr) bases[saved.at] = keep(s, static_cast<size_t>(slots[saved.bytes]));
@@ -547,8 +548,8 @@ int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int thre
       std::memcpy(pools[b.outputs[k]] + l.starts[k] * row_bytes, bases[d.outputs[k]], row_bytes);
     }
   if (trains && l.count == 1)
-    for (size_t i = 0; i < b.trained.saved.size(); i++)
-      if (const auto& saved = b.trained.saved[i]; saved.kind == Trained::RESULT) {
+    for (size_t i = 0; i < trained.saved.size(); i++)
+      if (const auto& saved = trained.saved[i]; saved.kind == Trained::RESULT) {
         const size_t size = 2 * (*s->table->row_bytes)[b.outputs[saved.at]];
         char* own = keep(s, size);
         std::memcpy(own, s->kept->back().saved[i], size);
@@ -574,7 +575,11 @@ PyObject* state_run(PyObject* self, PyObject* args) {
   Py_ssize_t ran = 0;
   Py_BEGIN_ALLOW_THREADS;
   Py_ssize_t i = first;
-  for (; i < end && status == 0; i++) status = run(s, (*s->launches)[i], pools, threads, spent);
+  for (; i < end && status == 0; i++) try {
+      status = run(s, (*s->launches)[i], pools, threads, spent);
+    } catch (const std::bad_alloc&) {
+      status = NO_MEMORY;
+    }
   ran = i - first;
   Py_END_ALLOW_THREADS;
   return Py_BuildValue("LnLLL", status, ran, spent.gathered, spent.gathers, spent.kernels);
@@ -596,7 +601,8 @@ void add_bytes(char* into, const char* from, size_t bytes, int64_t item) {
 int64_t run_backward(State* s, const Kept& k, const std::vector<char*>& pools, const std::vector<char*>& touched,
                      const std::vector<char*>& shared, int threads, bool& ran) {
   const Block& b = (*s->table->blocks)[k.block];
-  const Direct& d = b.trained.backward;
+  const Trained& trained = k.plan->trained;
+  const Direct& d = trained.backward;
   const auto& row_bytes = *s->table->row_bytes;
   bool any = false;
   for (size_t r = 0; r < b.outputs.size(); r++)
@@ -609,18 +615,18 @@ int64_t run_backward(State* s, const Kept& k, const std::vector<char*>& pools, c
   std::vector<int64_t> slots;
   if (const int64_t status = size_up(d, count, bases, slots)) return status;
   size_t bytes = static_cast<size_t>(slots[d.arena]) + 64;
-  for (const auto& g : b.trained.gradients)
+  for (const auto& g : trained.gradients)
     if (g.base >= 0) bytes += static_cast<size_t>(slots[g.bytes]) + 64;
-  for (auto [r, base] : b.trained.tangents) bytes += 2 * row_bytes[b.outputs[r]] + 64;
+  for (auto [r, base] : trained.tangents) bytes += 2 * row_bytes[b.outputs[r]] + 64;
   char* at = room(bytes);
   bases[0] = at;
   at += slots[d.arena];
   for (size_t i = 0; i < k.saved.size(); i++) {
-    const auto& saved = b.trained.saved[i];
+    const auto& saved = trained.saved[i];
     if (saved.base >= 0) bases[saved.base] = saved.kind == Trained::SHARED ? shared[2 * saved.at] : k.saved[i];
   }
   std::vector<char*> tangents;
-  for (auto [r, base] : b.trained.tangents) {
+  for (auto [r, base] : trained.tangents) {
     const int64_t size = row_bytes[b.outputs[r]];
     char* grad = pools[b.outputs[r]] + k.starts[r] * size;
     if (k.count == 1) {
@@ -633,7 +639,7 @@ int64_t run_backward(State* s, const Kept& k, const std::vector<char*>& pools, c
     tangents.push_back(grad);
     if (base >= 0) bases[base] = grad;
   }
-  for (const auto& g : b.trained.gradients) {
+  for (const auto& g : trained.gradients) {
     if (g.base < 0) continue;
     at = padded(at);
     bases[g.base] = at;
@@ -641,7 +647,7 @@ int64_t run_backward(State* s, const Kept& k, const std::vector<char*>& pools, c
   }
   if (const int64_t status = d.run(d.program, bases.data(), slots.data(), threads, nullptr)) return status;
   const int64_t arity = static_cast<int64_t>(b.inputs.size());
-  for (const auto& g : b.trained.gradients) {
+  for (const auto& g : trained.gradients) {
     const char* from = g.base >= 0 ? bases[g.base] : tangents[-1 - g.base];  // one that is only passed on
     if (g.argument >= arity) {
       if (char* into = shared[2 * (g.argument - arity) + 1]) add_bytes(into, from, static_cast<size_t>(slots[g.bytes]), g.item);
@@ -679,7 +685,11 @@ PyObject* state_backward(PyObject* self, PyObject* args) {
   for (Py_ssize_t i = end - 1; i >= first && status == 0; i--) {
     const Kept& k = (*s->kept)[i];
     bool now = false;
-    status = run_backward(s, k, pools, touched, shared[k.block], threads, now);
+    try {
+      status = run_backward(s, k, pools, touched, shared[k.block], threads, now);
+    } catch (const std::bad_alloc&) {
+      status = NO_MEMORY;
+    }
     ran[k.block] |= now;
   }
   std::vector<int64_t> found;

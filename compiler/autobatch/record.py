@@ -397,7 +397,7 @@ class Recorder(TorchFunctionMode):
         if (given := self.execution.given_as(x)) is not None:
             return given
         self.wait_for(x)
-        return self.execution.value(x)
+        return self.execution.copy(x)
 
     def numbers(self, values: list[Pending]) -> list[Any]:
         """The numbers of computed values; the tensors of those that hold several."""
@@ -439,7 +439,7 @@ class Recorder(TorchFunctionMode):
         if of_instance:
             return x.type if type(x) is Pending else Type.of(x)
         if isinstance(x, torch.Tensor):
-            return "shared", id(x)
+            return "shared", id(x), x.requires_grad
         if type(x) is slice:
             return "slice", x.start, x.stop, x.step
         return type(x), repr(x) if isinstance(x, float) else x

@@ -7,6 +7,7 @@
 #include <structmember.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -68,11 +69,22 @@ struct Trained {
   std::vector<Gradient> gradients;
 };
 
+// How a block was compiled. Launches hold on to it until their backward, even where the block is compiled anew.
+struct Plan {
+  Direct direct;
+  Trained trained;
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  ~Plan() {
+    Py_XDECREF(direct.keep);
+    Py_XDECREF(trained.backward.keep);
+  }
+};
+
 struct Block {
   std::vector<int> inputs, outputs;  // types
-  Trained trained;
   std::vector<char> recursive;       // which arguments have come from this very block
-  Direct direct;
+  std::shared_ptr<Plan> plan;
 };
 
 // The lines of one block at one depth.
@@ -98,6 +110,7 @@ struct Launch {
 // A launch that the backward goes through: what it kept, and where its values are.
 struct Kept {
   size_t block, count;
+  std::shared_ptr<Plan> plan;
   std::vector<int64_t> rows, starts;
   std::vector<char*> saved;
 };

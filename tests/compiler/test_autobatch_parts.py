@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -482,6 +483,63 @@ def test_threads_take_turns() -> None:
     torch.testing.assert_close(got, [[x.detach() for x in some] for some in expected], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", ["other memory", "another layout"])
+def test_parameters_that_change_before_the_backward(change: str) -> None:
+    """As in eager, the backward reads what was there in the forward."""
+    model = nn.Linear(6, 6)
+
+    def program(x: Tensor, n: int) -> Tensor:
+        for _ in range(n):
+            x = torch.tanh(model(x))
+        return x
+
+    def gradient(run: Callable[..., Any]) -> Tensor:
+        total = torch.stack(run(xs, [1, 2, 3])).sum()
+        model.weight.data = 2 * model.weight.data if change == "other memory" else model.weight.data.t().contiguous().t()
+        run(xs, [1, 2, 3])
+        (found,) = torch.autograd.grad(total, [model.weight])
+        return found
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    xs = vectors(3, 6)
+    for _ in range(5):
+        batched(xs, [1, 2, 3])
+    before = model.weight.data
+    expected = gradient(lambda *columns: [program(*given) for given in zip(*columns, strict=True)])
+    model.weight.data = before
+    torch.testing.assert_close(gradient(batched), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_that_the_program_keeps_stay_as_they_are() -> None:
+    kept: list[Any] = []
+
+    def program(x: Tensor) -> Tensor:
+        y = x * 2
+        kept.append(y.numpy())
+        return y + 1
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    with torch.no_grad():
+        given = [vectors(3) for _ in range(8)]
+        for some in given:
+            batched(some)
+    assert all((a == (x * 2).numpy()).all() for a, x in zip(kept, (x for some in given for x in some), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.int32, torch.bool])
+def test_waiting_for_numbers_of_any_kind(dtype: torch.dtype) -> None:
+    def program(x: Tensor, n: int) -> Tensor:
+        while bool(x.to(dtype).sum().to(dtype)) and n > 0:
+            x, n = x * 0.5, n - 1
+            if complex(x.to(dtype).reshape(-1)[0].item()).real > 2:
+                break
+        return x
+
+    batched = plait.autobatch(program, compile_after=None, without=("opt-out",))
+    for _ in range(4):
+        check(batched, program, [torch.full((3,), float(k)) for k in range(5)], [3, 1, 0, 2, 4])
+
+
 # -- captured graphs ----------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +591,22 @@ def test_captured_graphs_train() -> None:
     got = torch.autograd.grad(torch.stack([y for y, _ in batched(given)]).sum(), parameters)
     expected = torch.autograd.grad(torch.stack([one(x) for x in given]).sum(), list(model.parameters()))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_captured_graphs_notice_what_is_to_be_trained() -> None:
+    model = Branches()
+    batched = plait.autobatch(torch.export.export(model, (torch.randn(6),), strict=True), without=("opt-out",))
+    parameters = list(batched.program.parameters())
+    for p in parameters:
+        p.requires_grad_(False)
+    for _ in range(5):
+        assert not any(y.requires_grad for y, _ in batched(vectors(3, 6)))
+    for p in parameters:
+        p.requires_grad_(True)
+    for _ in range(5):
+        total = torch.stack([y for y, _ in batched(vectors(3, 6))]).sum()
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        assert any(g is not None and bool(g.abs().sum() > 0) for g in found)
 
 
 def test_captured_scans() -> None:
