@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -175,9 +176,12 @@ def _distance(got: Any, expected: Any) -> float:
     worst = 0.0
     for x, y in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         if isinstance(y, Tensor):
-            same = x.shape == y.shape and x.dtype == y.dtype
-            scale = max(float(y.abs().max()), 1.0) if y.numel() else 1.0
-            worst = max(worst, float((x - y).abs().max()) / scale if same and y.numel() else (0.0 if same else float("inf")))
+            if x.shape != y.shape or x.dtype != y.dtype:
+                return float("inf")
+            if y.numel():
+                x, y = (t.detach().to(torch.complex128) for t in (x, y))
+                far = float((x - y).abs().max()) / max(float(y.abs().max()), 1.0)
+                worst = float("inf") if math.isnan(far) else max(worst, far)
         elif x != y:
             return float("inf")
     return worst

@@ -73,7 +73,11 @@ def random_inputs(g: Graph, seed: int = 0, sizes: Sizes | None = None) -> list[A
 
 def copies(inputs: list[Any]) -> list[Any]:
     """Inputs that may be written to without harm, layouts kept."""
-    return [torch.clone(x) if isinstance(x, torch.Tensor) and 0 not in x.stride() else x for x in inputs]
+    return [_copy(x) if isinstance(x, torch.Tensor) and 0 not in x.stride() else x for x in inputs]
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def run(g: Graph, inputs: list[Any], seed: int = 0) -> list[Any]:
