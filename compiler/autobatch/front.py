@@ -17,12 +17,11 @@ from .record import begin_phase, deeper, driven, fork
 from .seen import Seen
 from .sites import Site
 from .source import NoSource, function_of, source_of, with_inner
-from .tasks import Forked
 from .values import Pending, item
-from .yields import DRIVE, FORKED, ITEM, PENDING, TYPE, Yields
+from .yields import DRIVE, ITEM, PENDING, TYPE, Yields
 
 # what generators refer to
-YIELDED = {PENDING: Pending, TYPE: type, ITEM: item, FORKED: Forked, DRIVE: driven}
+YIELDED = {PENDING: Pending, TYPE: type, ITEM: item, DRIVE: driven}
 
 
 class Front:

@@ -20,13 +20,14 @@ from . import record_python
 log = logging.getLogger(__name__)
 
 NAME = "plait_record"
-SOURCES = ("record.cpp", "launch.cpp")
+SOURCES = ("record.cpp", "launch.cpp", "tasks.cpp")
 HEADERS = ("state.h",)
 GRAD_ENABLED = "_ZN3c108GradMode10is_enabledEv"  # c10::GradMode::is_enabled()
+SET_GRAD_ENABLED = "_ZN3c108GradMode11set_enabledEb"  # c10::GradMode::set_enabled(bool)
 
 
 def load() -> tuple[Any, str]:
-    """(a module with Handle, Table, State, Quick and enter, why it is not the native one). Quick is None in Python's."""
+    """(a module with Handle, Table, State, Quick, Tasks and enter, why it is not the native one). Quick is None in Python's."""
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").exists():
         return _python(f"Python's headers are not in {include}")
@@ -42,17 +43,19 @@ def load() -> tuple[Any, str]:
         spec.loader.exec_module(module)
     except (NoCompiler, KernelBuildFailed, OSError, ImportError) as why:
         return _python(str(why).split("\n")[0])
-    module.begin(ctypes.cast(_grad_enabled, ctypes.c_void_p).value)
+    module.begin(*(ctypes.cast(f, ctypes.c_void_p).value for f in _grad_functions))
     return module, ""
 
 
-def _grad_function() -> Any:
-    """Torch's function that tells whether gradients are recorded in this thread, as native code calls it."""
+def _grad_mode() -> tuple[Any, Any]:
+    """Torch's functions that tell, and set, whether gradients are recorded in this thread, as native code calls them."""
     library = Path(torch.__file__).parent / "lib" / "libc10.so"
     try:
-        return getattr(ctypes.CDLL(str(library)), GRAD_ENABLED)
+        c10 = ctypes.CDLL(str(library))
+        return getattr(c10, GRAD_ENABLED), getattr(c10, SET_GRAD_ENABLED)
     except (OSError, AttributeError):
-        return ctypes.CFUNCTYPE(ctypes.c_bool)(torch.is_grad_enabled)
+        setter = ctypes.CFUNCTYPE(None, ctypes.c_bool)(torch._C._set_grad_enabled)
+        return ctypes.CFUNCTYPE(ctypes.c_bool)(torch.is_grad_enabled), setter
 
 
 def _python(why: str) -> tuple[Any, str]:
@@ -60,5 +63,5 @@ def _python(why: str) -> tuple[Any, str]:
     return record_python, why
 
 
-_grad_enabled = _grad_function()  # kept: native code holds its address
+_grad_functions = _grad_mode()  # kept: native code holds their addresses
 record, WHY_NOT_NATIVE = load()

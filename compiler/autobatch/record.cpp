@@ -580,16 +580,18 @@ PyObject* rebuild(PyObject*, PyObject* args) {
   return rebuilt(x, type, values, next);
 }
 
-// begin(address of torch's function that tells whether gradients are recorded), before anything else.
-PyObject* begin(PyObject*, PyObject* address) {
-  grad_enabled = reinterpret_cast<bool (*)()>(PyLong_AsVoidPtr(address));
-  if (PyErr_Occurred()) return nullptr;
+// begin(addresses of torch's functions that tell, and set, whether gradients are recorded), before anything else.
+PyObject* begin(PyObject*, PyObject* args) {
+  unsigned long long is, set;
+  if (!PyArg_ParseTuple(args, "KK", &is, &set)) return nullptr;
+  grad_enabled = reinterpret_cast<bool (*)()>(is);
+  begin_tasks(grad_enabled, reinterpret_cast<void (*)(bool)>(set));
   Py_RETURN_NONE;
 }
 
 PyMethodDef functions[] = {
     {"enter", enter, METH_O, nullptr},
-    {"begin", begin, METH_O, nullptr},
+    {"begin", begin, METH_VARARGS, nullptr},
     {"pending_in", find_pending, METH_VARARGS, nullptr},
     {"rebuilt", rebuild, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -639,9 +641,9 @@ PyMODINIT_FUNC PyInit_plait_record() {
 
   lift_as = PyUnicode_InternFromString("lift_as");
   PyObject* m = PyModule_Create(&module);
-  if (m == nullptr || lift_as == nullptr || !ready_table()) return nullptr;
-  for (PyTypeObject* type : {&handle_type, &table_type, &state_type, &quick_type}) {
-    if (type != &table_type && PyType_Ready(type) < 0) return nullptr;
+  if (m == nullptr || lift_as == nullptr || !ready_table() || !ready_tasks()) return nullptr;
+  for (PyTypeObject* type : {&handle_type, &table_type, &tasks_type, &state_type, &quick_type}) {
+    if (PyType_Ready(type) < 0) return nullptr;
     const std::string name = std::string(type->tp_name).substr(sizeof("plait_record"));
     if (PyModule_AddObjectRef(m, name.c_str(), reinterpret_cast<PyObject*>(type)) < 0) return nullptr;
   }

@@ -1,4 +1,4 @@
-"""What `record.cpp` and `launch.cpp` do, in Python, for machines without a compiler or Python's headers.
+"""What `record.cpp`, `launch.cpp` and `tasks.cpp` do, in Python, for machines without a compiler or Python's headers.
 
 Every line goes the slow way, and every launch runs from Python.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 class Handle:
@@ -150,6 +154,106 @@ class State:
         for id, x in self.reals.items():
             ctypes.c_float.from_address(reals + 4 * self.row_of[id]).value = x
         self.integers, self.reals = {}, {}
+
+
+@dataclass(eq=False)
+class Task:
+    """A generator, and who waits for it: another task, or the call, in its `slot`. `floor` and `grad` are what it left when
+    it waited."""
+
+    generator: Generator[Any, Any, Any]
+    parent: Task | None
+    slot: int
+    floor: int
+    grad: bool
+    left: int = 0
+    results: list[Any] = field(default_factory=list)
+    error: tuple[int, Exception] | None = None
+
+
+class Tasks:
+    """The tasks of one call."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.forks = 0
+        self.results: list[Any] = []
+        self.grad = torch.is_grad_enabled()
+        self.ready: list[tuple[Task, Any]] = []
+        self.waiting: list[Task] = []
+        self.asked: list[Any] = []  # what for
+
+    def start(self, program: Callable[..., Any], instances: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Begin with all instances; gives what they ask for."""
+        self.results = [None] * len(instances)
+        self.ready = [(Task(program(*given), None, i, 0, self.grad), None) for i, given in enumerate(instances)][::-1]
+        return self._all_ready()
+
+    def resume(self, values: list[Any]) -> list[Any]:
+        """Go on with the values of what was asked for; gives what is asked for next."""
+        self.ready = list(zip(self.waiting, values, strict=True))[::-1]
+        return self._all_ready()
+
+    def close(self) -> None:
+        """End all that have not ended."""
+        for task in (*(t for t, _ in self.ready), *self.waiting):
+            task.generator.close()
+        self.ready, self.waiting, self.asked = [], [], []
+
+    def _all_ready(self) -> list[Any]:
+        self.waiting, self.asked = [], []
+        while self.ready:
+            task, value = self.ready.pop()
+            self.state.floor = task.floor
+            torch._C._set_grad_enabled(task.grad)
+            try:
+                wanted = self._resumed(task, value)
+            except StopIteration as end:
+                self._end(task, end.value, None)
+                continue
+            except Exception as error:
+                torch._C._set_grad_enabled(self.grad)
+                self._end(task, None, error)
+                continue
+            task.floor, task.grad = self.state.floor, torch.is_grad_enabled()
+            torch._C._set_grad_enabled(self.grad)
+            if type(wanted) is tuple:
+                self._fork(task, wanted)
+            else:
+                self.waiting.append(task)
+                self.asked.append(wanted)
+        return self.asked
+
+    @staticmethod
+    def _resumed(task: Task, value: Any) -> Any:
+        if task.error is None:
+            return task.generator.send(value)
+        (_, error), task.error = task.error, None
+        return task.generator.throw(error)
+
+    def _fork(self, task: Task, calls: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...]) -> None:
+        self.forks += 1
+        if not calls:
+            self.ready.append((task, ()))
+            return
+        task.left = len(calls)
+        task.results = [None] * task.left
+        self.ready += [(Task(fn(*args), task, i, task.floor, task.grad), None) for i, (fn, args) in enumerate(calls)][::-1]
+
+    def _end(self, task: Task, value: Any, error: Exception | None) -> None:
+        parent = task.parent
+        if parent is None:
+            if error is not None:
+                error.add_note(f"plait.autobatch: this was raised in instance {task.slot}")
+                raise error
+            self.results[task.slot] = value
+            return
+        parent.results[task.slot] = value
+        if error is not None and (parent.error is None or task.slot < parent.error[0]):
+            parent.error = task.slot, error
+        parent.left -= 1
+        if parent.left == 0:
+            self.ready.append((parent, tuple(parent.results)))
 
 
 def enter(state: State | None) -> None:

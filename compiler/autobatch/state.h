@@ -179,4 +179,9 @@ extern PyTypeObject table_type;
 extern PyMethodDef launch_methods[];  // of State
 bool ready_table();
 
+// tasks.cpp
+extern PyTypeObject tasks_type;
+bool ready_tasks();
+void begin_tasks(bool (*is)(), void (*set)(bool));  // torch's functions for whether gradients are recorded
+
 }  // namespace plait

@@ -3,7 +3,7 @@
 before:  if block_1(h): return h                      after:  if (yield t) if type(t := block_1(h)) is Pending else t: …
          return left(h)                                       return (yield from left(h))
 
-Whoever runs them sends back the number that was asked for. What cannot be rewritten, such as a call inside of a lambda, is
+Whoever runs them sends back the number that was asked for, or for a tuple of calls their results. What cannot be rewritten, such as a call inside of a lambda, is
 driven on the spot; the next call then runs in fibers.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 from .fork import FORK
 
 PENDING, TYPE, ITEM = "_plait_pending", "_plait_type", "_plait_item"
-FORKED = "_plait_forked"  # what a generator yields to have calls run side by side
 DRIVE = "_plait_drive"  # runs a generator to its end, waiting on the spot
 
 _NUMBERS = ("int", "float", "bool")
@@ -57,7 +56,7 @@ class Yields(ast.NodeTransformer):
             if name in self.waiting:
                 return _at(ast.YieldFrom(node) if free else ast.Call(_load(DRIVE), [node], []), node)
             if name == FORK and free:
-                return _at(ast.Yield(ast.Call(_load(FORKED), [ast.Tuple(node.args, ast.Load())], [])), node)
+                return _at(ast.Yield(ast.Tuple(node.args, ast.Load())), node)
             if name in _NUMBERS and len(node.args) == 1 and free and not isinstance(node.args[0], ast.Starred):
                 node.args = [self.waits(node.args[0])]
         elif isinstance(node.func, ast.Attribute) and node.func.attr == "item" and not node.args and free:
