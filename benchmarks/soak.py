@@ -88,6 +88,9 @@ def hammer(call: Callable[[torch.Tensor], torch.Tensor], eager: nn.Module, calls
 
     def work(seed: int) -> None:
         choose = random.Random(seed)
+        with torch.no_grad():
+            for x, _ in pairs:
+                eager(x)  # starts the team of threads that torch keeps for each thread that calls it
         for count in (round(calls * WARM / THREADS), round(calls * (1 - WARM) / THREADS)):
             with torch.no_grad():  # the grad mode belongs to the thread
                 for _ in range(count):

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <new>
 
 namespace plait {
@@ -376,23 +377,109 @@ void place_all(State* s) {
   }
 }
 
-// schedule() -> ([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that
-// lie side by side, else -1)], rows as int64): what was recorded, by depth, then by block.
-PyObject* state_schedule(PyObject* self, PyObject*) {
-  auto* s = reinterpret_cast<State*>(self);
-  fit(s);
-  s->launches->clear();
-  s->rows->clear();
+// Launches by depth, then by block.
+void by_depth(State* s) {
   for (auto& depths : *s->buckets)
     for (auto& found : depths) {
       std::sort(found.begin(), found.end(), [](const Bucket& a, const Bucket& b) { return a.block < b.block; });
       for (Bucket& b : found) s->launches->push_back({b.block, b.firsts.size(), 0, {}, {}, &b});
     }
+}
+
+// Launches as DyNet's agenda picks them from a graph: of the blocks with lines that are ready, the one whose lines are least
+// deep in the mean, with all of those. `made` owns their lines.
+void by_agenda(State* s, std::deque<Bucket>& made) {
+  struct Node {
+    size_t block;
+    const int64_t* arguments;
+    int64_t first, depth, waits, users;  // the last of its users among `uses`
+  };
+  struct Use {
+    size_t user;
+    int64_t before;
+  };
+  std::vector<Node> nodes;
+  for (auto& depths : *s->buckets)
+    for (auto& found : depths)
+      for (Bucket& b : found)
+        for (size_t i = 0; i < b.firsts.size(); i++)
+          nodes.push_back({b.block, b.arguments.data() + i * (*s->table->blocks)[b.block].inputs.size(), b.firsts[i], 0, 0, -1});
+  std::sort(nodes.begin(), nodes.end(), [](const Node& a, const Node& b) { return a.first < b.first; });
+  const size_t blocks = s->table->blocks->size();
+  const int64_t known = s->computed;  // ids below it have been computed
+  std::vector<Use> uses;
+  std::vector<int64_t> maker(s->next_id - known, -1);
+  std::vector<double> depths(blocks, 0), counts(blocks, 0);
+  std::vector<std::vector<size_t>> ready(blocks);
+  for (size_t n = 0; n < nodes.size(); n++) {
+    Node& node = nodes[n];
+    const Block& b = (*s->table->blocks)[node.block];
+    for (size_t k = 0; k < b.inputs.size(); k++)
+      if (const int64_t id = node.arguments[k] - known, from = id < 0 ? -1 : maker[id]; from >= 0) {
+        uses.push_back({n, nodes[from].users});
+        nodes[from].users = static_cast<int64_t>(uses.size()) - 1;
+        node.waits++;
+        node.depth = std::max(node.depth, nodes[from].depth + 1);
+      }
+    for (size_t k = 0; k < b.outputs.size(); k++) maker[node.first - known + static_cast<int64_t>(k)] = static_cast<int64_t>(n);
+    depths[node.block] += static_cast<double>(node.depth);
+    counts[node.block] += 1;
+    if (node.waits == 0) ready[node.block].push_back(n);
+  }
+  for (size_t left = nodes.size(); left > 0;) {
+    size_t best = blocks;
+    for (size_t b = 0; b < blocks; b++)
+      if (!ready[b].empty() && (best == blocks || depths[b] / counts[b] < depths[best] / counts[best])) best = b;
+    std::vector<size_t> run;
+    run.swap(ready[best]);
+    left -= run.size();
+    Bucket& bucket = made.emplace_back(Bucket{best, {}, {}});
+    const size_t arity = (*s->table->blocks)[best].inputs.size();
+    for (size_t n : run) {
+      bucket.arguments.insert(bucket.arguments.end(), nodes[n].arguments, nodes[n].arguments + arity);
+      bucket.firsts.push_back(nodes[n].first);
+      for (int64_t u = nodes[n].users; u >= 0; u = uses[u].before)
+        if (Node& user = nodes[uses[u].user]; --user.waits == 0) ready[user.block].push_back(uses[u].user);
+    }
+    s->launches->push_back({best, run.size(), 0, {}, {}, &bucket});
+  }
+}
+
+constexpr long long TRIALS = 8, AGAIN = 256;  // schedules that are made both ways, so often
+
+// Replaces launches by depth with those of an agenda where `scheduler` says so.
+void reschedule(State* s, std::deque<Bucket>& made) {
+  Table* t = s->table;
+  const bool tried = s->scheduler == FEWER && t->trials++ % AGAIN < TRIALS;
+  if (t->trials % AGAIN == 1) t->by_depth = t->by_agenda = 0;
+  // a graph takes time, which launches have to be worth
+  if (!tried && s->scheduler != AGENDA && (s->scheduler == DEPTHS || 20 * t->by_agenda >= 19 * t->by_depth)) return;
+  std::vector<Launch> other;
+  other.swap(*s->launches);
+  by_agenda(s, made);
+  if (!tried) return;
+  t->by_agenda += static_cast<long long>(s->launches->size());
+  t->by_depth += static_cast<long long>(other.size());
+  if (other.size() <= s->launches->size()) other.swap(*s->launches);
+}
+
+// schedule() -> ([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that
+// lie side by side, else -1)], rows as int64): what was recorded.
+PyObject* state_schedule(PyObject* self, PyObject*) {
+  auto* s = reinterpret_cast<State*>(self);
+  fit(s);
+  s->launches->clear();
+  s->rows->clear();
+  std::deque<Bucket> own;
+  by_depth(s);
   const bool first = s->keeps && s->computed == 0;
   std::vector<int64_t> key;
   if (first) key = key_of(s);
   s->reused = first && recalled(s, key);
-  if (!s->reused) place_all(s);
+  if (!s->reused) {
+    reschedule(s, own);
+    place_all(s);
+  }
   if (first && !s->reused) {
     auto& kept = *s->table->schedules;
     kept.insert(kept.begin(), Schedule{std::move(key), *s->launches, *s->rows, *s->row_of, *s->used});

@@ -27,7 +27,7 @@ SET_GRAD_ENABLED = "_ZN3c108GradMode11set_enabledEb"  # c10::GradMode::set_enabl
 
 
 def load() -> tuple[Any, str]:
-    """(a module with Handle, Table, State, Quick, Tasks and enter, why it is not the native one). Quick is None in Python's."""
+    """(a module with Handle, Table, State, Tasks, Quick and enter, why it is not the native one). Python's Quick is None."""
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").exists():
         return _python(f"Python's headers are not in {include}")

@@ -205,6 +205,7 @@ PyMemberDef state_members[] = {
     {"next_id", T_LONGLONG, offsetof(State, next_id), 0, nullptr},
     {"floor", T_LONGLONG, offsetof(State, floor), 0, nullptr},
     {"keeps", T_BOOL, offsetof(State, keeps), 0, nullptr},
+    {"scheduler", T_INT, offsetof(State, scheduler), 0, nullptr},
     {"reused", T_BOOL, offsetof(State, reused), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 };

@@ -28,6 +28,7 @@ from .seen import Seen, stack_of
 from .tasks import drive
 from .values import INTEGER, REAL, Pending, Type
 
+DEPTHS, AGENDA, FEWER = range(3)  # schedulers, as in state.h
 PHASE_BITS = 24  # of a depth, below the number of the phase
 here = threading.local()
 _PACKAGE = str(Path(__file__).parent)
@@ -220,6 +221,7 @@ class Recorder(TorchFunctionMode):
         self.spread = fibers.spread  # runs functions side by side; None where nobody waits
         self.state = record.State(self, table.native)  # lines, ids, and the depth below which nothing is recorded
         self.state.keeps = "structure" not in table.without
+        self.state.scheduler = AGENDA if "depths" in table.without else DEPTHS if "agenda" in table.without else FEWER
         self.execution = Execution(self.state, table, table.spare.pop() if table.spare else {}, compile)
         self.lifted: dict[int, tuple[torch.Tensor, Pending]] = {}
         self.derived: dict[Any, Any] = {}

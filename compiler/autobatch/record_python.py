@@ -9,9 +9,12 @@ import ctypes
 from array import array
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
+
+Bucket = tuple[int, "array[int]", "array[int]"]  # a block, arguments of all its lines, first results of each
 
 
 class Handle:
@@ -59,6 +62,7 @@ class State:
         self.computed = 0
         self.floor = 0
         self.keeps = True
+        self.scheduler = 0
         self.reused = False  # no schedules are kept here
         self.buckets: dict[tuple[int, int], tuple[array[int], array[int]]] = {}  # by depth and block: arguments, results
         self.integers: dict[int, int] = {}
@@ -129,12 +133,12 @@ class State:
 
     def schedule(self) -> tuple[list[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]], bytearray]:
         """([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that
-        lie side by side, else -1)], rows as int64): what was recorded, by depth, then by block."""
+        lie side by side, else -1)], rows as int64): what was recorded."""
         for type, values in ((0, self.integers), (1, self.reals)):
             self.put(type, tuple(values))
         found = []
         rows = array("q")
-        for (_, block), (arguments, firsts) in sorted(self.buckets.items()):
+        for block, arguments, firsts in self._by_agenda() if self.scheduler == 1 else self._by_depth():
             inputs, outputs = self.table.blocks[block]
             count, begin, side = len(firsts), len(rows), []
             for k in range(len(inputs)):
@@ -146,6 +150,43 @@ class State:
         self.buckets = {}
         self.computed = self.next_id
         return found, bytearray(rows.tobytes())
+
+    def _by_depth(self) -> list[Bucket]:
+        return [(block, arguments, firsts) for (_, block), (arguments, firsts) in sorted(self.buckets.items())]
+
+    def _by_agenda(self) -> list[Bucket]:
+        """Of the blocks with lines that are ready, the one whose lines are least deep in the mean, with all of those."""
+        lines: list[tuple[int, int, array[int]]] = []  # first result, block, arguments
+        for (_, block), (arguments, firsts) in self.buckets.items():
+            arity = len(self.table.blocks[block][0])
+            lines += [(first, block, arguments[i * arity : (i + 1) * arity]) for i, first in enumerate(firsts)]
+        lines.sort()
+        maker: dict[int, int] = {}
+        depths: list[int] = []
+        waits: list[int] = []
+        users: list[list[int]] = [[] for _ in lines]
+        for n, (first, block, arguments) in enumerate(lines):
+            before = [maker[a] for a in arguments if a in maker]
+            for m in before:
+                users[m].append(n)
+            waits.append(len(before))
+            depths.append(max((depths[m] + 1 for m in before), default=0))
+            maker.update({first + k: n for k in range(len(self.table.blocks[block][1]))})
+        mean = {b: fmean(d for d, line in zip(depths, lines, strict=True) if line[1] == b) for b in {b for _, b, _ in lines}}
+        ready: dict[int, list[int]] = {}
+        for n, (_, block, _) in enumerate(lines):
+            if not waits[n]:
+                ready.setdefault(block, []).append(n)
+        found: list[Bucket] = []
+        while ready:
+            best = min(ready, key=lambda b: (mean[b], b))
+            run = ready.pop(best)
+            found.append((best, array("q", [a for n in run for a in lines[n][2]]), array("q", [lines[n][0] for n in run])))
+            for user in (u for n in run for u in users[n]):
+                waits[user] -= 1
+                if not waits[user]:
+                    ready.setdefault(lines[user][1], []).append(user)
+        return found
 
     def numbers(self, integers: int, reals: int) -> None:
         """Write the plain numbers that are values into their rows of the pools at these addresses."""

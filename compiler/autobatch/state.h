@@ -122,12 +122,15 @@ struct Schedule {
   std::vector<int64_t> rows, row_of, used;
 };
 
+enum Scheduler { DEPTHS, AGENDA, FEWER };
+
 // What a batched function has learnt, as far as launching needs it; lives as long as it does.
 struct Table {
   PyObject_HEAD
   std::vector<int64_t>* row_bytes;  // of each type
   std::vector<Block>* blocks;
   std::vector<Schedule>* schedules;  // the latest first
+  long long trials, by_depth, by_agenda;  // of schedulers, and the launches that they gave
 };
 
 // What a call has recorded since it was last scheduled, and where its values are.
@@ -141,6 +144,7 @@ struct State {
   long long live;      // pending tensors of this call that exist
   char closed;
   char keeps;   // schedules are kept
+  int scheduler;  // DEPTHS, AGENDA, or FEWER: that of the two that has given fewer launches
   char reused;  // the first schedule of this call was one of those
   std::vector<std::vector<std::vector<Bucket>>>* buckets;  // by phase and depth, in each one for a block
   std::vector<int64_t>*integer_ids, *integers, *real_ids;

@@ -12,6 +12,8 @@ SWITCHES = {
     "native": "launches whose plans need no Python run in native code, one after the other",
     "shared": "parameters are shared by all instances; without it, those that are arguments of ops are each instance's own",
     "constants": "a constant that every instance makes is made once",
+    "depths": "launches follow from the depths of values; without it an agenda picks them from a graph, as in DyNet",
+    "agenda": "programs for which an agenda has given fewer launches are scheduled by one",
     "phases": "what follows a call in the program's entry waits until all instances have come so far",
     "ghosts": "what follows a branch is as deep after its shorter side as after its longer one",
     "hoisting": "what does not depend on the recursion runs for all steps of all instances at once",

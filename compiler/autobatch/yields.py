@@ -3,8 +3,8 @@
 before:  if block_1(h): return h                      after:  if (yield t) if type(t := block_1(h)) is Pending else t: …
          return left(h)                                       return (yield from left(h))
 
-Whoever runs them sends back the number that was asked for, or for a tuple of calls their results. What cannot be rewritten, such as a call inside of a lambda, is
-driven on the spot; the next call then runs in fibers.
+Whoever runs them sends back the number that was asked for, or for a tuple of calls their results. What cannot be rewritten,
+such as a call inside of a lambda, is driven on the spot; the next call then runs in fibers.
 """
 
 from __future__ import annotations

@@ -60,6 +60,19 @@ def test_an_unknown_one_is_refused_with_all_names() -> None:
     assert "hoisting" in str(caught.value)
 
 
+def test_an_agenda_schedules_where_it_gives_fewer_launches() -> None:
+    """Steps of inner loops of different length are not at the same depth; an agenda sees that they are of one kind."""
+    rng, case, launches = random.Random(5), CASES["NestedRNN"], {}
+    columns = [case.columns(rng, 12) for _ in range(5)]
+    model = case.make()
+    for without in ("", "agenda", "depths"):
+        batched = plait.autobatch(model, without=("opt-out", *filter(None, [without])))
+        for given in columns:
+            check(batched, model, *given)
+        launches[without] = batched.report().counts.launches
+    assert launches[""] == launches["depths"] < launches["agenda"]
+
+
 # -- forks --------------------------------------------------------------------------------------------------------------
 
 
