@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from .constants import SIZED
 from .fork import Forker
 from .ghosts import Ghosts
 from .seen import Seen, is_code
@@ -71,6 +72,7 @@ class Cutter:
         self.called: set[str] = set()  # names of cut forms
         self.waiting: set[str] = set()  # those that wait for values
         self.forks: set[str] = set()  # those that wait for values, and that nothing else can reach meanwhile
+        self.constants: dict[str, Any] = {}  # functions that give the same for the same arguments, by new names
         self.marked: set[int] = set()  # statements that are tensor code
         self.always: frozenset[str] = frozenset()  # names that may be read at any time
         self.exits: list[tuple[frozenset[str], frozenset[str]]] = []  # for each loop: read after it, and by its next turn
@@ -255,7 +257,13 @@ class Cutter:
 
     def resolved(self, call: ast.Call) -> ast.Call:
         """A call of a user function that is known beforehand, as a call of its cut form."""
-        found = function_of(self.object(call.func))
+        called = self.object(call.func)
+        if isinstance(called, types.BuiltinFunctionType) and called in SIZED and isinstance(call.func, ast.Attribute):
+            self.holds.append((self.object(call.func.value), call.func.attr, called))
+            self.constants[name := self.fresh("constant")] = called
+            call.func = _at(ast.Name(name, ast.Load()), call)
+            return call
+        found = function_of(called)
         if found is None:
             return call
         function, bound = found

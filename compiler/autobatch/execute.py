@@ -31,7 +31,6 @@ READ = {
     torch.int8: 8,
 }  # fmt: skip
 BAD_ROW, NO_MEMORY = -100, -101  # as in launch.cpp
-Scheduled = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # as `State.schedule` gives it
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class Learnt(Protocol):
     native: Any
     types: dict[Type, int]
     derived: dict[int, Derived]
+    binder: Any
 
 
 class Execution:
@@ -76,31 +76,27 @@ class Execution:
 
     def __init__(self, state: Any, table: Learnt, pools: dict[Type, torch.Tensor], compile: Callable[[Block], None]) -> None:
         self.state = state
+        self.learnt = table
         self.table = table.native
         self.types = table.types
         self.derived = table.derived
         self.made: dict[tuple[int, bool], torch.Tensor] = {}  # derived tensors of this call
         self.pools = pools
         self.compile = compile
-        self.waiting: dict[Type, dict[int, torch.Tensor]] = {}  # given tensors that are not in their pool yet
         self.outgrown: list[torch.Tensor] = []  # pools whose rows launches may have kept for the backward
         self.used: tuple[int, ...] = ()  # rows of each type that hold something
+        self.addresses: tuple[int, ...] = ()  # of the pools
+        self.bound: dict[int, tuple[Compiled, tuple[torch.Tensor, ...]]] = {}  # blocks that run without Python, and have
+        self.binder = object()  # shared tensors of this call while it is the table's binder
         self.kinds: dict[Type, tuple[int, int]] = {}  # types that are single numbers: address of the pool, how to read it
         self.launches: list[Launch | Native] = []
         self.counts = Counts()
-        self.wanting: list[tuple[torch.Tensor, Type, int]] = []  # given tensors that want a gradient: type and id
 
     # -- values -------------------------------------------------------------------------------------------------------
 
-    def given(self, value: Pending, tensor: torch.Tensor) -> None:
-        """Take a real tensor as a value."""
-        self.waiting.setdefault(value.type, {})[value.id] = tensor
-        if tensor.requires_grad and torch.is_grad_enabled():
-            self.wanting.append((tensor, value.type, value.id))
-
     def given_as(self, value: Pending) -> torch.Tensor | None:
         """The real tensor that a value was given as, while it waits for its pool."""
-        found = self.waiting.get(value.type, {}).get(value.id)
+        found = self.state.waiting.get(value.type, {}).get(value.id)
         return None if found is None else found.detach()
 
     def has(self, id: int) -> bool:
@@ -156,9 +152,11 @@ class Execution:
     def run(self, blocks: Sequence[Block]) -> None:
         """Compute all lines that are recorded."""
         started, spent = time.perf_counter(), self.counts.seconds
-        waiting, self.waiting = self.waiting, {}
+        if self.learnt.binder is not self.binder:  # this call begins, or one within it has ended
+            self.learnt.binder, self.bound = self.binder, {}
+        waiting, self.state.waiting = self.state.waiting, {}
         given = [(t, tensors, self.state.put(self.types[t], tuple(tensors))) for t, tensors in waiting.items()]
-        launches, rows = self.state.schedule()
+        launches = self.state.schedule()
         self.counts.reused += self.state.reused
         self._reserve(self.state.used())
         with torch.no_grad():
@@ -167,11 +165,12 @@ class Execution:
         self.state.numbers(*(self.pools[t].data_ptr() for t in (INTEGER, REAL)))
         gathers, now = spent.gathers, time.perf_counter()
         spent.scheduling += now - started
-        self._launches(blocks, launches, rows)
+        self._launches(blocks, launches)
         spent.kernels += time.perf_counter() - now - (spent.gathers - gathers)
 
     def _reserve(self, used: tuple[int, ...]) -> None:
         """Make room for so many rows of each type."""
+        changed = len(self.addresses) != len(used)
         for type, number in self.types.items():
             pool, wanted = self.pools.get(type), used[number]
             if pool is None or pool.shape[0] < wanted:
@@ -182,44 +181,44 @@ class Execution:
                     grown[:before] = pool[:before]
                     self.outgrown.append(pool)
                 self.pools[type] = grown
+                changed = True
         self.used = used
+        if changed:
+            self.addresses = tuple(self.pools[t].data_ptr() for t in self.types)
+            self.kinds = {
+                t: (address, READ[t.dtype])
+                for t, address in zip(self.types, self.addresses, strict=True)
+                if t.numel == 1 and t.dtype in READ and t.device.type == "cpu"
+            }
 
-    def _launches(self, blocks: Sequence[Block], launches: Sequence[Scheduled], rows: bytearray) -> None:
-        addresses = tuple(self.pools[t].data_ptr() for t in self.types)
-        self.kinds = {
-            t: (address, READ[t.dtype])
-            for t, address in zip(self.types, addresses, strict=True)
-            if t.numel == 1 and t.dtype in READ and t.device.type == "cpu"
-        }
-        at, bound = 0, dict[int, tuple[torch.Tensor, ...]]()
+    def _launches(self, blocks: Sequence[Block], launches: Sequence[tuple[int, int]]) -> None:
+        at = 0
         while at < len(launches):
             end = at
-            while end < len(launches):
-                block = blocks[launches[end][0]]
-                self.compile(block)
-                if not self._is_direct(block, bound):
-                    break
-                self._count(block, launches[end][1])
+            while end < len(launches) and self._is_direct(blocks[launches[end][0]]):
+                self._count(blocks[launches[end][0]], launches[end][1])
                 end += 1
             if end > at:
                 first = self.state.kept()
-                status, ran, gathered, gathers, _ = self.state.run(at, end, addresses, torch.get_num_threads())
+                status, ran, gathered, gathers, _ = self.state.run(at, end, self.addresses, torch.get_num_threads())
                 if (kept := self.state.kept()) > first:
-                    these = dict.fromkeys(blocks[number] for number, *_ in launches[at:end])
-                    self.launches.append(Native(first, kept, {b: bound[b.number] for b in these if b.grad}))
+                    these = dict.fromkeys(blocks[number] for number, _ in launches[at:end])
+                    self.launches.append(Native(first, kept, {b: self.bound[b.number][1] for b in these if b.grad}))
                 self.counts.gathered_bytes += gathered
                 self.counts.seconds.gathers += 1e-9 * gathers
                 if status:
                     _raise(status, blocks[launches[at + ran - 1][0]])
             else:
-                self._launch(blocks[launches[at][0]], launches[at], rows)
+                self._launch(blocks[launches[at][0]], launches[at][1], at)
                 end = at + 1
             at = end
 
-    def _is_direct(self, block: Block, bound: dict[int, tuple[torch.Tensor, ...]]) -> bool:
+    def _is_direct(self, block: Block) -> bool:
         """Whether a block runs without Python; its shared tensors are where they are now."""
-        if block.number in bound:
+        held = self.bound.get(block.number)
+        if held is not None and held[0] is block.compiled:
             return True
+        self.compile(block)
         if block.compiled is None or block.compiled.layouts is None:
             return False
         shared = self.shared(block)
@@ -228,7 +227,7 @@ class Execution:
             return False
         self.table.shared(block.number, tuple(s.data_ptr() for s in shared))
         # with memory of their own for the backward: a parameter may be given other memory (`p.data = …`) before it
-        bound[block.number] = tuple(s.detach() for s in shared) if block.grad else ()
+        self.bound[block.number] = block.compiled, tuple(s.detach() for s in shared) if block.grad else ()
         return True
 
     def _count(self, block: Block, count: int) -> None:
@@ -237,13 +236,10 @@ class Execution:
         self.counts.lines += count
         self.counts.batches.setdefault(block, []).append(count)
 
-    def _launch(self, block: Block, scheduled: Scheduled, rows: bytearray) -> None:
-        _, count, begin, starts, side = scheduled
+    def _launch(self, block: Block, count: int, launch: int) -> None:
         started = time.perf_counter()
-        at = [
-            torch.frombuffer(rows, dtype=torch.int64, count=count, offset=8 * (begin + k * count))
-            for k in range(len(block.inputs))
-        ]
+        rows, starts, side = self.state.scheduled(launch)
+        at = [torch.frombuffer(rows, dtype=torch.int64, count=count, offset=8 * k * count) for k in range(len(side))]
         stacked = [self._gathered(self.pools[t], r, s) for t, r, s in zip(block.inputs, at, side, strict=True)]
         self.counts.seconds.gathers += time.perf_counter() - started
         saved: tuple[Any, ...] | None = None
@@ -286,7 +282,7 @@ class Execution:
 
     def sources(self) -> list[torch.Tensor]:
         """The real tensors that gradients flow to: shared ones, then given ones."""
-        return [*self._shared_sources().values(), *(t for t, _, _ in self.wanting)]
+        return [*self._shared_sources().values(), *(t for t, _, _ in self.state.wanting)]
 
     def _shared_sources(self) -> dict[int, torch.Tensor]:
         blocks = [b for x in self.launches for b in (x.blocks if isinstance(x, Native) else (x.block,))]
@@ -313,7 +309,7 @@ class Execution:
             else:
                 self._launch_backward(launch, pools, touched, shared)
         found: list[torch.Tensor | None] = [shared.get(k) for k in self._shared_sources()]
-        for _, type, id_ in self.wanting:
+        for _, type, id_ in self.state.wanting:
             row = self.state.row(id_)
             found.append(pools[type][row] if touched[type][row] else None)
         return found

@@ -13,7 +13,7 @@ from .captured import Captured
 from .cut import PHASE, Cut, Cutter
 from .fork import FORK
 from .ghosts import DEEPER
-from .record import begin_phase, deeper, driven, fork
+from .record import begin_phase, constant, deeper, driven, fork
 from .seen import Seen
 from .sites import Site
 from .source import NoSource, function_of, source_of, with_inner
@@ -127,6 +127,7 @@ class Front:
         used[PHASE] = types.CellType(begin_phase)
         used[FORK] = types.CellType(fork)
         used[DEEPER] = types.CellType(deeper)
+        used |= {name: types.CellType(constant(func)) for name, func in cutter.constants.items()}
         for cut in cutter.cuts:
             used[cut.name] = self._block(function, cut).cell
         self.holds += cutter.holds

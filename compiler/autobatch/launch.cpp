@@ -463,8 +463,7 @@ void reschedule(State* s, std::deque<Bucket>& made) {
   if (other.size() <= s->launches->size()) other.swap(*s->launches);
 }
 
-// schedule() -> ([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that
-// lie side by side, else -1)], rows as int64): what was recorded.
+// schedule() -> [(block, count)]: launches of what was recorded.
 PyObject* state_schedule(PyObject* self, PyObject*) {
   auto* s = reinterpret_cast<State*>(self);
   fit(s);
@@ -488,19 +487,29 @@ PyObject* state_schedule(PyObject* self, PyObject*) {
   s->buckets->clear();
   s->same->clear();
   s->computed = s->next_id;
-  PyObject* found = PyList_New(0);
-  if (found == nullptr) return nullptr;
-  for (const Launch& l : *s->launches) {
-    PyObject* entry = Py_BuildValue("nnnNN", l.block, l.count, l.rows, tuple_of(l.starts), tuple_of(l.side));
-    if (entry == nullptr || PyList_Append(found, entry) != 0) {
-      Py_XDECREF(entry);
-      Py_DECREF(found);
-      return nullptr;
-    }
-    Py_DECREF(entry);
+  PyObject* found = PyList_New(s->launches->size());
+  for (size_t i = 0; found != nullptr && i < s->launches->size(); i++) {
+    PyObject* entry = Py_BuildValue("nn", (*s->launches)[i].block, (*s->launches)[i].count);
+    if (entry == nullptr) Py_CLEAR(found);
+    else PyList_SET_ITEM(found, i, entry);
   }
-  PyObject* rows = PyByteArray_FromStringAndSize(reinterpret_cast<const char*>(s->rows->data()), s->rows->size() * sizeof(int64_t));
-  return Py_BuildValue("NN", found, rows);
+  return found;
+}
+
+// scheduled(launch) -> (rows of its arguments as int64, first rows of its results, first rows of arguments that lie side by side,
+// else -1)
+PyObject* state_scheduled(PyObject* self, PyObject* launch) {
+  auto* s = reinterpret_cast<State*>(self);
+  const Py_ssize_t n = PyLong_AsSsize_t(launch);
+  if (PyErr_Occurred()) return nullptr;
+  if (n < 0 || n >= static_cast<Py_ssize_t>(s->launches->size())) {
+    PyErr_SetString(PyExc_IndexError, "there is no such launch");
+    return nullptr;
+  }
+  const Launch& l = (*s->launches)[n];
+  const size_t bytes = l.side.size() * l.count * sizeof(int64_t);
+  PyObject* rows = PyByteArray_FromStringAndSize(reinterpret_cast<const char*>(s->rows->data() + l.rows), bytes);
+  return rows == nullptr ? nullptr : Py_BuildValue("NNN", rows, tuple_of(l.starts), tuple_of(l.side));
 }
 
 // numbers(address of the integers' pool, of the reals'): write the plain numbers that are values into their rows.
@@ -797,6 +806,7 @@ PyMethodDef launch_methods[] = {
     {"read", state_read, METH_VARARGS, nullptr},
     {"used", state_used, METH_NOARGS, nullptr},
     {"schedule", state_schedule, METH_NOARGS, nullptr},
+    {"scheduled", state_scheduled, METH_O, nullptr},
     {"numbers", state_numbers, METH_VARARGS, nullptr},
     {"run", state_run, METH_VARARGS, nullptr},
     {"kept", state_kept, METH_NOARGS, nullptr},

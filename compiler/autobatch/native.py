@@ -22,8 +22,12 @@ log = logging.getLogger(__name__)
 NAME = "plait_record"
 SOURCES = ("record.cpp", "launch.cpp", "tasks.cpp")
 HEADERS = ("state.h",)
-GRAD_ENABLED = "_ZN3c108GradMode10is_enabledEv"  # c10::GradMode::is_enabled()
-SET_GRAD_ENABLED = "_ZN3c108GradMode11set_enabledEb"  # c10::GradMode::set_enabled(bool)
+FUNCTIONS = (  # torch's, which native code calls: (library, name)
+    ("c10", "_ZN3c108GradMode10is_enabledEv"),  # c10::GradMode::is_enabled()
+    ("c10", "_ZN3c108GradMode11set_enabledEb"),  # c10::GradMode::set_enabled(bool)
+    ("torch_cpu", "_ZN2at4impl22PythonTorchFunctionTLS18get_disabled_stateEv"),  # at::impl::PythonTorchFunctionTLS
+    ("torch_cpu", "_ZN2at4impl22PythonTorchFunctionTLS18set_disabled_stateENS0_26TorchFunctionDisabledStateE"),
+)
 
 
 def load() -> tuple[Any, str]:
@@ -41,21 +45,17 @@ def load() -> tuple[Any, str]:
         spec: Any = importlib.util.spec_from_file_location(NAME, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except (NoCompiler, KernelBuildFailed, OSError, ImportError) as why:
+        module.begin(*map(_address, FUNCTIONS))
+    except (NoCompiler, KernelBuildFailed, OSError, ImportError, AttributeError) as why:
         return _python(str(why).split("\n")[0])
-    module.begin(*(ctypes.cast(f, ctypes.c_void_p).value for f in _grad_functions))
     return module, ""
 
 
-def _grad_mode() -> tuple[Any, Any]:
-    """Torch's functions that tell, and set, whether gradients are recorded in this thread, as native code calls them."""
-    library = Path(torch.__file__).parent / "lib" / "libc10.so"
-    try:
-        c10 = ctypes.CDLL(str(library))
-        return getattr(c10, GRAD_ENABLED), getattr(c10, SET_GRAD_ENABLED)
-    except (OSError, AttributeError):
-        setter = ctypes.CFUNCTYPE(None, ctypes.c_bool)(torch._C._set_grad_enabled)
-        return ctypes.CFUNCTYPE(ctypes.c_bool)(torch.is_grad_enabled), setter
+def _address(function: tuple[str, str]) -> int | None:
+    """Where one of torch's functions is. Raises OSError, AttributeError."""
+    library, name = function
+    found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"lib{library}.so"))
+    return ctypes.cast(getattr(found, name), ctypes.c_void_p).value
 
 
 def _python(why: str) -> tuple[Any, str]:
@@ -63,5 +63,4 @@ def _python(why: str) -> tuple[Any, str]:
     return record_python, why
 
 
-_grad_functions = _grad_mode()  # kept: native code holds their addresses
 record, WHY_NOT_NATIVE = load()

@@ -78,6 +78,9 @@ PyObject* state_new(PyTypeObject* type, PyObject* args, PyObject*) {
   s->kept = new std::vector<Kept>;
   s->memory = new std::vector<char*>;
   s->lifted = new std::unordered_map<PyObject*, PyObject*>;
+  s->waiting = PyDict_New();
+  s->wanting = PyList_New(0);
+  s->shared = Py_NewRef(Py_None);
   s->keeps = 1;
   return reinterpret_cast<PyObject*>(s);
 }
@@ -96,7 +99,7 @@ void state_dealloc(PyObject* self) {
   if (current == s) current = nullptr;
   forget_lifted(s);
   delete s->lifted;
-  Py_CLEAR(s->recorder);
+  for (PyObject** held : {&s->recorder, &s->waiting, &s->wanting, &s->shared}) Py_CLEAR(*held);
   Py_CLEAR(s->table);
   delete s->buckets;
   for (auto* v : {s->integer_ids, s->integers, s->real_ids, s->row_of, s->used, s->given, s->rows}) delete v;
@@ -179,16 +182,82 @@ PyObject* state_pending(PyObject* self, PyObject* args) {
   return handle_made(reinterpret_cast<PyTypeObject*>(type), reinterpret_cast<State*>(self), kind, id, depth, ancestors);
 }
 
-// lifted(tensor, value): quick calls find the value of this tensor.
-PyObject* state_lifted(PyObject* self, PyObject* args) {
-  auto* s = reinterpret_cast<State*>(self);
-  PyObject *tensor, *value;
-  if (!PyArg_ParseTuple(args, "OO", &tensor, &value)) return nullptr;
-  if (s->lifted->emplace(tensor, value).second) {
-    Py_INCREF(tensor);
-    Py_INCREF(value);
+// -- real tensors -----------------------------------------------------------------------------------------------------------
+
+bool (*grad_enabled)() = nullptr;  // torch's own: whether gradients are recorded in this thread
+int (*get_disabled)() = nullptr;  // torch's own: whether overrides of its API are off in this thread
+void (*set_disabled)(int) = nullptr;
+constexpr int ALL_DISABLED = 2;
+
+PyObject* names[4];  // of attributes: shape, dtype, device, requires_grad
+enum Name { SHAPE, DTYPE, DEVICE, REQUIRES_GRAD };
+
+// What overrides of torch's API must not see.
+struct Plainly {
+  int before = get_disabled();
+  Plainly() { set_disabled(ALL_DISABLED); }
+  ~Plainly() { set_disabled(before); }
+};
+
+// Whether attributes of a tensor and of a type are the same; -1 with an error set.
+int same_attribute(PyObject* tensor, PyObject* type, Name name) {
+  PyObject *a = PyObject_GetAttr(tensor, names[name]), *b = PyObject_GetAttr(type, names[name]);
+  const int same = a == nullptr || b == nullptr ? -1 : PyObject_RichCompareBool(a, b, Py_EQ);
+  Py_XDECREF(a);
+  Py_XDECREF(b);
+  return same;
+}
+
+// The value of a real tensor, made where it is the first time: a new reference.
+PyObject* lift(State* s, PyObject* cls, PyObject* tensor, PyObject* type) {
+  if (const auto found = s->lifted->find(tensor); found != s->lifted->end()) return Py_NewRef(found->second);
+  PyObject* id = PyLong_FromLongLong(s->next_id);
+  PyObject* same = PyDict_GetItemWithError(s->waiting, type);
+  if (same == nullptr && !PyErr_Occurred() && (same = PyDict_New()) != nullptr) {
+    PyDict_SetItem(s->waiting, type, same);
+    Py_DECREF(same);
   }
-  Py_RETURN_NONE;
+  if (id == nullptr || same == nullptr || PyErr_Occurred() || PyDict_SetItem(same, id, tensor) != 0) {
+    Py_XDECREF(id);
+    return nullptr;
+  }
+  if (grad_enabled()) {
+    PyObject* wants = PyObject_GetAttr(tensor, names[REQUIRES_GRAD]);
+    PyObject* entry = wants == Py_True ? PyTuple_Pack(3, tensor, type, id) : nullptr;
+    if (entry != nullptr) PyList_Append(s->wanting, entry);
+    Py_XDECREF(entry);
+    Py_XDECREF(wants);
+  }
+  Py_DECREF(id);
+  if (PyErr_Occurred()) return nullptr;
+  PyObject* value = handle_made(reinterpret_cast<PyTypeObject*>(cls), s, type, s->next_id, 0, 0);
+  if (value == nullptr) return nullptr;
+  s->next_id++;
+  s->lifted->emplace(Py_NewRef(tensor), Py_NewRef(value));
+  return value;
+}
+
+// lift(class, tensor, type) -> its value; in the absence of overrides of torch's API.
+PyObject* state_lift(PyObject* self, PyObject* args) {
+  PyObject *cls, *tensor, *type;
+  if (!PyArg_ParseTuple(args, "O!OO", &PyType_Type, &cls, &tensor, &type)) return nullptr;
+  return lift(reinterpret_cast<State*>(self), cls, tensor, type);
+}
+
+// The value of a real tensor where it is of this type and not shared; null, with or without an error set, where it is not.
+PyObject* lift_as(State* s, PyObject* cls, PyObject* tensor, PyObject* type) {
+  if (const auto found = s->lifted->find(tensor); found != s->lifted->end())
+    return reinterpret_cast<Handle*>(found->second)->type == type ? Py_NewRef(found->second) : nullptr;
+  const Plainly plainly;
+  if (s->shared != Py_None) {
+    PyObject* address = PyLong_FromVoidPtr(tensor);
+    const int shared = address == nullptr ? -1 : PyDict_Contains(s->shared, address);
+    Py_XDECREF(address);
+    if (shared != 0) return nullptr;
+  }
+  for (const Name name : {SHAPE, DTYPE, DEVICE})
+    if (same_attribute(tensor, type, name) != 1) return nullptr;
+  return lift(s, cls, tensor, type);
 }
 
 // end() -> whether no pending tensor is left; the recorder is let go of once that is so.
@@ -207,6 +276,9 @@ PyMemberDef state_members[] = {
     {"keeps", T_BOOL, offsetof(State, keeps), 0, nullptr},
     {"scheduler", T_INT, offsetof(State, scheduler), 0, nullptr},
     {"reused", T_BOOL, offsetof(State, reused), READONLY, nullptr},
+    {"waiting", T_OBJECT, offsetof(State, waiting), 0, nullptr},
+    {"wanting", T_OBJECT, offsetof(State, wanting), READONLY, nullptr},
+    {"shared", T_OBJECT, offsetof(State, shared), 0, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 };
 
@@ -245,9 +317,6 @@ struct Quick {
   PyObject *slow, *pending, *tensor;
   std::vector<Version>* versions;
 };
-
-PyObject* lift_as = nullptr;            // the name of the recorder's method
-bool (*grad_enabled)() = nullptr;  // torch's own: whether gradients are recorded in this thread
 
 bool fits(const Quick* q, const Version& v, PyObject* const* args) {
   for (size_t i = 0; i < v.kinds.size(); i++) {
@@ -378,13 +447,8 @@ PyObject* quick_call(PyObject* self, PyObject* const* args, size_t nargsf, PyObj
       bool all = true;
       for (size_t i = 0; all && i < count; i++) {
         if (v.kinds[i].how != REAL) continue;
-        if (const auto found = s->lifted->find(args[i]); found != s->lifted->end()) {
-          all = reinterpret_cast<Handle*>(found->second)->type == v.kinds[i].what;
-          lifted[i] = Py_NewRef(found->second);
-          continue;
-        }
-        lifted[i] = PyObject_CallMethodObjArgs(s->recorder, lift_as, args[i], v.kinds[i].what, nullptr);
-        all = lifted[i] != nullptr && lifted[i] != Py_None;
+        lifted[i] = lift_as(s, q->pending, args[i], v.kinds[i].what);
+        all = lifted[i] != nullptr;
       }
       PyObject* made = all ? record(q, s, v, args, lifted) : nullptr;
       for (PyObject* h : lifted) Py_XDECREF(h);
@@ -581,12 +645,15 @@ PyObject* rebuild(PyObject*, PyObject* args) {
   return rebuilt(x, type, values, next);
 }
 
-// begin(addresses of torch's functions that tell, and set, whether gradients are recorded), before anything else.
+// begin(addresses of torch's functions that tell, and set, whether gradients are recorded, and whether overrides of its API
+// are off), before anything else.
 PyObject* begin(PyObject*, PyObject* args) {
-  unsigned long long is, set;
-  if (!PyArg_ParseTuple(args, "KK", &is, &set)) return nullptr;
-  grad_enabled = reinterpret_cast<bool (*)()>(is);
-  begin_tasks(grad_enabled, reinterpret_cast<void (*)(bool)>(set));
+  unsigned long long grad, set_grad, disabled, set;
+  if (!PyArg_ParseTuple(args, "KKKK", &grad, &set_grad, &disabled, &set)) return nullptr;
+  grad_enabled = reinterpret_cast<bool (*)()>(grad);
+  begin_tasks(grad_enabled, reinterpret_cast<void (*)(bool)>(set_grad));
+  get_disabled = reinterpret_cast<int (*)()>(disabled);
+  set_disabled = reinterpret_cast<void (*)(int)>(set);
   Py_RETURN_NONE;
 }
 
@@ -616,7 +683,7 @@ PyMODINIT_FUNC PyInit_plait_record() {
       {"line", state_line, METH_VARARGS, nullptr},
       {"number", state_number, METH_O, nullptr},
       {"pending", state_pending, METH_VARARGS, nullptr},
-      {"lifted", state_lifted, METH_VARARGS, nullptr},
+      {"lift", state_lift, METH_VARARGS, nullptr},
       {"end", state_end, METH_NOARGS, nullptr},
   };
   for (PyMethodDef* m = launch_methods; m->ml_name != nullptr; m++) methods.push_back(*m);
@@ -640,9 +707,11 @@ PyMODINIT_FUNC PyInit_plait_record() {
   quick_type.tp_call = PyVectorcall_Call;
   quick_type.tp_vectorcall_offset = offsetof(Quick, call);
 
-  lift_as = PyUnicode_InternFromString("lift_as");
+  const char* attributes[] = {"shape", "dtype", "device", "requires_grad"};
+  for (size_t i = 0; i < 4; i++)
+    if ((names[i] = PyUnicode_InternFromString(attributes[i])) == nullptr) return nullptr;
   PyObject* m = PyModule_Create(&module);
-  if (m == nullptr || lift_as == nullptr || !ready_table() || !ready_tasks()) return nullptr;
+  if (m == nullptr || !ready_table() || !ready_tasks()) return nullptr;
   for (PyTypeObject* type : {&handle_type, &table_type, &tasks_type, &state_type, &quick_type}) {
     if (PyType_Ready(type) < 0) return nullptr;
     const std::string name = std::string(type->tp_name).substr(sizeof("plait_record"));

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...errors import SharedWrite
 from .blocks import Block, Hoisted, Outcome, analyse, block_of, without_modes
+from .constants import CONSTANTS
 from .deliver import deliver
 from .execute import Execution
 from .fibers import Fibers
@@ -94,6 +95,11 @@ def deeper(by: int, x: Any) -> Any:
     return made
 
 
+def constant(func: Callable[..., Any]) -> Callable[..., Any]:
+    """An op that gives the same for the same arguments, as cut code calls it."""
+    return lambda *args, **kwargs: here.recorder.constant(func, args, kwargs)
+
+
 def fork(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[Any, ...]:
     """The results of calls that may run in any order: side by side where instances wait for values."""
     recorder = here.recorder
@@ -108,12 +114,6 @@ def fork(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[Any, ...]:
         return tuple(fn(*args) for fn, args in calls)
     state.floor = floor
     return tuple(made)
-
-
-# what gives the same tensor for the same arguments
-CONSTANTS = {
-    torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.arange, torch.linspace, torch.tensor,
-}  # fmt: skip
 
 
 class Table:
@@ -131,6 +131,7 @@ class Table:
         for type in (INTEGER, REAL):  # plain numbers are written by number of type
             self.number_of(type)
         self.derived: dict[int, Derived] = {}  # by the identity of their stand-ins
+        self.binder: Any = None  # of the call whose shared tensors blocks without Python read
         self.spare: list[dict[Type, torch.Tensor]] = []  # pools of calls that have ended, for later ones
 
     def number_of(self, type: Type) -> int:
@@ -220,10 +221,10 @@ class Recorder(TorchFunctionMode):
         self.park = fibers.park  # lets others run until values are there; False where this call cannot wait
         self.spread = fibers.spread  # runs functions side by side; None where nobody waits
         self.state = record.State(self, table.native)  # lines, ids, and the depth below which nothing is recorded
+        self.state.shared = self.shared if self.shares else None
         self.state.keeps = "structure" not in table.without
         self.state.scheduler = AGENDA if "depths" in table.without else DEPTHS if "agenda" in table.without else FEWER
         self.execution = Execution(self.state, table, table.spare.pop() if table.spare else {}, compile)
-        self.lifted: dict[int, tuple[torch.Tensor, Pending]] = {}
         self.derived: dict[Any, Any] = {}
         self.constants: dict[Any, Pending] = {}
         self.demanded = table.demanded
@@ -351,6 +352,19 @@ class Recorder(TorchFunctionMode):
             found = self.constants[key] = self.lift(func(*args, **kwargs))
         return Pending.of(self.state, found.type, found.id, 0)
 
+    def constant(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`_constant` where all arguments are whole numbers, dtypes and devices, which are compared at once."""
+        plain = all(type(a) is int for a in args) and all(type(a) in (torch.dtype, torch.device) for a in kwargs.values())
+        if not plain:
+            return func(*args, **kwargs)
+        found = self.constants.get(key := (func, args, tuple(kwargs.items()), torch.get_default_dtype()))
+        if found is None:
+            made = func(*args, **kwargs)
+            if type(made) is not Pending:
+                return made
+            found = self.constants[key] = made
+        return Pending.of(self.state, found.type, found.id, 0)
+
     @staticmethod
     def _stack() -> list[Any]:
         return stack_of(sys._getframe(1), (_PACKAGE, _TORCH))
@@ -365,26 +379,9 @@ class Recorder(TorchFunctionMode):
         """A tensor that an instance brought along, as a value of depth 0."""
         if type(tensor) is Pending:
             return tensor
-        found = self.lifted.get(id(tensor))
-        return found[1] if found is not None else self._lift(tensor, Type.of(tensor))
-
-    def _lift(self, tensor: torch.Tensor, type: Type) -> Pending:
-        if type not in self.table.types:
-            self.table.number_of(type)
-        value = Pending.of(self.state, type, self.state.next_id, 0)
-        self.state.next_id += 1
-        self.execution.given(value, tensor)
-        self.lifted[id(tensor)] = tensor, value
-        self.state.lifted(tensor, value)
-        return value
-
-    def lift_as(self, tensor: torch.Tensor, type: Type) -> Pending | None:
-        """`lift` of a plain tensor from where torch's API is recorded; None for a shared one or one of another type."""
-        with torch._C.DisableTorchFunction():
-            if (self.shares and id(tensor) in self.shared) or Type.of(tensor) is not type:
-                return None
-            found = self.lifted.get(id(tensor))
-            return found[1] if found is not None else self._lift(tensor, type)
+        kind = Type.of(tensor)
+        self.table.number_of(kind)
+        return self.state.lift(Pending, tensor, kind)
 
     def number(self, n: int | float) -> Pending:
         """A plain number of an instance, as a value of depth 0."""
@@ -422,7 +419,6 @@ class Recorder(TorchFunctionMode):
         """The call has ended: let go of what is not needed any more. Pools serve later calls, unless the program kept
         pending tensors, or a backward may come."""
         self.closed = True
-        self.lifted.clear()
         self.derived.clear()
         self.constants.clear()
         if self.state.end() and not self.execution.launches:

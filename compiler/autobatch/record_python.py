@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+Scheduled = tuple[bytearray, tuple[int, ...], tuple[int, ...]]
 Bucket = tuple[int, "array[int]", "array[int]"]  # a block, arguments of all its lines, first results of each
 
 
@@ -63,10 +64,15 @@ class State:
         self.floor = 0
         self.keeps = True
         self.scheduler = 0
+        self.launches: list[Scheduled] = []
         self.reused = False  # no schedules are kept here
         self.buckets: dict[tuple[int, int], tuple[array[int], array[int]]] = {}  # by depth and block: arguments, results
         self.integers: dict[int, int] = {}
         self.reals: dict[int, float] = {}
+        self.waiting: dict[Any, dict[int, torch.Tensor]] = {}  # by type: real tensors that are not in their pool yet
+        self.wanting: list[tuple[torch.Tensor, Any, int]] = []  # real tensors that want a gradient: type and id
+        self.lifted: dict[int, tuple[torch.Tensor, Any]] = {}
+        self.shared: Any = None
         self.row_of: dict[int, int] = {}
         self.rows_used: dict[int, int] = {}
 
@@ -101,11 +107,20 @@ class State:
         self.next_id += 1
         return self.next_id - 1
 
-    def lifted(self, tensor: Any, value: Any) -> None:
-        """Nothing: there are no quick calls."""
+    def lift(self, cls: type, tensor: torch.Tensor, type: Any) -> Any:
+        """The value of a real tensor."""
+        if id(tensor) not in self.lifted:
+            value = self.pending(cls, type, self.next_id, 0, 0)
+            self.next_id += 1
+            self.waiting.setdefault(type, {})[value.id] = tensor
+            if tensor.requires_grad and torch.is_grad_enabled():
+                self.wanting.append((tensor, type, value.id))
+            self.lifted[id(tensor)] = tensor, value
+        return self.lifted[id(tensor)][1]
 
     def end(self) -> bool:
         """Whether no pending tensor is left: nobody counts them here."""
+        self.lifted.clear()
         return False
 
     def put(self, type: int, ids: tuple[int, ...]) -> int:
@@ -131,25 +146,30 @@ class State:
         """Rows of each type."""
         return tuple(self.rows_used.get(k, 0) for k in range(self.table.types))
 
-    def schedule(self) -> tuple[list[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]], bytearray]:
-        """([(block, count, where the rows of its arguments begin, first rows of its results, first rows of arguments that
-        lie side by side, else -1)], rows as int64): what was recorded."""
+    def schedule(self) -> list[tuple[int, int]]:
+        """[(block, count)]: launches of what was recorded."""
         for type, values in ((0, self.integers), (1, self.reals)):
             self.put(type, tuple(values))
-        found = []
-        rows = array("q")
+        found: list[tuple[int, int]] = []
+        self.launches = []
         for block, arguments, firsts in self._by_agenda() if self.scheduler == 1 else self._by_depth():
             inputs, outputs = self.table.blocks[block]
-            count, begin, side = len(firsts), len(rows), []
+            count, rows, side = len(firsts), array("q"), []
             for k in range(len(inputs)):
                 column = [self.row_of[id] for id in arguments[k :: len(inputs)]]
                 side.append(column[0] if column == list(range(column[0], column[0] + count)) else -1)
                 rows.extend(column)
             starts = tuple(self.put(type, tuple(first + k for first in firsts)) for k, type in enumerate(outputs))
-            found.append((block, count, begin, starts, tuple(side)))
+            found.append((block, count))
+            self.launches.append((bytearray(rows.tobytes()), starts, tuple(side)))
         self.buckets = {}
         self.computed = self.next_id
-        return found, bytearray(rows.tobytes())
+        return found
+
+    def scheduled(self, launch: int) -> Scheduled:
+        """(rows of its arguments as int64, first rows of its results, first rows of arguments that lie side by side, else
+        -1)"""
+        return self.launches[launch]
 
     def _by_depth(self) -> list[Bucket]:
         return [(block, arguments, firsts) for (_, block), (arguments, firsts) in sorted(self.buckets.items())]

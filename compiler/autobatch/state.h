@@ -151,6 +151,9 @@ struct State {
   std::vector<double>* reals;
   std::vector<Same>* same;       // by block
   std::unordered_map<PyObject*, PyObject*>* lifted;  // real tensors and their values
+  PyObject* waiting;  // {type: {id: real tensor}} of those that are not in their pool yet
+  PyObject* wanting;  // [(real tensor, type, id)] of those that want a gradient
+  PyObject* shared;   // {address of a tensor that all instances share: that tensor}, or None
   std::vector<int64_t>* row_of;  // of each value, -1 where it is not computed yet
   std::vector<int64_t>* used;    // rows of each type
   std::vector<int64_t>* given;   // number of a type and ids of what was put into its pool, one after the other
