@@ -18,7 +18,7 @@ from ..options import Options
 from ..pipelines import Session
 from .blocks import Block
 from .captured import Captured
-from .compile import compile_block
+from .compile import compile_block, compile_indexed
 from .deliver import deliver
 from .fibers import Fibers
 from .front import Front
@@ -32,6 +32,8 @@ from .tasks import Tasks
 log = logging.getLogger(__name__)
 
 
+ENOUGH = 2_000_000  # nanoseconds that a block has run before it is known where they go
+WORTH = 0.05  # the share of gathers in them that is worth a second compilation
 VERIFIED = 2  # instances that `verify="unbatched"` runs alone
 
 
@@ -99,6 +101,7 @@ class Batched:
             for site in (*self.front.blocks.values(), *self._captured()):
                 if site.fn in changed:
                     site.forget()
+        self._index()
         self.settled = self.settled + 1 if known == self._known() else 0
         if self.settled and "opt-out" not in self.without and self.front.is_separate(self.program):
             self.pace.compare(self.program, instances, took)
@@ -141,7 +144,7 @@ class Batched:
     def report(self) -> Report:
         """What the last call did: launches, batch sizes, where its time went, what runs op by op and why."""
         apart = [*self.front.apart(), *((s.line, s.why) for s in self._captured() if s.why)]
-        return report(self.counts, apart, self.pace.ratio(self.counts.instances))
+        return report(self.counts, apart, self.pace.ratio(self.counts.instances), self.table.native)
 
     def _captured(self) -> list[Site]:
         return self.program.sites() if isinstance(self.program, Captured) else []
@@ -165,6 +168,23 @@ class Batched:
         except Exception as why:  # tracing raises many classes; the block then runs in torch, as the report says
             block.uncompiled = f"{type(why).__name__}: {why}".split("\n")[0]
             log.warning("%s at %s runs in torch: %s", block.name, block.source, block.uncompiled)
+
+    def _index(self) -> None:
+        """Compile blocks that spend their time in gathers a second way, which reads rows where they are."""
+        if "gathers" in self.without:
+            return
+        for block in self.counts.batches:
+            if block.indexed or block.grad or block.compiled is None or block.compiled.layouts is None:
+                continue
+            gathers, kernels, places, _ = self.table.native.gathering(block.number)
+            if not places or gathers + kernels < ENOUGH or gathers < WORTH * (gathers + kernels):
+                continue
+            block.indexed = True
+            self.compilations += 1
+            try:
+                compile_indexed(block, places, self.session, self.table.native)
+            except Exception as why:  # as in `_compile`
+                log.warning("%s at %s gathers its rows: %s: %s", block.name, block.source, type(why).__name__, why)
 
     def _record(self, recorder: Recorder, fibers: Fibers, instances: list[tuple[Any, ...]]) -> list[Any]:
         program = self.front.entry(self.program)

@@ -53,6 +53,7 @@ class Block:
     looped: str = ""
     launches: int = 0
     examined: bool = False  # for what can be hoisted out of it
+    indexed: bool = False  # compiled, or not to be, to read arguments through ids of rows
     compiled: Compiled | None = None
     uncompiled: str = ""
 

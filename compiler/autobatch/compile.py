@@ -32,6 +32,7 @@ from .native import record
 
 log = logging.getLogger(__name__)
 
+HEIGHT = 1009  # rows of pools in the trace, likewise
 EXAMPLE = 37  # instances in the trace: a number that no other size is likely to have, since equal sizes would be tied
 
 Run = Callable[[list[Any]], Sequence[Any]]
@@ -84,25 +85,8 @@ def compile_block(block: Block, session: Session, native: Any | None) -> Compile
         for k, t in enumerate((*block.inputs, *block.shared))
         if block.grad and t.dtype.is_floating_point and (k < count or block.shared[k - count].requires_grad)
     )
-
-    differentiable: tuple[int, ...] = ()
-
-    def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nonlocal differentiable
-        stand_ins = {id(s): v for s, v in zip(block.shared, values[count:], strict=True)}
-        with Substitute(stand_ins):
-            made = block.batched(values[:count])
-        differentiable = tuple(k for k, x in enumerate(made) if x.requires_grad)
-        return tuple(x.clone() if x._is_view() or any(x is v for v in values) else x for x in made)
-
     with without_modes():
-        fakes = _fakes(block, wanting)
-        decompositions = table(session.options.keep_ops)
-        with torch.set_grad_enabled(bool(wanting)):
-            traced: Any = aot_export_joint_simple(
-                flat, tuple(fakes), trace_joint=bool(wanting), decompositions=decompositions
-            )
-        _check_any_size(fakes)
+        traced, fakes, differentiable = _traced(block, wanting, (), session)
         if not wanting:
             watched = _passed(traced, "inference", session)
             layouts = _handed_over(block, watched, session, native)
@@ -116,14 +100,58 @@ def compile_block(block: Block, session: Session, native: Any | None) -> Compile
         return Compiled(forward, backward, differentiable)
 
 
-def _handed_over(block: Block, watched: Record, session: Session, native: Any | None) -> tuple[Any, ...] | None:
+def compile_indexed(block: Block, places: tuple[int, ...], session: Session, native: Any) -> bool:
+    """Compile a block once more, with the arguments at `places` read from their pools through the ids of their rows, and
+    hand that to `native`, which then measures which way is faster. False where it would need Python to run. Raises what
+    tracing and lowering raise."""
+    with without_modes():
+        traced, _, _ = _traced(block, (), places, session)
+        watched = _passed(traced, "inference", session)
+        return _handed_over(block, watched, session, native, places) is not None
+
+
+def _traced(
+    block: Block, wanting: tuple[int, ...], places: tuple[int, ...], session: Session
+) -> tuple[Any, list[torch.Tensor], tuple[int, ...]]:
+    """(the graph of a block's batched form, its fake inputs, results that have gradients). Its inputs are stacked arguments,
+    but of those at `places` their pools; the row ids of these; shared tensors."""
+    count, rows = len(block.inputs), len(block.inputs) + len(places)
+    differentiable: tuple[int, ...] = ()
+
+    def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal differentiable
+        stacked = list(values[:count])
+        for k, ids in zip(places, values[count:rows], strict=True):
+            stacked[k] = stacked[k].index_select(0, ids)
+        stand_ins = {id(s): v for s, v in zip(block.shared, values[rows:], strict=True)}
+        with Substitute(stand_ins):
+            made = block.batched(stacked)
+        differentiable = tuple(k for k, x in enumerate(made) if x.requires_grad)
+        apart = [x._is_view() or any(x is v for v in values) for x in made]  # results need memory of their own
+        contiguous = torch.contiguous_format
+        return tuple(
+            x.clone(memory_format=contiguous) if view else x.contiguous() for x, view in zip(made, apart, strict=True)
+        )
+
+    fakes = _fakes(block, wanting, places)
+    decompositions = table(session.options.keep_ops)
+    with torch.set_grad_enabled(bool(wanting)):
+        traced: Any = aot_export_joint_simple(flat, tuple(fakes), trace_joint=bool(wanting), decompositions=decompositions)
+    _check_any_size(fakes)
+    return traced, fakes, differentiable
+
+
+def _handed_over(
+    block: Block, watched: Record, session: Session, native: Any | None, places: tuple[int, ...] = ()
+) -> tuple[Any, ...] | None:
     """The layouts of shared tensors for which `native` can run a block now; None where Python has to. Its plan has shared
-    tensors as constants, so that matrices lie in panels, which are laid out anew for each call."""
+    tensors as constants, so that matrices lie in panels, which are laid out anew for each call. The arguments at `places`
+    are read through ids."""
     if native is None or record.Quick is None or session.decisions.watched:
         return None
     graph, count = watched.graph, len(block.inputs)
     assert graph is not None
-    shared = {count + k: s.detach() for k, s in enumerate(block.shared)}
+    shared = {count + len(places) + k: s.detach() for k, s in enumerate(block.shared)}
     if graph.constants or not all(s.is_contiguous() for s in shared.values()):
         return None
     frozen = freeze(graph, shared)
@@ -131,7 +159,8 @@ def _handed_over(block: Block, watched: Record, session: Session, native: Any | 
     try:
         watched.compiled = generated(session, frozen)
         found = watched.compiled.direct()
-        counts = _counts(watched.compiled.plan, found, "")
+        heights = tuple(slot for slot, input, dim in found.symbols if input in places and dim == 0)
+        counts = _counts(watched.compiled.plan, found, "", heights)
         outputs = _memory(found, len(block.outputs))
     except NotDirect as why:
         log.info("%s at %s runs from Python: %s", block.name, block.source, why)
@@ -145,7 +174,12 @@ def _handed_over(block: Block, watched: Record, session: Session, native: Any | 
             panels += [names[laid.weight], base, laid.layout == "k", laid.n, laid.k, item]
         else:
             return None
-    native.direct(block.number, _flat(found, counts, (*found.inputs, *bases), outputs, panels))
+    flat = _flat(found, counts, (*found.inputs[:count], *bases), outputs, panels)
+    if places:
+        rows = dict(zip(places, found.inputs[count:], strict=False))
+        native.indexed(block.number, flat, tuple(rows.get(k, -1) for k in range(count)), heights)
+    else:
+        native.direct(block.number, flat)
     return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
 
 
@@ -206,11 +240,13 @@ def _flat(
     )  # fmt: skip
 
 
-def _counts(plan: Plan, found: Direct, name: str) -> tuple[int, ...]:
-    """The slots of the number of instances. Raises NotDirect where a plan has other sizes that vary."""
-    if len(found.symbols) > 1 or any(name and s.name != name for s in plan.symbols):
+def _counts(plan: Plan, found: Direct, name: str, heights: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The slots of the number of instances. Raises NotDirect where a plan has other sizes that vary, pools' `heights`
+    aside."""
+    slots = tuple(slot for slot, _, _ in found.symbols if slot not in heights)
+    if len(slots) > 1 or any(name and s.name != name for s in plan.symbols):
         raise NotDirect("it has several sizes that vary")
-    return tuple(slot for slot, _, _ in found.symbols)
+    return slots
 
 
 def _memory(found: Direct, count: int) -> tuple[int, ...]:
@@ -245,19 +281,24 @@ def _gradient(block: Block, k: int, result: Result, first: int) -> list[tuple[in
 
 
 def _check_any_size(fakes: Sequence[Any]) -> None:
-    """Raise BakedSize where the trace holds for so many instances only."""
-    size = fakes[0].shape[0]
-    if not isinstance(size, torch.SymInt) or size.node.shape_env.replace(size.node.expr).is_number:
+    """Raise BakedSize where the trace holds for so many instances, or pools of so many rows, only."""
+    sizes = [x.shape[0] for x in fakes if x.dim() and not isinstance(x.shape[0], int)]
+    if not sizes or any(s.node.shape_env.replace(s.node.expr).is_number for s in sizes):
         raise BakedSize(f"its trace holds for {EXAMPLE} instances only")
 
 
-def _fakes(block: Block, wanting: Sequence[int]) -> list[torch.Tensor]:
+def _fakes(block: Block, wanting: Sequence[int], places: Sequence[int]) -> list[torch.Tensor]:
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
     found = []
+
+    def fake(real: torch.Tensor) -> torch.Tensor:
+        how = StatelessSymbolicContext([DimDynamic.DUCK, *[DimDynamic.STATIC] * (real.dim() - 1)])
+        return mode.from_tensor(real, symbolic_context=how)
+
     for k, t in enumerate(block.inputs):
-        real = torch.empty((EXAMPLE, *t.shape), dtype=t.dtype, device=t.device, requires_grad=k in wanting)
-        how = StatelessSymbolicContext([DimDynamic.DUCK, *[DimDynamic.STATIC] * len(t.shape)])
-        found.append(mode.from_tensor(real, symbolic_context=how))
+        size = HEIGHT if k in places else EXAMPLE
+        found.append(fake(torch.empty((size, *t.shape), dtype=t.dtype, device=t.device, requires_grad=k in wanting)))
+    found += [fake(torch.zeros(EXAMPLE, dtype=torch.int64)) for _ in places]
     for s in block.shared:
         real = s.detach().requires_grad_(s.requires_grad and block.grad)
         how = StatelessSymbolicContext([DimDynamic.STATIC] * s.dim())

@@ -2,6 +2,7 @@
 #include "state.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -30,6 +31,12 @@ bool addresses(PyObject* tuple, std::vector<char*>& into) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++)
     into.push_back(static_cast<char*>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, i))));
   return !PyErr_Occurred();
+}
+
+PyObject* tuple_of(const std::vector<int64_t>& v) {
+  PyObject* made = PyTuple_New(v.size());
+  for (size_t i = 0; made != nullptr && i < v.size(); i++) PyTuple_SET_ITEM(made, i, PyLong_FromLongLong(v[i]));
+  return made;
 }
 
 // -- the table ------------------------------------------------------------------------------------------------------------
@@ -68,6 +75,7 @@ PyObject* table_add_block(PyObject* self, PyObject* args) {
   Block b;
   if (!numbers(inputs, b.inputs) || !numbers(outputs, b.outputs)) return nullptr;
   b.recursive.resize(b.inputs.size());
+  b.gathered.resize(b.inputs.size());
   b.plan = std::make_shared<Plan>();
   t->blocks->push_back(std::move(b));
   return PyLong_FromSize_t(t->blocks->size() - 1);
@@ -114,6 +122,46 @@ PyObject* table_direct(PyObject* self, PyObject* args) {
   if (!direct_of(given, plan->direct)) return nullptr;
   (*t->blocks)[block].plan = plan;
   Py_RETURN_NONE;
+}
+
+// indexed(block, forward, (base of row ids, …), (slots of heights, …)): a second way, of which launches find the faster one.
+PyObject* table_indexed(PyObject* self, PyObject* args) {
+  auto* t = reinterpret_cast<Table*>(self);
+  Py_ssize_t block;
+  PyObject *given, *rows, *heights;
+  if (!PyArg_ParseTuple(args, "nO!O!O!", &block, &PyTuple_Type, &given, &PyTuple_Type, &rows, &PyTuple_Type, &heights) || !is_block(t, block))
+    return nullptr;
+  Indexed& made = (*t->blocks)[block].plan->indexed;
+  if (!numbers(rows, made.rows) || !numbers(heights, made.heights) || !direct_of(given, made.direct)) return nullptr;
+  Py_RETURN_NONE;
+}
+
+constexpr size_t TRIED = 12;  // launches of each way, before one is chosen
+
+double median(std::vector<double> v) {
+  std::nth_element(v.begin(), v.begin() + static_cast<std::ptrdiff_t>(v.size() / 2), v.end());
+  return v[v.size() / 2];
+}
+
+enum Way { ONE, TRYING, GATHERS, ROWS };
+
+// Which way the launches of a plan go.
+Way way_of(const Plan& p) {
+  if (p.indexed.direct.run == nullptr) return ONE;
+  if (p.took[0].size() < TRIED || p.took[1].size() < TRIED) return TRYING;
+  return median(p.took[1]) < median(p.took[0]) ? ROWS : GATHERS;
+}
+
+// gathering(block) -> (nanoseconds of gathers, of kernels, the arguments that were gathered, its way)
+PyObject* table_gathering(PyObject* self, PyObject* block) {
+  auto* t = reinterpret_cast<Table*>(self);
+  const Py_ssize_t n = PyLong_AsSsize_t(block);
+  if (PyErr_Occurred() || !is_block(t, n)) return nullptr;
+  const Block& b = (*t->blocks)[n];
+  std::vector<int64_t> found;
+  for (size_t k = 0; k < b.gathered.size(); k++)
+    if (b.gathered[k]) found.push_back(static_cast<int64_t>(k));
+  return Py_BuildValue("LLNi", b.gathers, b.kernels, tuple_of(found), way_of(*b.plan));
 }
 
 // trained(block, forward, backward, saved, tangents, gradients): how it does where gradients are wanted; the last three are
@@ -171,14 +219,17 @@ PyObject* table_shared(PyObject* self, PyObject* args) {
   if (!addresses(given, found)) return nullptr;
   if (!is_block(t, block)) return nullptr;
   Block& b = (*t->blocks)[block];
-  Direct& d = b.plan->direct;
-  if (d.inputs.size() != b.inputs.size() + found.size()) {
+  if (b.plan->direct.inputs.size() != b.inputs.size() + found.size()) {
     PyErr_SetString(PyExc_IndexError, "the block has another number of shared tensors");
     return nullptr;
   }
-  for (size_t k = 0; k < found.size(); k++)
-    if (const int64_t base = d.inputs[b.inputs.size() + k]; base >= 0) d.bases[base] = found[k];
-  for (const Panels& p : d.panels) lay_out(p, found[p.shared], d.bases[p.base]);
+  const Way way = way_of(*b.plan);
+  for (Direct* d : {&b.plan->direct, way == ONE || way == GATHERS ? nullptr : &b.plan->indexed.direct}) {
+    if (d == nullptr) continue;
+    for (size_t k = 0; k < found.size(); k++)
+      if (const int64_t base = d->inputs[b.inputs.size() + k]; base >= 0) d->bases[base] = found[k];
+    for (const Panels& p : d->panels) lay_out(p, found[p.shared], d->bases[p.base]);
+  }
   Py_RETURN_NONE;
 }
 
@@ -197,6 +248,8 @@ PyMethodDef table_methods[] = {
     {"type", table_add_type, METH_O, nullptr},
     {"block", table_add_block, METH_VARARGS, nullptr},
     {"direct", table_direct, METH_VARARGS, nullptr},
+    {"indexed", table_indexed, METH_VARARGS, nullptr},
+    {"gathering", table_gathering, METH_O, nullptr},
     {"trained", table_trained, METH_VARARGS, nullptr},
     {"shared", table_shared, METH_VARARGS, nullptr},
     {"recursive", table_recursive, METH_O, nullptr},
@@ -303,12 +356,6 @@ PyObject* state_read(PyObject* self, PyObject* args) {
     if (number == nullptr) Py_CLEAR(made);
     else PyList_SET_ITEM(made, i, number);
   }
-  return made;
-}
-
-PyObject* tuple_of(const std::vector<int64_t>& v) {
-  PyObject* made = PyTuple_New(v.size());
-  for (size_t i = 0; made != nullptr && i < v.size(); i++) PyTuple_SET_ITEM(made, i, PyLong_FromLongLong(v[i]));
   return made;
 }
 
@@ -556,8 +603,8 @@ char* keep(State* s, size_t bytes) {
 
 // Sizes of a launch; 0, or the status of what failed.
 int64_t size_up(const Direct& d, size_t count, std::vector<char*>& bases, std::vector<int64_t>& slots) {
-  bases = d.bases;
-  slots = d.slots;
+  if (bases.empty()) bases = d.bases;
+  if (slots.empty()) slots = d.slots;
   for (int64_t slot : d.counts) slots[slot] = static_cast<int64_t>(count);
   return d.sizes == nullptr ? 0 : d.run(d.sizes, bases.data(), slots.data(), 1, nullptr);
 }
@@ -571,13 +618,23 @@ char* room(size_t bytes) {
 
 // Plans hold for two instances and more: a single one runs twice, and its results are copied from scratch memory.
 int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int threads, Spent& spent) {
-  const Block& b = (*s->table->blocks)[l.block];
-  const Direct& d = b.plan->direct;
-  const Trained& trained = b.plan->trained;
+  Block& b = (*s->table->blocks)[l.block];
+  Plan& plan = *b.plan;
+  const Way way = way_of(plan);
+  bool by_rows = way == ROWS || (way == TRYING && plan.took[1].size() < plan.took[0].size()), scattered = false;
+  for (size_t k = 0; by_rows && k < plan.indexed.rows.size(); k++) scattered |= plan.indexed.rows[k] >= 0 && (l.side[k] < 0 || l.count == 1);
+  by_rows = by_rows && scattered;  // rows that lie side by side are read where they are
+  const Direct& d = by_rows ? plan.indexed.direct : plan.direct;
+  const Trained& trained = plan.trained;
   const int64_t started = now();
   const size_t count = l.count == 1 ? 2 : l.count, arity = b.inputs.size();
   std::vector<char*> bases;
   std::vector<int64_t> slots;
+  if (by_rows) {
+    bases = d.bases;
+    slots = d.slots;
+    for (int64_t slot : plan.indexed.heights) slots[slot] = INT64_MAX / 2;  // its row ids are in range
+  }
   if (const int64_t status = size_up(d, count, bases, slots)) return status;
   const bool trains = trained.backward.run != nullptr;
   std::vector<char> kept(arity, 0);  // arguments that the backward reads
@@ -588,15 +645,23 @@ int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int thre
   for (size_t k = 0; k < b.outputs.size(); k++) bytes += 2 * (*s->table->row_bytes)[b.outputs[k]] + 64;
   char* at = room(bytes);
   std::vector<char*> found(arity, nullptr);
+  std::vector<std::array<int64_t, 2>> twice(by_rows ? arity : 0);
   bases[0] = at;
   at += slots[d.arena];
   for (size_t k = 0; k < arity; k++) {
     if (d.inputs[k] < 0 && !kept[k]) continue;
     const int64_t row_bytes = (*s->table->row_bytes)[b.inputs[k]];
-    const char* pool = pools[b.inputs[k]];
+    char* pool = pools[b.inputs[k]];
     const int64_t* rows = s->rows->data() + l.rows + k * l.count;
-    if (l.side[k] >= 0 && l.count > 1 && !kept[k]) {
-      bases[d.inputs[k]] = const_cast<char*>(pool) + l.side[k] * row_bytes;
+    if (by_rows && plan.indexed.rows[k] >= 0) {
+      bases[d.inputs[k]] = pool;
+      twice[k] = {rows[0], rows[0]};
+      bases[plan.indexed.rows[k]] = reinterpret_cast<char*>(l.count == 1 ? twice[k].data() : const_cast<int64_t*>(rows));
+      continue;
+    }
+    if (l.side[k] >= 0 && l.count > 1) {  // rows of a pool are written once: the backward may read them where they are
+      found[k] = pool + l.side[k] * row_bytes;
+      if (d.inputs[k] >= 0) bases[d.inputs[k]] = found[k];
       continue;
     }
     at = padded(at);
@@ -606,6 +671,7 @@ int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int thre
     if (l.count == 1) std::memcpy(into + row_bytes, into, row_bytes);
     if (!kept[k]) at += count * row_bytes;
     spent.gathered += l.count * row_bytes;
+    b.gathered[k] = 1;
   }
   for (size_t k = 0; k < b.outputs.size(); k++) {
     const int64_t row_bytes = (*s->table->row_bytes)[b.outputs[k]];
@@ -636,8 +702,12 @@ int64_t run(State* s, const Launch& l, const std::vector<char*>& pools, int thre
   for (size_t i = 0; i < d.checks.size(); i += 2) *reinterpret_cast<int64_t*>(bases[d.checks[i]] + slots[d.checks[i + 1]]) = 0;
   const int64_t ready = now();
   int64_t status = d.run(d.program, bases.data(), slots.data(), threads, nullptr);
+  const int64_t ended = now();
   spent.gathers += ready - started;
-  spent.kernels += now() - ready;
+  spent.kernels += ended - ready;
+  b.gathers += ready - started;
+  b.kernels += ended - ready;
+  if (way == TRYING && (by_rows || plan.took[0].size() <= plan.took[1].size())) plan.took[by_rows].push_back(static_cast<double>(ended - started) / static_cast<double>(l.count));
   if (l.count == 1)
     for (size_t k = 0; k < b.outputs.size(); k++) {
       const int64_t row_bytes = (*s->table->row_bytes)[b.outputs[k]];

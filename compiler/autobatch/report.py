@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .blocks import Block
 
@@ -77,20 +78,25 @@ class Report:
         return "\n".join(lines)
 
 
-def report(counts: Counts, apart: Sequence[tuple[str, str]], ratio: float | None) -> Report:
-    """The report of a call that has ended."""
+def report(counts: Counts, apart: Sequence[tuple[str, str]], ratio: float | None, native: Any) -> Report:
+    """The report of a call that has ended; `native` is the table of blocks."""
     rows = [
-        Row(_short(block.source), block.name, len(sizes), sum(sizes) / len(sizes), _how(block))
+        Row(_short(block.source), block.name, len(sizes), sum(sizes) / len(sizes), _how(block, native))
         for block, sizes in counts.batches.items()
     ]
     return Report(counts, tuple(sorted(rows, key=lambda r: (r.source, r.name))), tuple(apart), ratio)
 
 
-def _how(block: Block) -> str:
+# where a block was compiled a second way, as `way_of` of launch.cpp
+WAYS = ("", ", rows gathered or read where they are: being measured", ", rows gathered: measured to be faster",
+        ", rows read where they are: measured to be faster")  # fmt: skip
+
+
+def _how(block: Block, native: Any) -> str:
     if block.looped:
         return f"instance after instance: {block.looped}"
     if block.compiled is not None:
-        return "compiled"
+        return "compiled" + (WAYS[native.gathering(block.number)[3]] if block.indexed else "")
     return f"in torch: {block.uncompiled}" if block.uncompiled else "in torch, it has not run often enough to be compiled"
 
 

@@ -69,14 +69,24 @@ struct Trained {
   std::vector<Gradient> gradients;
 };
 
+// The same as a Direct that reads some arguments from their pools, through the ids of their rows.
+struct Indexed {
+  Direct direct;                 // of such arguments `inputs` are the bases of the pools
+  std::vector<int64_t> rows;     // of each argument the base of its row ids, -1 where it is gathered
+  std::vector<int64_t> heights;  // slots that hold numbers of rows of pools
+};
+
 // How a block was compiled. Launches hold on to it until their backward, even where the block is compiled anew.
 struct Plan {
   Direct direct;
   Trained trained;
+  Indexed indexed;
+  std::vector<double> took[2];  // nanoseconds a line of launches that gathered, and that read through ids, for a choice
   Plan() = default;
   Plan(const Plan&) = delete;
   ~Plan() {
     Py_XDECREF(direct.keep);
+    Py_XDECREF(indexed.direct.keep);
     Py_XDECREF(trained.backward.keep);
   }
 };
@@ -85,6 +95,8 @@ struct Block {
   std::vector<int> inputs, outputs;  // types
   std::vector<char> recursive;       // which arguments have come from this very block
   std::shared_ptr<Plan> plan;
+  std::vector<char> gathered;        // which arguments have been gathered
+  int64_t gathers = 0, kernels = 0;  // nanoseconds of all its launches
 };
 
 // The lines of one block at one depth.

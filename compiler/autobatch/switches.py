@@ -18,6 +18,7 @@ SWITCHES = {
     "ghosts": "what follows a branch is as deep after its shorter side as after its longer one",
     "hoisting": "what does not depend on the recursion runs for all steps of all instances at once",
     "fusion": "products of one operand with several parameters are one product",
+    "gathers": "kernels read rows of arguments where they are, where that is measured to be faster than gathering them",
     "fibers": "instances that need a value wait for the others; without it each runs what it needs alone",
     "forks": "calls that have nothing to do with each other wait side by side",
     "structure": "a schedule is kept for when the same structure recurs",

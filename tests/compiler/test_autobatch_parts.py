@@ -12,6 +12,7 @@ from typing import Any
 import plait
 import pytest
 import torch
+from plait.compiler.autobatch import api
 from plait.compiler.autobatch.switches import SWITCHES
 from plait.errors import RegionNotBatched, UnknownSwitch
 from torch import Tensor, nn
@@ -71,6 +72,22 @@ def test_an_agenda_schedules_where_it_gives_fewer_launches() -> None:
             check(batched, model, *given)
         launches[without] = batched.report().counts.launches
     assert launches[""] == launches["depths"] < launches["agenda"]
+
+
+@pytest.mark.parametrize("name", ["TreeLSTM", "MV-RNN", "StackRNN", "DRNN"])
+def test_rows_are_read_where_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "ENOUGH", 0)
+    monkeypatch.setattr(api, "WORTH", 0.0)
+    case = CASES[name]
+    model = case.make()
+    batched = plait.autobatch(model, without=("opt-out",))
+    rng = random.Random(6)
+    with torch.no_grad():
+        for n in (5, 4, 6, 1, *[5] * 16):
+            columns = case.columns(rng, n)
+            expected = [model(*given) for given in zip(*columns, strict=True)]
+            torch.testing.assert_close(batched(*columns), expected, rtol=1e-5, atol=1e-5)
+    assert "rows" in str(batched.report())
 
 
 # -- forks --------------------------------------------------------------------------------------------------------------
