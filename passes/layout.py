@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..ir import Builder, Graph, Match, Reason, Rule, Such, Value, pattern
+from ..ir import Builder, Graph, Match, Reason, Rule, Such, Value, Var, pattern
 from .aliases import x_shares_memory
 from .base import Context, Pass, register
 from .operands import X, inner, keep_x, number_of
@@ -54,10 +54,25 @@ def _without_permutes(m: Match, b: Builder) -> Value:
     return b.call(middle.op, m["x"], *middle.args[1:])
 
 
+def _check_turned(m: Match) -> Reason | None:
+    rank = m.nodes["product"].out.tensor.rank
+    turned = (*range(rank - 2), rank - 1, rank - 2)
+    if tuple(d % rank for d in m.nodes["turn"]["dims"]) != turned or not m.node.out.tensor.is_contiguous:
+        return Reason("it is not a contiguous copy of a transposed product")
+    return None
+
+
+def _product_of_turned(m: Match, b: Builder) -> Value:
+    turn = m.nodes["turn"]["dims"]
+    turned = [b.call("aten.permute.default", m[x], turn) for x in ("right", "left")]
+    return b.call(m.nodes["product"].op, *turned)
+
+
 @register
 @dataclass(frozen=True)
 class Layout(Pass):
-    """Remove copies that keep the layout, and permutations around an elementwise op that undo each other.
+    """Remove copies that keep the layout, permutations around an elementwise op that undo each other, and copies of a product
+    that is transposed: (A B)^T is B^T A^T.
 
     before:  a = permute(x, (0, 2, 1)); b = relu(a); c = permute(b, (0, 2, 1)); d = clone(c); return d @ w
     after:   b = relu(x); return b @ w
@@ -82,5 +97,19 @@ RULES: tuple[Rule, ...] = (
         ),
         _without_permutes,
         _check_inverse,
+    ),
+    Rule(
+        "turned-product",
+        pattern(
+            "aten.clone.default",
+            pattern(
+                "aten.permute.default",
+                pattern(("aten.mm.default", "aten.bmm.default"), Var("left"), Var("right"), name="product", sole=True),
+                name="turn",
+                sole=True,
+            ),
+        ),
+        _product_of_turned,
+        _check_turned,
     ),
 )

@@ -306,6 +306,27 @@ def f(x: "f32[2,3,4]", w: "f32[2,4,5]"):
     )
 
 
+def test_a_copy_of_a_transposed_product_is_the_product_of_transposed_operands():
+    check_pass(
+        Layout(),
+        """
+def f(x: "f32[2,3,4]", w: "f32[2,4,5]"):
+    p = aten.bmm.default(x, w)
+    t = aten.permute.default(p, (0, 2, 1))
+    r = aten.clone.default(t, memory_format=torch.contiguous_format)
+    return (r,)
+""",
+        """
+def f(x: "f32[2,3,4]", w: "f32[2,4,5]"):
+    a = aten.permute.default(w, (0, 2, 1))
+    b = aten.permute.default(x, (0, 2, 1))
+    r = aten.bmm.default(a, b)
+    return (r,)
+""",
+        turned_product=1,
+    )
+
+
 @pytest.mark.parametrize(
     ("rule", "lines", "after"),
     [
@@ -337,6 +358,9 @@ def test_layout_rules(rule: str, lines: str, after: str):
         ("clone-clone", "keeps the layout that the first copy made",
          "p = aten.permute.default(x, (1, 0)); a = aten.clone.default(p, memory_format=torch.contiguous_format); "
          "b = aten.clone.default(a); r = (a, b)"),
+        ("turned-product", "not a contiguous copy of a transposed product",
+         "u = aten.unsqueeze.default(x, 0); v = aten.unsqueeze.default(y, 0); m = aten.bmm.default(u, v); "
+         "p = aten.permute.default(m, (1, 2, 0)); r = aten.clone.default(p, memory_format=torch.contiguous_format)"),
         ("permute-around", "do not undo each other",
          "u = aten.unsqueeze.default(x, 0); p = aten.permute.default(u, (1, 2, 0)); e = aten.exp.default(p); "
          "r = aten.permute.default(e, (1, 2, 0))"),
@@ -348,7 +372,7 @@ def test_layout_rules(rule: str, lines: str, after: str):
 )  # fmt: skip
 def test_layout_refuses(rule: str, why: str, lines: str):
     body = "\n".join("    " + line.strip() for line in lines.split(";"))
-    text = f'def f(x: "f32[2,3]"):\n{body}\n    return (r,)\n'
+    text = f'def f(x: "f32[2,3]", y: "f32[3,4]"):\n{body}\n    return (r,)\n'
     start = graph(text.replace("    r = (a, b)\n    return (r,)", "    return (a, b)"))
     step = apply(Layout(), start)
     assert any(name == rule and why in str(reason) for name, _, reason in step.refused), refusals(step)
