@@ -71,8 +71,8 @@ def _product_of_turned(m: Match, b: Builder) -> Value:
 @register
 @dataclass(frozen=True)
 class Layout(Pass):
-    """Remove copies that keep the layout, permutations around an elementwise op that undo each other, and copies of a product
-    that is transposed: (A B)^T is B^T A^T.
+    """Remove copies that keep the layout, permutations around an elementwise op that undo each other, and copies of
+    transposed products: (A B)^T is B^T A^T.
 
     before:  a = permute(x, (0, 2, 1)); b = relu(a); c = permute(b, (0, 2, 1)); d = clone(c); return d @ w
     after:   b = relu(x); return b @ w
