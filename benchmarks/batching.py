@@ -23,6 +23,7 @@ from plait.codegen.compile import CodegenOptions, compile_graph
 from plait.codegen.target import retarget
 from plait.codegen.triton.build import binaries
 from plait.codegen.triton.interpret import Interpreter
+from plait.compiler.autobatch.switches import SWITCHES
 from plait.runtime.plan import Call, Launch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -433,7 +434,7 @@ def _figures(rows: dict[str, dict[str, Any]]) -> dict[str, float | None]:
 
 # -- letter c ---------------------------------------------------------------------------------------------------------------
 
-ABLATED = ("compiled", "blocks", "native", "constants", "phases", "ghosts", "fibers", "forks", "structure")
+ABLATED = tuple(name for name in SWITCHES if name != "opt-out")
 
 
 def ablation(run: Run) -> Outcome:

@@ -42,8 +42,6 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "elementwise": ("silu", "gelu", "addcmul"),
     # one store of the changed part into a copy; as index arithmetic it would touch every element with a branch
     "partial writes": ("select_scatter", "slice_scatter"),
-    # the library sorts or owns rows
-    "accumulating scatters": ("embedding_dense_backward",),
     # interpolation and pooling: gathers with several taps, which the library vectorises over channels (torch itself opens
     # interpolation by scale factors into gathers before this table is asked)
     "sampling": (
@@ -241,6 +239,16 @@ def put(self: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -
     return flat.reshape(self.shape)
 
 
+def embedding_dense_backward(grad: Tensor, indices: Tensor, rows: int, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
+    """Rows of the gradient added into zeros, those of the padding as zeros."""
+    if scale_grad_by_freq or grad.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    if padding_idx >= 0:
+        grad = grad.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    width = grad.shape[-1]
+    return grad.new_zeros([rows, width]).index_add(0, indices.reshape(-1), grad.reshape(-1, width))
+
+
 def max_unpool(self: Tensor, indices: Tensor, output_size: list[int], *_: Any) -> Tensor:
     """A scatter into zeros, one row for each image and channel."""
     lead = self.shape[: self.dim() - len(output_size)]
@@ -276,6 +284,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "index_put.default": index_put,
     "masked_scatter.default": masked_scatter,
     "put.default": put,
+    "embedding_dense_backward.default": embedding_dense_backward,
     "max_unpool2d.default": max_unpool,
     "max_unpool3d.default": max_unpool,
     "unbind.int": unbind,

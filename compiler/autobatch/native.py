@@ -38,7 +38,7 @@ def load() -> tuple[Any, str]:
     here = Path(__file__).parent
     texts = [(here / name).read_text() for name in SOURCES]
     headers = {name: (here / name).read_text() for name in HEADERS}
-    flags = (*FLAGS, f"-I{include}")
+    flags = (*FLAGS, "-O3", f"-I{include}")
     key = hashlib.sha256("\n".join((*texts, *headers.values(), sys.version, *flags)).encode()).hexdigest()[:24]
     try:
         path = keep(f"record-{key}.so", lambda target: build_shared(texts, target, flags, headers))

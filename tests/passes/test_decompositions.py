@@ -101,13 +101,20 @@ def test_scatters_that_leave_out_the_element_itself(reduce: str, kind: torch.dty
         (lambda a: F.silu(a), (x(8, 10),), "aten.silu.default"),
         (lambda a: torch.softmax(a, 1), (x(8, 10),), "aten._softmax.default"),
         (lambda a, w: F.conv2d(a, w, padding=1), (x(2, 3, 5, 5), x(4, 3, 3, 3)), "aten.convolution_backward.default"),
-        (lambda w: F.embedding(TARGET.clamp(min=0), w), (x(10, 4),), "aten.embedding_dense_backward.default"),
+        (lambda w: F.embedding(TARGET.clamp(min=0), w, scale_grad_by_freq=True), (x(10, 4),),
+         "aten.embedding_dense_backward.default"),
         (lambda a: F.max_pool2d(a, 2), (x(2, 3, 4, 4),), "aten.max_pool2d_with_indices_backward.default"),
     ],
 )  # fmt: skip
 def test_left_whole(fn: Callable[..., Any], args: tuple[torch.Tensor, ...], kept: str):
     ops = ops_of(fn, *args)
     assert ops[kept] == 1, ops
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_gradients_of_embeddings_are_added_to_their_rows(padding: int | None):
+    ops = ops_of(lambda w: F.embedding(TARGET.clamp(min=0), w, padding_idx=padding), x(10, 4))
+    assert ops["aten.index_add.default"] == 1 and ops["aten.embedding_dense_backward.default"] == 0
 
 
 def test_random_numbers_are_those_of_eager():
