@@ -906,3 +906,19 @@ class UnknownSwitch(PlaitError):
     code = "P0806"
     message = "autobatch has no optimisation called {name!r}"
     fix = "there are: {known}"
+
+
+class AutocastNotBatched(PlaitError):
+    """`torch.autocast` is on where a batched program is called, or within it."""
+
+    code = "P0807"
+    message = "autocast is on{where}, which batched programs do not take part in"
+    fix = "convert the model and its inputs to the dtype that is wanted, or leave autocast around the batched call"
+
+
+class TensorNotBatched(PlaitError):
+    """An instance brings a tensor that cannot be a row of others."""
+
+    code = "P0808"
+    message = "a tensor of {what} cannot be batched with those of other instances"
+    fix = "give it as an ordinary dense tensor, for example `x.as_subclass(torch.Tensor)` or `x.to_dense()`"

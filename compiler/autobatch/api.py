@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ...errors import BatchDiffers
+from ...errors import AutocastNotBatched, BatchDiffers
 from ..options import Options
 from ..pipelines import Session
 from .blocks import Block
@@ -23,7 +24,7 @@ from .deliver import deliver
 from .fibers import Fibers
 from .front import Front
 from .pace import Pace
-from .record import Recorder, Table, recording
+from .record import Recorder, Table, autocasts, is_recording, recording
 from .report import Counts, Report, report
 from .sites import Site
 from .switches import checked
@@ -57,7 +58,8 @@ def autobatch(
     raises BatchDiffers where an answer is not the same. Batches of a size that is slower than its instances one by one are
     run one by one, as the report says. `without` names optimisations to leave out (`switches.SWITCHES`).
 
-    Raises UnknownSwitch, RegionNotBatched.
+    Raises UnknownSwitch, RegionNotBatched; calls raise AutocastNotBatched, BatchDiffers, DataDependentShape, SharedWrite,
+    TensorNotBatched, WriteThroughView.
     """
     return Batched(program, compile_after, VERIFIED if verify == "unbatched" else verify, checked(without))
 
@@ -84,7 +86,11 @@ class Batched:
         self.lock = threading.RLock()  # calls take turns: what one learns another one runs
 
     def __call__(self, *columns: Iterable[Any]) -> list[Any]:
-        with self.lock:
+        if is_recording():  # within a program that is batched itself: its instances are part of that one's batch
+            return [self.program(*instance) for instance in zip(*columns, strict=True)]
+        if autocasts():
+            raise AutocastNotBatched(where="")
+        with self.lock, _without_inference():
             return self._call(*columns)
 
     def _call(self, *columns: Iterable[Any]) -> list[Any]:
@@ -144,7 +150,7 @@ class Batched:
     def report(self) -> Report:
         """What the last call did: launches, batch sizes, where its time went, what runs op by op and why."""
         apart = [*self.front.apart(), *((s.line, s.why) for s in self._captured() if s.why)]
-        return report(self.counts, apart, self.pace.ratio(self.counts.instances), self.table.native)
+        return report(self.counts, apart, self.pace.ratio(self.counts.instances), self.front.orderly, self.table.native)
 
     def _captured(self) -> list[Site]:
         return self.program.sites() if isinstance(self.program, Captured) else []
@@ -174,7 +180,7 @@ class Batched:
         if "gathers" in self.without:
             return
         for block in self.counts.batches:
-            if block.indexed or block.grad or block.compiled is None or block.compiled.layouts is None:
+            if block.indexed or block.grad or block.compiled is None or block.compiled.forward is not None:
                 continue
             gathers, kernels, places, _ = self.table.native.gathering(block.number)
             if not places or gathers + kernels < ENOUGH or gathers < WORTH * (gathers + kernels):
@@ -207,13 +213,23 @@ class Batched:
                 fibers.waits += tasks.waits
                 fibers.forks += tasks.forks
                 return results
-            if self.waits and "fibers" not in self.without:
+            if self.waits and "fibers" not in self.without and not self.front.orderly:
                 return fibers.run(_instance, len(instances), recorder.flush)
             results = [_instance(i) for i in range(len(instances))]
         if fibers.waits and not self.waits:
             self.front.version = -1  # functions that wait become generators
         self.waits = fibers.waits > 0
         return results
+
+
+@contextlib.contextmanager
+def _without_inference() -> Iterator[None]:
+    """Inference mode as no_grad: what a call keeps serves later calls in other modes."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _shared(program: Any) -> dict[int, torch.Tensor]:

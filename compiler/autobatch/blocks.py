@@ -127,7 +127,7 @@ def analyse(
     given, results, out_spec, versions, shared = _on_fakes(func, leaves, spec, places, source, name)
     written = {}
     for at, x in enumerate(given):
-        if isinstance(x, torch.Tensor) and x._version != versions[at]:
+        if version_of(x) != versions[at]:
             _refuse_write(leaves[at], at in places, name, source)
             written[at] = len(written)
     tensors = [x for x in results if isinstance(x, torch.Tensor)]
@@ -202,7 +202,7 @@ def _on_fakes(
     touched = _Touched(source)
     with disable_proxy_modes_tracing(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         given = [fake_of(x, mode) if at in places else x for at, x in enumerate(leaves)]
-        versions = [x._version if isinstance(x, torch.Tensor) else 0 for x in given]
+        versions = [version_of(x) for x in given]
         args, kwargs = tree_unflatten(given, spec)
         try:
             with without_modes(), Batchable(), touched:
@@ -211,6 +211,11 @@ def _on_fakes(
             raise DataDependentShape(op=name, why=type(why).__name__, source=source) from None
     results, out_spec = tree_flatten(made)
     return given, results, out_spec, versions, tuple(touched.real.values())
+
+
+def version_of(x: Any) -> int:
+    """How often a tensor has been written to; 0 where that is not counted, and for other data."""
+    return x._version if isinstance(x, torch.Tensor) and not x.is_inference() else 0
 
 
 def fake_of(x: Any, mode: FakeTensorMode) -> Any:

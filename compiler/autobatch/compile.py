@@ -46,14 +46,14 @@ class BakedSize(Exception):
 class Compiled:
     """A block's graphs. `forward` takes stacked arguments and shared tensors, and gives results and what the backward reads;
     `backward` takes that, numbers first, and the gradients of the results `differentiable`, and gives those of all arguments
-    and shared tensors, None for those that want none. `layouts` are the shapes, strides and dtypes of shared tensors with
-    which it runs without Python; None where it does not, and `forward` runs it.
+    and shared tensors, None for those that want none. `layouts` are the shapes, strides and dtypes of shared tensors that it
+    holds for. Without `forward` it runs without Python.
     """
 
-    forward: Run | None
+    layouts: tuple[Any, ...]
+    forward: Run | None = None
     backward: Run | None = None
     differentiable: tuple[int, ...] = ()
-    layouts: tuple[Any, ...] | None = None
 
     def save(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """What the forward gave besides results, in the order in which the backward takes it."""
@@ -83,21 +83,27 @@ def compile_block(block: Block, session: Session, native: Any | None) -> Compile
     wanting = tuple(
         k
         for k, t in enumerate((*block.inputs, *block.shared))
-        if block.grad and t.dtype.is_floating_point and (k < count or block.shared[k - count].requires_grad)
+        if block.grad
+        and (t.dtype.is_floating_point or t.dtype.is_complex)
+        and (k < count or block.shared[k - count].requires_grad)
     )
     with without_modes():
         traced, fakes, differentiable = _traced(block, wanting, (), session)
         if not wanting:
             watched = _passed(traced, "inference", session)
-            layouts = _handed_over(block, watched, session, native)
-            return Compiled(None if layouts is not None else _run(watched, session), layouts=layouts)
+            direct = _handed_over(block, watched, session, native)
+            return Compiled(layouts_of(block.shared), None if direct else _run(watched, session))
         graphs = partition(traced, fakes, session.options.recompute, num_fwd_outputs=len(block.outputs))
         watches = [_passed(gm, kind, session) for gm, kind in zip(graphs, ("forward", "backward"), strict=True)]
-        layouts = _handed_over_both(block, watches[0], watches[1], differentiable, session, native)
-        if layouts is not None:
-            return Compiled(None, layouts=layouts)
+        if _handed_over_both(block, watches[0], watches[1], differentiable, session, native):
+            return Compiled(layouts_of(block.shared))
         forward, backward = (_run(w, session) for w in watches)
-        return Compiled(forward, backward, differentiable)
+        return Compiled(layouts_of(block.shared), forward, backward, differentiable)
+
+
+def layouts_of(shared: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """What of shared tensors a compiled block relies on."""
+    return tuple((s.shape, s.stride(), s.dtype) for s in shared)
 
 
 def compile_indexed(block: Block, places: tuple[int, ...], session: Session, native: Any) -> bool:
@@ -107,7 +113,7 @@ def compile_indexed(block: Block, places: tuple[int, ...], session: Session, nat
     with without_modes():
         traced, _, _ = _traced(block, (), places, session)
         watched = _passed(traced, "inference", session)
-        return _handed_over(block, watched, session, native, places) is not None
+        return _handed_over(block, watched, session, native, places)
 
 
 def _traced(
@@ -141,19 +147,17 @@ def _traced(
     return traced, fakes, differentiable
 
 
-def _handed_over(
-    block: Block, watched: Record, session: Session, native: Any | None, places: tuple[int, ...] = ()
-) -> tuple[Any, ...] | None:
-    """The layouts of shared tensors for which `native` can run a block now; None where Python has to. Its plan has shared
+def _handed_over(block: Block, watched: Record, session: Session, native: Any | None, places: tuple[int, ...] = ()) -> bool:
+    """Whether `native` can run a block now, and Python need not. Its plan has shared
     tensors as constants, so that matrices lie in panels, which are laid out anew for each call. The arguments at `places`
     are read through ids."""
     if native is None or record.Quick is None or session.decisions.watched:
-        return None
+        return False
     graph, count = watched.graph, len(block.inputs)
     assert graph is not None
     shared = {count + len(places) + k: s.detach() for k, s in enumerate(block.shared)}
     if graph.constants or not all(s.is_contiguous() for s in shared.values()):
-        return None
+        return False
     frozen = freeze(graph, shared)
     names = {name: k for k, name in enumerate(frozen.constants)}
     try:
@@ -164,7 +168,7 @@ def _handed_over(
         outputs = _memory(found, len(block.outputs))
     except NotDirect as why:
         log.info("%s at %s runs from Python: %s", block.name, block.source, why)
-        return None
+        return False
     bases, panels = [-1] * len(shared), []
     for name, base in found.constants:
         if name in names:
@@ -173,14 +177,14 @@ def _handed_over(
             item = block.shared[names[laid.weight]].element_size()
             panels += [names[laid.weight], base, laid.layout == "k", laid.n, laid.k, item]
         else:
-            return None
+            return False
     flat = _flat(found, counts, (*found.inputs[:count], *bases), outputs, panels)
     if places:
         rows = dict(zip(places, found.inputs[count:], strict=False))
         native.indexed(block.number, flat, tuple(rows.get(k, -1) for k in range(count)), heights)
     else:
         native.direct(block.number, flat)
-    return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
+    return True
 
 
 def _handed_over_both(
@@ -190,10 +194,10 @@ def _handed_over_both(
     differentiable: tuple[int, ...],
     session: Session,
     native: Any | None,
-) -> tuple[Any, ...] | None:
+) -> bool:
     """Like `_handed_over`, for a block that gradients go through: `native` runs its backward, too."""
     if native is None or record.Quick is None or session.decisions.watched:
-        return None
+        return False
     try:
         found = []
         for watched in (forward, backward):
@@ -217,7 +221,7 @@ def _handed_over_both(
         gradients = [g for k, r in enumerate(second.results) for g in _gradient(block, k, r, numbers + len(saved))]
     except NotDirect as why:
         log.info("%s at %s runs from Python: %s", block.name, block.source, why)
-        return None
+        return False
     native.trained(
         block.number,
         _flat(first, counts[0], first.inputs, outputs, ()),
@@ -226,7 +230,7 @@ def _handed_over_both(
         tuple(x for pair in tangents for x in pair),
         tuple(x for entry in gradients for x in entry),
     )
-    return tuple((s.shape, s.stride(), s.dtype) for s in block.shared)
+    return True
 
 
 def _flat(

@@ -518,6 +518,11 @@ class _Inline(ast.NodeTransformer):
             reader = _Reader(self.cutter)
             value = reader.visit(copy.deepcopy(node))
             return self.cutter.cut(reader, [], [value], node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):  # a method is no value of its own
+            node.func.value = self.visit(node.func.value)
+            node.args = [self.visit(a) for a in node.args]
+            node.keywords = [self.visit(k) for k in node.keywords]
+            return self.cutter.resolved(node)
         made = super().generic_visit(node)
         return self.cutter.resolved(made) if isinstance(made, ast.Call) else made
 

@@ -59,7 +59,11 @@ def _real(execution: Execution, pending: list[Pending]) -> dict[int, torch.Tenso
     """The real tensors of pending ones, by their ids."""
     values = list({x.id: x for x in pending}.values())
     sources = execution.sources()
-    real = _Joined.apply(execution, values, *sources) if sources and values else execution.values(values)
+    if sources and values:
+        with torch.enable_grad():  # the program may have recorded gradients where its caller does not
+            real = _Joined.apply(execution, values, *sources)
+    else:
+        real = execution.values(values)
     return {v.id: t for v, t in zip(values, real, strict=True)}
 
 

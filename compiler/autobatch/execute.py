@@ -21,7 +21,7 @@ import torch
 from ...runtime.native import raise_status
 from ...runtime.ops import ROW_OUT_OF_RANGE
 from .blocks import Block
-from .compile import Compiled, Substitute
+from .compile import Compiled, Substitute, layouts_of
 from .fuse import Derived
 from .report import Counts
 from .values import INTEGER, REAL, Pending, Type
@@ -219,11 +219,13 @@ class Execution:
         if held is not None and held[0] is block.compiled:
             return True
         self.compile(block)
-        if block.compiled is None or block.compiled.layouts is None:
+        if block.compiled is None:
             return False
         shared = self.shared(block)
-        if tuple((s.shape, s.stride(), s.dtype) for s in shared) != block.compiled.layouts:
+        if layouts_of(shared) != block.compiled.layouts:
             block.compiled = None  # it is compiled anew for what they are like now
+            return False
+        if block.compiled.forward is not None:
             return False
         self.table.shared(block.number, tuple(s.data_ptr() for s in shared))
         # with memory of their own for the backward: a parameter may be given other memory (`p.data = …`) before it

@@ -20,6 +20,7 @@ from .source import NoSource, function_of, source_of, with_inner
 from .values import Pending, item
 from .yields import DRIVE, ITEM, PENDING, TYPE, Yields
 
+_ENDS = frozenset(["next", "__next__", "StopIteration"])
 # what generators refer to
 YIELDED = {PENDING: Pending, TYPE: type, ITEM: item, DRIVE: driven}
 
@@ -33,7 +34,7 @@ class Front:
     def __init__(self, seen: Seen, without: frozenset[str] = frozenset()) -> None:
         self.seen = seen
         self.without = without
-        self.version = -1
+        self.version = self.decided = -1
         self.size = -1, -1  # of `holds`, and of what blocks have taken as arguments
         self.watched = Watched([])  # data that blocks may have been traced with
         self.cells: dict[tuple[types.FunctionType, int], tuple[str, types.CellType]] = {}
@@ -41,6 +42,7 @@ class Front:
         self.holds: list[tuple[Any, str, Any]] = []  # what cut code relies on: (object, attribute, what it holds)
         self.blocks: dict[Any, Site] = {}
         self.generates = "fibers" not in without  # functions that wait are generators
+        self.orderly = ""  # why instances do not take turns at waits
 
     def entry(self, program: Any) -> Callable[..., Any]:
         """What to call in place of the program."""
@@ -50,6 +52,11 @@ class Front:
         if self.version != self.seen.version or changed:
             self.version, self.cells, self.holds = self.seen.version, {}, []
         found = function_of(program)
+        if self.version != self.decided and found is not None:
+            self.decided = self.version
+            self.orderly = self.seen.keeps_order(found[0].__code__, bound=found[1] is not None) if self.seen.demands else ""
+            # a generator cannot let an iterator's end pass through
+            self.generates = self.generates and not any(_ENDS.intersection(c.co_names) for c in self.seen.demands)
         cut = found is not None and self.seen.ops and "blocks" not in self.without
         name = self._cut(*found, entry=True) if found is not None and cut else None
         if changed and isinstance(program, Captured):
@@ -69,7 +76,12 @@ class Front:
         """Whether what `entry` gave is a generator."""
         found = function_of(program)
         cut = found is not None and (found[0], id(found[1])) in self.cells
-        return self.generates and cut and found is not None and found[0].__code__ in self.seen.demands
+        return self.takes_turns and cut and found is not None and found[0].__code__ in self.seen.demands
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether functions that wait become generators."""
+        return self.generates and not self.orderly
 
     def use_fibers(self) -> None:
         """Functions that wait are plain ones from now on: somebody waits where no generator can."""
@@ -120,7 +132,7 @@ class Front:
 
         cutter = Cutter(source, bound, self.seen, callee, name.strip("_"), self.without)
         tree = cutter.run(phases=entry and "phases" not in self.without)
-        if self.generates:
+        if self.takes_turns:
             own = function.__code__ in self.seen.demands
             tree = Yields(cutter.waiting, cutter.fresh, own=own).run(tree)
             used |= {n: types.CellType(x) for n, x in YIELDED.items()}

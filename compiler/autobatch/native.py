@@ -27,6 +27,7 @@ FUNCTIONS = (  # torch's, which native code calls: (library, name)
     ("c10", "_ZN3c108GradMode11set_enabledEb"),  # c10::GradMode::set_enabled(bool)
     ("torch_cpu", "_ZN2at4impl22PythonTorchFunctionTLS18get_disabled_stateEv"),  # at::impl::PythonTorchFunctionTLS
     ("torch_cpu", "_ZN2at4impl22PythonTorchFunctionTLS18set_disabled_stateENS0_26TorchFunctionDisabledStateE"),
+    ("torch_cpu", "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE"),
 )
 
 

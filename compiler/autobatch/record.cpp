@@ -77,7 +77,7 @@ PyObject* state_new(PyTypeObject* type, PyObject* args, PyObject*) {
   s->same = new std::vector<Same>;
   s->kept = new std::vector<Kept>;
   s->memory = new std::vector<char*>;
-  s->lifted = new std::unordered_map<PyObject*, PyObject*>;
+  s->lifted = new std::unordered_map<PyObject*, Lifted>;
   s->waiting = PyDict_New();
   s->wanting = PyList_New(0);
   s->shared = Py_NewRef(Py_None);
@@ -86,11 +86,11 @@ PyObject* state_new(PyTypeObject* type, PyObject* args, PyObject*) {
 }
 
 void forget_lifted(State* s) {
-  std::unordered_map<PyObject*, PyObject*> gone;
+  std::unordered_map<PyObject*, Lifted> gone;
   gone.swap(*s->lifted);
-  for (auto [tensor, value] : gone) {
+  for (auto& [tensor, found] : gone) {
     Py_DECREF(tensor);
-    Py_DECREF(value);
+    Py_DECREF(found.value);
   }
 }
 
@@ -187,6 +187,8 @@ PyObject* state_pending(PyObject* self, PyObject* args) {
 bool (*grad_enabled)() = nullptr;  // torch's own: whether gradients are recorded in this thread
 int (*get_disabled)() = nullptr;  // torch's own: whether overrides of its API are off in this thread
 void (*set_disabled)(int) = nullptr;
+bool (*autocasts)(int8_t) = nullptr;  // torch's own: whether autocast is on for a type of devices
+constexpr int8_t CPU = 0, CUDA = 1;   // as c10::DeviceType
 constexpr int ALL_DISABLED = 2;
 
 PyObject* names[4];  // of attributes: shape, dtype, device, requires_grad
@@ -208,33 +210,36 @@ int same_attribute(PyObject* tensor, PyObject* type, Name name) {
   return same;
 }
 
+// Notes a tensor that wants a gradient, the first time that gradients are recorded; false with an error set.
+bool ask(State* s, PyObject* tensor, Lifted& found) {
+  if (found.asked || !grad_enabled()) return true;
+  found.asked = true;
+  auto* h = reinterpret_cast<Handle*>(found.value);
+  PyObject* wants = PyObject_GetAttr(tensor, names[REQUIRES_GRAD]);
+  PyObject* entry = wants == Py_True ? Py_BuildValue("OOL", tensor, h->type, h->id) : nullptr;
+  const bool noted = entry != nullptr ? PyList_Append(s->wanting, entry) == 0 : wants != nullptr && wants != Py_True;
+  Py_XDECREF(entry);
+  Py_XDECREF(wants);
+  return noted;
+}
+
 // The value of a real tensor, made where it is the first time: a new reference.
 PyObject* lift(State* s, PyObject* cls, PyObject* tensor, PyObject* type) {
-  if (const auto found = s->lifted->find(tensor); found != s->lifted->end()) return Py_NewRef(found->second);
+  if (const auto found = s->lifted->find(tensor); found != s->lifted->end())
+    return ask(s, tensor, found->second) ? Py_NewRef(found->second.value) : nullptr;
   PyObject* id = PyLong_FromLongLong(s->next_id);
   PyObject* same = PyDict_GetItemWithError(s->waiting, type);
   if (same == nullptr && !PyErr_Occurred() && (same = PyDict_New()) != nullptr) {
     PyDict_SetItem(s->waiting, type, same);
     Py_DECREF(same);
   }
-  if (id == nullptr || same == nullptr || PyErr_Occurred() || PyDict_SetItem(same, id, tensor) != 0) {
-    Py_XDECREF(id);
-    return nullptr;
-  }
-  if (grad_enabled()) {
-    PyObject* wants = PyObject_GetAttr(tensor, names[REQUIRES_GRAD]);
-    PyObject* entry = wants == Py_True ? PyTuple_Pack(3, tensor, type, id) : nullptr;
-    if (entry != nullptr) PyList_Append(s->wanting, entry);
-    Py_XDECREF(entry);
-    Py_XDECREF(wants);
-  }
-  Py_DECREF(id);
-  if (PyErr_Occurred()) return nullptr;
-  PyObject* value = handle_made(reinterpret_cast<PyTypeObject*>(cls), s, type, s->next_id, 0, 0);
+  const bool waits = id != nullptr && same != nullptr && !PyErr_Occurred() && PyDict_SetItem(same, id, tensor) == 0;
+  Py_XDECREF(id);
+  PyObject* value = waits ? handle_made(reinterpret_cast<PyTypeObject*>(cls), s, type, s->next_id, 0, 0) : nullptr;
   if (value == nullptr) return nullptr;
   s->next_id++;
-  s->lifted->emplace(Py_NewRef(tensor), Py_NewRef(value));
-  return value;
+  Lifted& made = s->lifted->emplace(Py_NewRef(tensor), Lifted{value, false}).first->second;
+  return ask(s, tensor, made) ? Py_NewRef(value) : nullptr;
 }
 
 // lift(class, tensor, type) -> its value; in the absence of overrides of torch's API.
@@ -246,8 +251,8 @@ PyObject* state_lift(PyObject* self, PyObject* args) {
 
 // The value of a real tensor where it is of this type and not shared; null, with or without an error set, where it is not.
 PyObject* lift_as(State* s, PyObject* cls, PyObject* tensor, PyObject* type) {
-  if (const auto found = s->lifted->find(tensor); found != s->lifted->end())
-    return reinterpret_cast<Handle*>(found->second)->type == type ? Py_NewRef(found->second) : nullptr;
+  if (const auto found = s->lifted->find(tensor); found != s->lifted->end() && (found->second.asked || !grad_enabled()))
+    return reinterpret_cast<Handle*>(found->second.value)->type == type ? Py_NewRef(found->second.value) : nullptr;
   const Plainly plainly;
   if (s->shared != Py_None) {
     PyObject* address = PyLong_FromVoidPtr(tensor);
@@ -437,7 +442,7 @@ PyObject* quick_call(PyObject* self, PyObject* const* args, size_t nargsf, PyObj
   auto* q = reinterpret_cast<Quick*>(self);
   State* s = current;
   const size_t count = PyVectorcall_NARGS(nargsf);
-  if (s != nullptr && kwnames == nullptr && count <= MOST) {
+  if (s != nullptr && kwnames == nullptr && count <= MOST && !autocasts(CPU) && !autocasts(CUDA)) {
     int grad = -1;
     for (const Version& v : *q->versions) {
       if (v.kinds.size() != count || !fits(q, v, args)) continue;
@@ -646,14 +651,15 @@ PyObject* rebuild(PyObject*, PyObject* args) {
 }
 
 // begin(addresses of torch's functions that tell, and set, whether gradients are recorded, and whether overrides of its API
-// are off), before anything else.
+// are off, and of the one that tells whether autocast is on), before anything else.
 PyObject* begin(PyObject*, PyObject* args) {
-  unsigned long long grad, set_grad, disabled, set;
-  if (!PyArg_ParseTuple(args, "KKKK", &grad, &set_grad, &disabled, &set)) return nullptr;
+  unsigned long long grad, set_grad, disabled, set, casts;
+  if (!PyArg_ParseTuple(args, "KKKKK", &grad, &set_grad, &disabled, &set, &casts)) return nullptr;
   grad_enabled = reinterpret_cast<bool (*)()>(grad);
   begin_tasks(grad_enabled, reinterpret_cast<void (*)(bool)>(set_grad));
   get_disabled = reinterpret_cast<int (*)()>(disabled);
   set_disabled = reinterpret_cast<void (*)(int)>(set);
+  autocasts = reinterpret_cast<bool (*)(int8_t)>(casts);
   Py_RETURN_NONE;
 }
 

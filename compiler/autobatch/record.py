@@ -16,8 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ...errors import SharedWrite
-from .blocks import Block, Hoisted, Outcome, analyse, block_of, without_modes
+from ...errors import AutocastNotBatched, SharedWrite, TensorNotBatched
+from .blocks import Block, Hoisted, Outcome, analyse, block_of, version_of, without_modes
 from .constants import CONSTANTS
 from .deliver import deliver
 from .execute import Execution
@@ -58,6 +58,22 @@ DEMANDS = {
         "__reduce_ex__",
     ]
 } | {torch.equal, torch.allclose, torch.is_nonzero}
+
+
+_DENSE = (torch.Tensor, nn.Parameter)
+
+
+def autocasts() -> bool:
+    """Whether ops choose their own dtypes in this thread."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def _check_dense(x: torch.Tensor) -> None:
+    """Raise TensorNotBatched for what has no rows."""
+    if type(x) not in _DENSE:
+        raise TensorNotBatched(what=f"class {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_quantized:
+        raise TensorNotBatched(what=f"layout {x.layout}" if not x.is_quantized else "a quantized dtype")
 
 
 def current() -> Recorder:
@@ -268,12 +284,17 @@ class Recorder(TorchFunctionMode):
             self.seen.note(self._stack(), demand=True)
             args, kwargs = tree_map(self.known, (args, kwargs))
             return func(*args, **kwargs)
+        if autocasts():
+            raise AutocastNotBatched(where=f" at {source or user_line()}")
         leaves, spec = tree_flatten((args, kwargs))
         leaves = [self._plain(x) for x in leaves]
         tensors = [at for at, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         places = [at for at in tensors if type(leaves[at]) is Pending or not self.is_shared(leaves[at])]
         if not places:
             return self._apart(func, args, kwargs, leaves, spec, bool(tensors), noted=bool(source))
+        for at in places:
+            if type(leaves[at]) is not Pending:
+                _check_dense(leaves[at])
         if not source:  # where a block is called is no place of an op
             self.seen.note(self._stack(), demand=False)
         grad = torch.is_grad_enabled()
@@ -326,10 +347,10 @@ class Recorder(TorchFunctionMode):
                 return self.derived[key]
         except TypeError:
             key = None
-        versions = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor)]
+        versions = [(x, version_of(x)) for x in leaves if isinstance(x, torch.Tensor)]
         made = func(*args, **kwargs)
         for x, version in versions:
-            if x._version != version:
+            if version_of(x) != version:
                 raise SharedWrite(op=getattr(func, "__name__", str(func)), what="a shared tensor", source=user_line())
         numbers = any(type(x) in (int, float, slice) for x in leaves)  # which another instance may have otherwise
         for x in tree_flatten(made)[0]:
@@ -437,7 +458,7 @@ class Recorder(TorchFunctionMode):
         if of_instance:
             return x.type if type(x) is Pending else Type.of(x)
         if isinstance(x, torch.Tensor):
-            return "shared", id(x), x.requires_grad
+            return "shared", id(x), x.requires_grad, x.dtype, x.shape, x.device
         if type(x) is slice:
             return "slice", x.start, x.stop, x.step
         return type(x), repr(x) if isinstance(x, float) else x

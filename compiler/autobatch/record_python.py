@@ -113,10 +113,11 @@ class State:
             value = self.pending(cls, type, self.next_id, 0, 0)
             self.next_id += 1
             self.waiting.setdefault(type, {})[value.id] = tensor
-            if tensor.requires_grad and torch.is_grad_enabled():
-                self.wanting.append((tensor, type, value.id))
             self.lifted[id(tensor)] = tensor, value
-        return self.lifted[id(tensor)][1]
+        value = self.lifted[id(tensor)][1]
+        if tensor.requires_grad and torch.is_grad_enabled() and not any(t is tensor for t, _, _ in self.wanting):
+            self.wanting.append((tensor, type, value.id))
+        return value
 
     def end(self) -> bool:
         """Whether no pending tensor is left: nobody counts them here."""

@@ -51,12 +51,14 @@ class Row:
 @dataclass(frozen=True)
 class Report:
     """One call. `apart` says of functions and places why they are not cut into blocks but run op by op. `ratio` says how
-    many times as fast batches of this size are as their instances one by one; None where that is not known."""
+    many times as fast batches of this size are as their instances one by one; None where that is not known. `orderly` says
+    why instances wait one after the other; empty where they take turns."""
 
     counts: Counts
     rows: tuple[Row, ...]
     apart: tuple[tuple[str, str], ...]
     ratio: float | None = None
+    orderly: str = ""
 
     def __str__(self) -> str:
         c, s = self.counts, self.counts.seconds
@@ -73,18 +75,20 @@ class Report:
         width = max((len(r.source) for r in self.rows), default=0)
         lines += [f"  {r.source:<{width}}  {r.launches:4d} x {r.mean_batch:7.1f}  {r.name}: {r.runs}" for r in self.rows]
         lines += [f"  op by op: {what}: {why}" for what, why in self.apart]
+        if self.orderly:
+            lines.append(f"  instances wait one after the other: {self.orderly}")
         if self.ratio is not None:
             lines.append(f"  {self.ratio:.1f} times as fast as one by one")
         return "\n".join(lines)
 
 
-def report(counts: Counts, apart: Sequence[tuple[str, str]], ratio: float | None, native: Any) -> Report:
+def report(counts: Counts, apart: Sequence[tuple[str, str]], ratio: float | None, orderly: str, native: Any) -> Report:
     """The report of a call that has ended; `native` is the table of blocks."""
     rows = [
         Row(_short(block.source), block.name, len(sizes), sum(sizes) / len(sizes), _how(block, native))
         for block, sizes in counts.batches.items()
     ]
-    return Report(counts, tuple(sorted(rows, key=lambda r: (r.source, r.name))), tuple(apart), ratio)
+    return Report(counts, tuple(sorted(rows, key=lambda r: (r.source, r.name))), tuple(apart), ratio, orderly)
 
 
 # where a block was compiled a second way, as `way_of` of launch.cpp

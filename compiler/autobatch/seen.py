@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import dataclasses
 import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from .source import NoSource, Place, parse, place_in, place_of, with_inner
 
 Frame = tuple[types.CodeType, int, dict[str, Any]]  # code, instruction, globals
 
+_CHANGES = frozenset(
+    ["append", "extend", "insert", "pop", "popitem", "remove", "clear", "update", "setdefault", "add", "discard", "reverse",
+     "sort"]
+)  # fmt: skip
 _HARMLESS = frozenset(
     [
         "len",
@@ -116,6 +121,20 @@ class Seen:
                 holds = False
             self._separate[key] = found = self.version, holds
         return found[1]
+
+    def keeps_order(self, code: types.CodeType, *, bound: bool) -> str:
+        """Why instances of a program must not take turns at waits: what it was found to write that they all see. `bound`:
+        its first parameter is one object for all."""
+        found: dict[tuple[types.CodeType, bool], str] = {}
+
+        def look(code: types.CodeType, bound: bool, outer: frozenset[str], *, entry: bool = False) -> str:
+            if (code, bound) not in found:
+                found[code, bound] = ""  # while it is being decided
+                with contextlib.suppress(NoSource):
+                    found[code, bound] = _Writes(self, code, parse(code), bound, outer, entry, look).first()
+            return found[code, bound]
+
+        return look(code, bound, frozenset(), entry=True)
 
     def _decide(self, code: types.CodeType, of_module: bool) -> bool:
         if not self.demands.isdisjoint(with_inner(code)):
@@ -224,6 +243,53 @@ class _Separate(_Straight):
         return demanded or super().is_harmless_call(n)
 
 
+class _Writes(_Straight):
+    """Looks for writes to what other instances see as well, between which they must not take turns. `outer` are names of
+    functions around it that are called once an instance."""
+
+    def __init__(
+        self,
+        seen: Seen,
+        code: types.CodeType,
+        tree: ast.FunctionDef,
+        bound: bool,
+        outer: frozenset[str],
+        entry: bool,
+        look: Callable[..., str],
+    ) -> None:
+        super().__init__(seen, code, tree, bound)
+        self.locals |= outer
+        self.entry, self.look = entry, look
+
+    def first(self) -> str:
+        """What was found first, in words; empty for nothing."""
+        return next((why for s in self.tree.body for n in ast.walk(s) if (why := self.why(n))), "")
+
+    def why(self, n: ast.AST) -> str:
+        match n:
+            case ast.Global(names=names):
+                return f"it writes to {names[0]}, which all instances see"
+            case ast.Nonlocal(names=names) if self.entry:
+                return f"it writes to {names[0]}, which all instances see"
+            case ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()) if self.is_seen_by_all(n.value):
+                return f"it writes to {ast.unparse(n)}, which all instances see"
+            case ast.Call(func=ast.Attribute(attr=attr, value=value)) if attr in _CHANGES and self.is_seen_by_all(value):
+                return f"it changes {ast.unparse(value)}, which all instances see"
+            case ast.Call():
+                own = bool(self.owner) and self.root(n.func) == self.owner
+                callees = self.seen.callees(self.code, place_of(n))
+                inner = with_inner(self.code)
+                return next((w for c in callees if (w := self.look(c, own, self.locals if c in inner else frozenset()))), "")
+        return ""
+
+    def is_seen_by_all(self, n: ast.expr) -> bool:
+        """Whether an expression stands for the program's own object, a part of it, or something global."""
+        while isinstance(n, ast.Subscript | ast.Attribute):
+            n = n.value
+        name = n.id if isinstance(n, ast.Name) else ""
+        return bool(name) and (name == self.owner or name not in self.locals)
+
+
 def is_code(x: object) -> bool:
     """Whether an object is a module, a function or a class, or a torch op: nothing with data that may change."""
     plain = isinstance(x, types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type)
@@ -235,7 +301,7 @@ def stack_of(frame: Any, foreign: tuple[str, ...]) -> list[Frame]:
     `foreign` are folders whose code is not theirs, of which the first is this package's."""
     found = []
     while frame is not None and not (
-        frame.f_code.co_name in ("_instance", "_all_ready") and frame.f_code.co_filename.startswith(foreign[0])
+        frame.f_code.co_name in ("_instance", "_resumed_all") and frame.f_code.co_filename.startswith(foreign[0])
     ):
         name = frame.f_code.co_filename
         if not name.startswith(foreign) and not name.startswith("<"):

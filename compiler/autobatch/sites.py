@@ -72,7 +72,8 @@ class Site:
         alone = not any(isinstance(x, torch.Tensor) and not recorder.is_shared(x) for x in leaves)
         many = len(self.keys) > LIFTED_AFTER or alone  # with numbers alone, they are what differs between instances
         recorder.last = None
-        if many and self.lifts and any(type(a) in (int, float) for a in args):
+        wide = any(type(a) is float for a in args) and _is_wide(leaves)  # lifted numbers are float32
+        if many and self.lifts and not wide and any(type(a) in (int, float) for a in args):
             try:
                 given = tuple(recorder.number(a) if type(a) in (int, float) else a for a in args)
                 made = recorder.apply(self.fn, given, {}, self.line)
@@ -110,6 +111,13 @@ class Site:
         hoisted = before and (before.block.number, len(before.block.outputs), before.places, before.kept)
         self.quick.add(torch.is_grad_enabled(), block.number, kinds, block.outputs, views, order, single, hoisted)
         self.cell.cell_contents = self.quick
+
+
+def _is_wide(leaves: list[Any]) -> bool:
+    """Whether there is a tensor of double precision among arguments or in their modules."""
+    dtypes = {x.dtype for x in leaves if isinstance(x, torch.Tensor)}
+    dtypes |= {p.dtype for m in leaves if isinstance(m, nn.Module) for p in (*m.parameters(), *m.buffers())}
+    return not dtypes.isdisjoint((torch.float64, torch.complex128)) or torch.get_default_dtype() is torch.float64
 
 
 PENDING, SAME, EQUAL, NUMBER, REAL = range(5)  # as `How` of record.cpp

@@ -145,6 +145,12 @@ struct Table {
   long long trials, by_depth, by_agenda;  // of schedulers, and the launches that they gave
 };
 
+// The value of a real tensor. `asked`: whether it wants a gradient, while gradients were recorded.
+struct Lifted {
+  PyObject* value;
+  bool asked;
+};
+
 // What a call has recorded since it was last scheduled, and where its values are.
 struct State {
   PyObject_HEAD
@@ -162,7 +168,7 @@ struct State {
   std::vector<int64_t>*integer_ids, *integers, *real_ids;
   std::vector<double>* reals;
   std::vector<Same>* same;       // by block
-  std::unordered_map<PyObject*, PyObject*>* lifted;  // real tensors and their values
+  std::unordered_map<PyObject*, Lifted>* lifted;  // by real tensor
   PyObject* waiting;  // {type: {id: real tensor}} of those that are not in their pool yet
   PyObject* wanting;  // [(real tensor, type, id)] of those that want a gradient
   PyObject* shared;   // {address of a tensor that all instances share: that tensor}, or None

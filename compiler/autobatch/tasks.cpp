@@ -68,6 +68,7 @@ void clear(Tasks* t) {
       task = parent != nullptr && --parent->left == 0 ? parent : nullptr;
     }
   PyErr_Restore(type, error, trace);
+  set_grad_enabled(t->grad != 0);  // what was closed may have set it
 }
 
 PyObject* tasks_new(PyTypeObject* type, PyObject* args, PyObject*) {
@@ -102,6 +103,40 @@ bool begin_task(Tasks* t, PyObject* fn, PyObject* args, Task* parent, Py_ssize_t
   return true;
 }
 
+// The error that is set, as an object that has its traceback.
+PyObject* error_set() {
+  PyObject *type, *error, *trace;
+  PyErr_Fetch(&type, &error, &trace);
+  PyErr_NormalizeException(&type, &error, &trace);
+  if (trace != nullptr) PyException_SetTraceback(error, trace);
+  Py_XDECREF(type);
+  Py_XDECREF(trace);
+  return error;
+}
+
+// The call in a slot of a task has failed: of several errors the task gets that of the first slot.
+void failed(Task* task, Py_ssize_t slot) {
+  PyObject* error = error_set();
+  if (task->error == nullptr || slot < task->failed) {
+    Py_XSETREF(task->error, error);
+    task->failed = slot;
+  } else {
+    Py_DECREF(error);
+  }
+}
+
+// Notes at the error that is set which instance it is of.
+void note(Py_ssize_t instance) {
+  PyObject *type, *error, *trace;
+  PyErr_Fetch(&type, &error, &trace);
+  PyErr_NormalizeException(&type, &error, &trace);
+  PyObject* noted = PyObject_CallMethod(error, "add_note", "N",
+                                        PyUnicode_FromFormat("plait.autobatch: this was raised in instance %zd", instance));
+  if (noted == nullptr) PyErr_Clear();
+  Py_XDECREF(noted);
+  PyErr_Restore(type, error, trace);
+}
+
 // ((function, arguments), …): what a task wants to run side by side.
 bool fork(Tasks* t, Task* task, PyObject* calls) {
   t->forks++;
@@ -116,9 +151,12 @@ bool fork(Tasks* t, Task* task, PyObject* calls) {
   for (Py_ssize_t i = count - 1; i >= 0; i--) {
     PyObject* call = PyTuple_GET_ITEM(calls, i);
     if (begin_task(t, PyTuple_GET_ITEM(call, 0), PyTuple_GET_ITEM(call, 1), task, i)) continue;
-    task->left -= i + 1;
-    if (task->left == 0) t->waiting->push_back(task);  // so that it is ended
-    return false;
+    failed(task, i);
+    task->left--;
+  }
+  if (task->left == 0) {
+    Py_CLEAR(task->results);
+    t->ready->emplace_back(task, nullptr);
   }
   return true;
 }
@@ -130,31 +168,11 @@ bool ended(Tasks* t, Task* task, PyObject* value) {
   end_task(task);
   if (parent == nullptr) {
     if (value != nullptr) return PyList_SetItem(t->results, slot, value) == 0;
-    PyObject *type, *error, *trace;
-    PyErr_Fetch(&type, &error, &trace);
-    PyErr_NormalizeException(&type, &error, &trace);
-    PyObject* noted = PyObject_CallMethod(error, "add_note", "N",
-                                          PyUnicode_FromFormat("plait.autobatch: this was raised in instance %zd", slot));
-    Py_XDECREF(noted);
-    PyErr_Restore(type, error, trace);
+    note(slot);
     return false;
   }
-  if (value != nullptr) {
-    PyTuple_SET_ITEM(parent->results, slot, value);
-  } else {
-    PyObject *type, *error, *trace;
-    PyErr_Fetch(&type, &error, &trace);
-    PyErr_NormalizeException(&type, &error, &trace);
-    if (trace != nullptr) PyException_SetTraceback(error, trace);
-    Py_XDECREF(type);
-    Py_XDECREF(trace);
-    if (parent->error == nullptr || slot < parent->failed) {
-      Py_XSETREF(parent->error, error);
-      parent->failed = slot;
-    } else {
-      Py_DECREF(error);
-    }
-  }
+  if (value != nullptr) PyTuple_SET_ITEM(parent->results, slot, value);
+  else failed(parent, slot);
   if (--parent->left == 0) {
     PyObject* found = std::exchange(parent->results, nullptr);
     if (parent->error != nullptr) Py_CLEAR(found);
@@ -235,6 +253,7 @@ PyObject* tasks_start(PyObject* self, PyObject* args) {
   for (Py_ssize_t i = 0; i < count; i++) PyList_SET_ITEM(t->results, i, Py_NewRef(Py_None));
   for (Py_ssize_t i = count - 1; i >= 0; i--)
     if (!begin_task(t, program, PyList_GET_ITEM(instances, i), nullptr, i)) {
+      note(i);
       clear(t);
       return nullptr;
     }

@@ -23,15 +23,19 @@ class Tasks:
         """Run the program for all instances. What one raises ends the others."""
         tasks = record.Tasks(self.state)
         try:
-            asked = tasks.start(program, instances)
-            while asked:
-                self.flush()
-                self.waits += len(asked)
-                asked = tasks.resume(self.numbers(asked))
+            self._resumed_all(tasks, program, instances)
         finally:
             tasks.close()
         self.forks = tasks.forks
         return tasks.results
+
+    def _resumed_all(self, tasks: Any, program: Any, instances: Any) -> None:
+        """Where the user's frames begin (`seen.stack_of`)."""
+        asked = tasks.start(program, instances)
+        while asked:
+            self.flush()
+            self.waits += len(asked)
+            asked = tasks.resume(self.numbers(asked))
 
 
 def drive(generator: Generator[Any, Any, Any], wait: Callable[[Any], Any]) -> Any:

@@ -60,7 +60,10 @@ class Yields(ast.NodeTransformer):
             if name in _NUMBERS and len(node.args) == 1 and free and not isinstance(node.args[0], ast.Starred):
                 node.args = [self.waits(node.args[0])]
         elif isinstance(node.func, ast.Attribute) and node.func.attr == "item" and not node.args and free:
-            return _at(ast.Call(_load(ITEM), [self.waits(node.func.value)], []), node)
+            name = self.fresh("w")
+            number = ast.Call(_load(ITEM), [ast.Yield(_load(name))], [])
+            own = ast.Call(ast.Attribute(_load(name), "item", ast.Load()), [], [])
+            return _at(ast.IfExp(self.is_pending(name, node.func.value), number, own), node)
         return node
 
     def visit_If(self, node: ast.If) -> ast.AST:
@@ -76,20 +79,35 @@ class Yields(ast.NodeTransformer):
         return self.tested(node)
 
     def tested(self, node: Any) -> ast.AST:
+        test, node.test = node.test, ast.Constant(True)
         self.generic_visit(node)
-        node.test = self.waits(node.test)
+        node.test = self.truth(test)
         return node
+
+    def truth(self, node: Any) -> Any:
+        """An expression of which only the truth is asked for."""
+        if isinstance(node, ast.BoolOp):
+            node.values = [self.truth(v) for v in node.values]
+            return node
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            node.operand = self.truth(node.operand)
+            return node
+        return self.waits(self.visit(node))
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
-        self.generic_visit(node)
-        node.values = [*map(self.waits, node.values[:-1]), node.values[-1]]
-        return node
+        """`a or b` gives one of its operands, whose truth was asked for: w if truth(w := a) else b."""
+        if not self.own or self.apart:
+            return self.generic_visit(node)
+        *before, made = [self.visit(v) for v in node.values]
+        for value in reversed(before):
+            name = self.fresh("w")
+            test = self.waits(ast.NamedExpr(ast.Name(name, ast.Store()), value))
+            kept = _load(name)
+            made = ast.IfExp(test, kept, made) if isinstance(node.op, ast.Or) else ast.IfExp(test, made, kept)
+        return _at(made, node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
-        self.generic_visit(node)
-        if isinstance(node.op, ast.Not):
-            node.operand = self.waits(node.operand)
-        return node
+        return self.truth(node) if isinstance(node.op, ast.Not) else self.generic_visit(node)
 
     def waits(self, node: Any) -> Any:
         """The expression, or what it holds once that is computed."""
@@ -99,9 +117,13 @@ class Yields(ast.NodeTransformer):
         if plain or not self.own or self.apart:
             return node
         name = self.fresh("w")
+        return _at(ast.IfExp(self.is_pending(name, node), ast.Yield(_load(name)), _load(name)), node)
+
+    @staticmethod
+    def is_pending(name: str, node: Any) -> ast.Compare:
+        """Whether an expression, which is named, gives a pending tensor."""
         kind = ast.Call(_load(TYPE), [ast.NamedExpr(ast.Name(name, ast.Store()), node)], [])
-        test = ast.Compare(kind, [ast.Is()], [_load(PENDING)])
-        return _at(ast.IfExp(test, ast.Yield(_load(name)), _load(name)), node)
+        return ast.Compare(kind, [ast.Is()], [_load(PENDING)])
 
 
 def _load(name: str) -> ast.Name:

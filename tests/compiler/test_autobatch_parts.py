@@ -14,7 +14,7 @@ import pytest
 import torch
 from plait.compiler.autobatch import api
 from plait.compiler.autobatch.switches import SWITCHES
-from plait.errors import RegionNotBatched, UnknownSwitch
+from plait.errors import AutocastNotBatched, RegionNotBatched, TensorNotBatched, UnknownSwitch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -568,6 +568,214 @@ def test_waiting_for_numbers_of_any_kind(dtype: torch.dtype) -> None:
     batched = plait.autobatch(program, compile_after=None, without=("opt-out",))
     for _ in range(4):
         check(batched, program, [torch.full((3,), float(k)) for k in range(5)], [3, 1, 0, 2, 4])
+
+
+# -- what a program may do ------------------------------------------------------------------------------------------------
+
+
+def alone(program: Callable[..., Any], *columns: list[Any]) -> list[Any]:
+    return [program(*given) for given in zip(*columns, strict=True)]
+
+
+def agree(program: Callable[..., Any], make: Callable[[], tuple[list[Any], ...]], calls: int = 7) -> plait.Batched:
+    batched = plait.autobatch(program, without=("opt-out",))
+    for _ in range(calls):
+        columns = make()
+        torch.testing.assert_close(batched(*columns), alone(program, *columns), rtol=1e-5, atol=1e-5)
+    return batched
+
+
+def test_a_batched_program_within_another_one() -> None:
+    cell = nn.Linear(8, 8)
+    inner = plait.autobatch(lambda x: torch.tanh(cell(x)), without=("opt-out",))
+
+    def program(x: Tensor) -> Tensor:
+        h = x * 2
+        a, b = inner([h, x])
+        return a - b
+
+    agree(program, lambda: (vectors(4),))
+    xs = [x.requires_grad_() for x in vectors(4)]
+    batched = plait.autobatch(program, without=("opt-out",))
+    for _ in range(5):
+        got = torch.autograd.grad(torch.stack(batched(xs)).sum(), [cell.weight, *xs])
+        expected = torch.autograd.grad(torch.stack(alone(program, xs)).sum(), [cell.weight, *xs])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_state_that_all_instances_see_keeps_its_order() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.h = torch.tanh(self.cell(x))
+            if self.h.sum() > 0:
+                self.h = self.h * 2
+            return self.h
+
+    batched = agree(Keeps(), lambda: (vectors(4),))
+    assert "instances wait one after the other: it writes to self.h" in str(batched.report())
+
+
+def test_gradients_of_complex_numbers() -> None:
+    weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+
+    def program(x: Tensor) -> Tensor:
+        return (weight @ x).abs()
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    for _ in range(6):
+        xs = [torch.randn(4, dtype=torch.complex64) for _ in range(3)]
+        got = torch.autograd.grad(torch.stack(batched(xs)).sum(), [weight])
+        expected = torch.autograd.grad(torch.stack(alone(program, xs)).sum(), [weight])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_layouts_of_parameters_change_between_calls(transposed: bool) -> None:
+    model = nn.Linear(8, 8)
+    batched = plait.autobatch(model, without=("opt-out",))
+    for turn in range(10):
+        if turn in (1, 6):
+            fresh = torch.randn(16, 16)
+            strided = torch.randn(8, 8).t() if transposed else fresh[::2, ::2]
+            model.weight.data = strided if turn == 1 else torch.randn(8, 8)
+        xs = vectors(4)
+        torch.testing.assert_close(batched(xs), alone(model, xs), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_is_refused() -> None:
+    model = nn.Linear(8, 8)
+
+    def program(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    with pytest.raises(AutocastNotBatched, match=r"on at .*test_autobatch_parts.py:\d+"):
+        plait.autobatch(program)(vectors(2))
+    batched = plait.autobatch(model)
+    batched(vectors(2))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AutocastNotBatched):
+        batched(vectors(2))
+
+
+def test_gradients_of_what_is_first_met_without_them() -> None:
+    model = nn.Linear(8, 8)
+
+    def program(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            s = x.sum()
+        return (model(x) * x).sum() * s
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    for _ in range(6):
+        xs = [x.requires_grad_() for x in vectors(4)]
+        got = torch.autograd.grad(torch.stack(batched(xs)).sum(), xs)
+        torch.testing.assert_close(got, torch.autograd.grad(torch.stack(alone(program, xs)).sum(), xs), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_only_the_program_records() -> None:
+    model = nn.Linear(8, 8)
+
+    def program(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return model(x)
+
+    batched = plait.autobatch(program, without=("opt-out",))
+    with torch.no_grad():
+        for _ in range(5):
+            assert all(y.requires_grad for y in batched(vectors(3)))
+
+
+def test_choices_between_tensors_and_numbers_of_other_objects() -> None:
+    @dataclass
+    class Node:
+        value: int
+
+        def item(self) -> int:
+            return self.value
+
+    def program(x: Tensor, node: Node) -> Any:
+        s = x.sum().relu()
+        kept = s or x.mean()
+        both = s and x.max()
+        if not (s > 1 or x.mean() > 0) and s >= 0:
+            kept = kept * 2
+        return kept, both, node.item(), bool(s > 0)
+
+    agree(program, lambda: (vectors(6), [Node(k) for k in range(6)]))
+
+
+def test_iterators_that_end_within_functions_that_wait() -> None:
+    cell = nn.Linear(8, 8)
+
+    def step(words: Any, h: Tensor) -> Tensor:
+        h = torch.tanh(cell(h) + next(words))
+        return h * 2 if h.sum() > 1 else h
+
+    def program(xs: list[Tensor]) -> Tensor:
+        words, h = iter(xs), torch.zeros(8)
+        while True:
+            try:
+                h = step(words, h)
+            except StopIteration:
+                return h
+
+    agree(program, lambda: ([vectors(n) for n in (1, 3, 2)],))
+
+
+def test_numbers_beside_double_precision() -> None:
+    def program(x: Tensor, a: float) -> tuple[Tensor, Tensor]:
+        return x * a, x > a
+
+    numbers = [0.1 * k + 0.7 for k in range(8)]
+    agree(program, lambda: ([torch.full((3,), a, dtype=torch.float64) for a in numbers], numbers))
+
+
+def test_keys_that_read_numbers() -> None:
+    cell = nn.Linear(8, 8)
+
+    def program(x: Tensor, several: list[Tensor]) -> Tensor:
+        return max(several, key=lambda t: cell(t).sum().item()) * x
+
+    agree(program, lambda: (vectors(4), [vectors(3) for _ in range(4)]))
+
+
+def test_inference_mode_and_back() -> None:
+    model = nn.Linear(8, 8)
+    batched = plait.autobatch(model, without=("opt-out",))
+    for _ in range(6):
+        with torch.inference_mode():
+            xs = vectors(4)
+            torch.testing.assert_close(batched(xs), alone(model, xs), rtol=1e-5, atol=1e-5)
+        batched(vectors(4))[0].sum().backward()
+
+
+def test_what_cannot_be_a_row_is_refused() -> None:
+    class Special(Tensor):
+        pass
+
+    batched = plait.autobatch(lambda x: x * 2)
+    with pytest.raises(TensorNotBatched, match="class Special"):
+        batched([x.as_subclass(Special) for x in vectors(2)])
+    with pytest.raises(TensorNotBatched, match=r"layout torch\.sparse_coo"):
+        batched([x.to_sparse() for x in vectors(2)])
+
+
+def test_calls_with_the_wrong_arguments_fail_as_they_do_alone() -> None:
+    def leaf(x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+    def program(x: Tensor, flag: bool) -> Tensor:
+        try:
+            pair = (leaf(x), leaf(x, x)) if flag else (leaf(x), leaf(2 * x))  # type: ignore[call-arg]
+        except TypeError:
+            return x
+        return pair[0] + pair[1]
+
+    agree(program, lambda: (vectors(4), [False, True, False, False]))
 
 
 # -- captured graphs ----------------------------------------------------------------------------------------------------
