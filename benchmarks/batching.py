@@ -354,9 +354,10 @@ def contest(setting: Setting, folder: Path, probe: Probe, *, peer: bool, rounds:
 
 
 def _second(call: Callable[[], float]) -> float:
-    """What the second of two calls takes: the first one finds the caches as another contender has left them."""
-    call()
-    return call()
+    """What the second of two calls takes: the first one finds the caches as another contender has left them, which matters
+    for calls that are short."""
+    first = call()
+    return call() if first < 0.3 else first
 
 
 def _best(row: dict[str, Any], kind: str) -> float | None:
@@ -456,12 +457,12 @@ def ablation(run: Run) -> Outcome:
                 run.say(f"{name} without {left_out or 'nothing'}")
                 without = ("opt-out", left_out) if left_out else ("opt-out",)
                 contests[left_out or "everything"] = c = Contest(setting, Path(folder), peer=False, without=without)
-                for k in range(WARM):
+                for k in range(WARM if left_out != "blocks" else 5):  # op by op nothing is left to be found out
                     c.plait(k)
             times: dict[str, list[float]] = {left_out: [] for left_out in contests}
-            for k in range(ROUNDS):
+            for k in range(7):
                 for left_out, c in contests.items():
-                    times[left_out].append(1e3 * c.plait(k))
+                    times[left_out].append(1e3 * _second(lambda c=c, k=k: c.plait(k)))
             rows: dict[str, Any] = {
                 left_out: {"ms": statistics.median(times[left_out]), "launches": c.batched.report().counts.launches}
                 for left_out, c in contests.items()
