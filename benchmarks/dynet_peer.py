@@ -33,10 +33,14 @@ class NoPeer(Exception):
     """Why DyNet is not to be had here."""
 
 
+def is_built() -> bool:
+    """Whether DyNet is there already: building takes minutes."""
+    return (FOLDER / "done").exists()
+
+
 def build() -> Path:
     """The folder with DyNet, built if it is not there. Raises NoPeer."""
-    done = FOLDER / "done"
-    if done.exists():
+    if is_built():
         return FOLDER
     eigen = next((p for p in (os.environ.get("EIGEN3_INCLUDE_DIR", ""), *EIGEN) if p and Path(p).is_dir()), None)
     compiler = shutil.which("g++")
@@ -59,7 +63,7 @@ def build() -> Path:
     _extension(root, python, str(eigen))
     flags = ["-std=c++11", "-O2", "-march=native", "-fpermissive", "-w", f"-I{root}", f"-I{eigen}"]
     _run(["g++", *flags, PROGRAMS / "treelstm.cpp", *_link(root), "-o", FOLDER / "treelstm"])
-    done.touch()
+    (FOLDER / "done").touch()
     return FOLDER
 
 

@@ -44,7 +44,7 @@ SUITE = Suite(
             "generated programs with control flow against their instances one by one",
             "all equal",
             batching.generated,
-            sample="20 programs",
+            sample="6 programs",
             seconds=8.0,
         ),
     ),
