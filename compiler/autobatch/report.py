@@ -91,9 +91,13 @@ def report(counts: Counts, apart: Sequence[tuple[str, str]], ratio: float | None
     return Report(counts, tuple(sorted(rows, key=lambda r: (r.source, r.name))), tuple(apart), ratio, orderly)
 
 
-# where a block was compiled a second way, as `way_of` of launch.cpp
-WAYS = ("", ", rows gathered or read where they are: being measured", ", rows gathered: measured to be faster",
-        ", rows read where they are: measured to be faster")  # fmt: skip
+# of blocks that were to be compiled a second way, as `way_of` of launch.cpp
+WAYS = (
+    ", rows gathered: they could not be read where they are",
+    ", rows gathered or read where they are: being measured",
+    ", rows gathered: measured to be faster",
+    ", rows read where they are: measured to be faster",
+)
 
 
 def _how(block: Block, native: Any) -> str:
