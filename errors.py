@@ -922,3 +922,19 @@ class TensorNotBatched(PlaitError):
     code = "P0808"
     message = "a tensor of {what} cannot be batched with those of other instances"
     fix = "give it as an ordinary dense tensor, for example `x.as_subclass(torch.Tensor)` or `x.to_dense()`"
+
+
+class BadQuantizedType(PlaitError):
+    """A quantized weight was asked for in a format that does not exist, or its parts are not those of its type."""
+
+    code = "P0901"
+    message = "no quantized weight of {what}: {why}"
+    fix = "types are described in plait.formats.QuantizedType and docs/quantize.md"
+
+
+class GroupDoesNotDivide(PlaitError):
+    """The columns of a weight cannot be cut into groups of that size."""
+
+    code = "P0902"
+    message = "groups of {group} do not divide {columns} columns"
+    fix = "take a group size that does, such as {near}"

@@ -146,6 +146,11 @@ def _product(node: Node) -> Work:
     return _multiply_adds(node, 2 * _numel(node.out) * a.tensor.shape[-1])
 
 
+@_rule("plait.quantized_linear.default", "plait.dynamic_linear.default")
+def _quantized_product(node: Node) -> Work:
+    return _multiply_adds(node, 2 * _numel(node.out) * node.inputs[0].tensor.shape[-1])
+
+
 @_rule("aten.convolution.default", "mkldnn._convolution_pointwise.default")
 def _convolution(node: Node) -> Work:
     return _multiply_adds(node, _convolution_flops(node, node.inputs[0].tensor, node.inputs[1].tensor, node.out.tensor))

@@ -18,6 +18,7 @@ from torch._decomp import core_aten_decompositions, decomposition_table, get_dec
 from torch._ops import OpOverload
 
 from . import foreach
+from .quantize import decompositions as quantize
 
 aten: Any = torch.ops.aten
 
@@ -311,6 +312,7 @@ def _base() -> Table:
     for name, fn in OWN.items():
         table.update(dict.fromkeys(_overloads(name), fn))
     table.update(foreach.decompositions())
+    table.update(quantize.decompositions())
     return table
 
 

@@ -1,0 +1,1 @@
+"""Low-bit rewrites: observing a graph on calibration data, transforming its constants, and the passes that quantize it."""
