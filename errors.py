@@ -938,3 +938,27 @@ class GroupDoesNotDivide(PlaitError):
     code = "P0902"
     message = "groups of {group} do not divide {columns} columns"
     fix = "take a group size that does, such as {near}"
+
+
+class BadCalibration(PlaitError):
+    """The batches that a model is to be calibrated on do not fit it, or tell nothing."""
+
+    code = "P0903"
+    message = "the calibration data cannot be used: {why}"
+    fix = "give a list of batches, each the model's inputs as a tensor, a tuple or a dict of keywords"
+
+
+class NoLayerMatches(PlaitError):
+    """What is to be quantized was named, and the model has no such linear layer."""
+
+    code = "P0904"
+    message = "no linear layer of the model matches {pattern}"
+    fix = "name layers as the model does, by their last parts, or as re:EXPRESSION; it has: {names}"
+
+
+class BadScheme(PlaitError):
+    """A quantization scheme or a layer's format is not written as schemes are."""
+
+    code = "P0905"
+    message = "there is no scheme {text!r}: {why}"
+    fix = "schemes are written as awq-w4g128, rtn-w8g64-sym, gptq-w3g32 or w8a8; see docs/quantize.md"

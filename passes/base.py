@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from ..errors import InvalidGraph, MissingFact, PassFailed, PlaitError, WrongCapturePoint
-from ..ir import Arg, Graph, Node, Reason, Rule, RuleLog, Value
+from ..ir import Arg, Graph, Node, Reason, Rule, RuleLog, TensorType, Value
 from ..ir import rewrite as rewrite_graph
 from ..ir import verify as verify_graph
 from ..ir.rewrite import became
@@ -90,8 +90,21 @@ Allow = Callable[[str, str, Node | None], bool]
 """Whether a pass may fire a rule at a node."""
 
 
+Slower = Callable[[TensorType, Any, bool], str]
+"""Why a linear layer on an input of this type would not be faster with a weight of a quantized type (and, third, with inputs
+rounded at each call), measured; "" where it would."""
+
+
 def _always(_pass: str, _rule: str, _node: Node | None) -> bool:
     return True
+
+
+def _unmeasured(_x: TensorType, _kind: Any, _dynamic: bool) -> str:
+    return ""
+
+
+def _quietly(*_: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,9 @@ class Context:
 
     `at` is the capture point of the graph, `devices` are the targets, `allow(pass, rule, node)` is asked before each
     firing (bisection counts there), `current` is the pass that runs, `log` collects its firings and refusals.
+
+    `calibration` are batches of the graph's inputs that a pass may run it on, `slower` measures kernels that a pass would
+    bring in, `progress(done, of, what)` is told of long work, `report` takes what a pass wants to say beyond its log.
     """
 
     at: CapturePoint = "any"
@@ -108,6 +124,10 @@ class Context:
     allow: Allow = _always
     current: str = ""
     log: RuleLog = field(default_factory=RuleLog)
+    calibration: tuple[tuple[Any, ...], ...] = ()
+    slower: Slower = _unmeasured
+    progress: Callable[[int, int, str], None] = _quietly
+    report: Callable[[Any], None] = _quietly
 
     def allowed(self, rule: str, node: Node | None = None) -> bool:
         """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`; a pass that never asks

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from plait.formats import QuantizedType, quantize
 from plait.ir import Reason, TensorType, Value, flatten, infer, map_arg, op
 from plait.ir.axes import AXIS_RULES, Axes, AxisMap, axes, axes_of
 from plait.ir.graph import Node, bind
@@ -28,7 +29,10 @@ def mask(*shape: int) -> torch.Tensor:
 
 #: Ops that round: pieces may take other vector paths, so their last bits may differ.
 ROUNDS = ("softmax", "logsumexp", "layer_norm", "rms_norm", "group_norm", "batch_norm", "attention", "logcumsumexp", "gelu",
-          "upsample", "std", "vector_norm", "var", "mean", "avg_pool")  # fmt: skip
+          "upsample", "std", "vector_norm", "var", "mean", "avg_pool", "quantize", "dynamic")  # fmt: skip
+
+CODED = quantize(x(8, 32), QuantizedType((8, 32), 4, 32))
+BYTES = quantize(x(8, 32), QuantizedType((8, 32), 8, 32, True, "f32", "bytes"))
 
 CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("aten.add.Tensor", (x(4, 6), x(6))), ("aten.mul.Tensor", (x(4, 1, 6), x(2, 1))),
@@ -86,6 +90,9 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("aten.matmul.default", (x(2, 1, 4, 6), x(3, 6, 8))), ("aten.matmul.default", (x(6), x(6, 8))),
     ("aten.addmm.default", (x(8), x(4, 6), x(6, 8))), ("aten.baddbmm.default", (x(2, 4, 8), x(2, 4, 6), x(2, 6, 8))),
     ("aten.linear.default", (x(2, 4, 6), x(8, 6), x(8))), ("aten.linear.default", (x(4, 6), x(8, 6), None)),
+    ("plait.quantized_linear.default", (x(2, 4, 32), *CODED[1:], x(8), str(CODED.type))),
+    ("plait.dynamic_linear.default", (x(2, 4, 32), BYTES.codes, BYTES.scales, None)),
+    ("plait.quantize_rows.default", (x(2, 4, 6),)),
     ("aten.convolution.default", (x(4, 6, 5, 5), x(8, 6, 3, 3), x(8), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)),
     ("aten.convolution.default", (x(4, 6, 5, 5), x(8, 6, 3, 3), None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)),
     ("aten.convolution.default", (x(4, 6, 5), x(6, 1, 3), None, (1,), (1,), (1,), False, (0,), 6)),

@@ -1,0 +1,127 @@
+"""Linear layers of a graph: products of an activation with a weight that the graph owns, or that comes in as an input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ...errors import NoLayerMatches
+from ...ir import Graph, Node, TensorType, Value
+
+_LINEAR, _TURNS = (
+    "aten.linear.default",
+    ("aten.t.default", "aten.permute.default", "aten.transpose.int", "aten.numpy_T.default"),
+)
+_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.matmul.default")
+CLASSES = ("Linear",)
+"""What targets call all linear layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """y = x W^T + b: the node, its input, its weight (`constant` names one of the graph's own; else it is an input of the
+    graph), its bias, whether the weight is stored as [K, N]. `name` is that of the module that owns the weight."""
+
+    node: Node
+    x: Value
+    weight: Value
+    bias: Value | None
+    constant: str | None
+    name: str
+    turned: bool = False
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return int(self.weight.tensor.shape[1 if self.turned else 0])  # type: ignore[arg-type]
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return int(self.weight.tensor.shape[0 if self.turned else 1])  # type: ignore[arg-type]
+
+
+def linears(graph: Graph) -> list[Linear]:
+    """The linear layers of a graph, in order. Weights have two static sizes and are floats."""
+    return [found for node in graph.nodes if (found := _linear(graph, node)) is not None]
+
+
+def _linear(graph: Graph, node: Node) -> Linear | None:
+    bias: Value | None = None
+    turned = False
+    if node.op.name == _LINEAR:
+        x, weight, bias = node.args
+    elif node.op.name in _PRODUCTS:
+        if node.op.name == "aten.addmm.default":
+            bias, x, weight = node.args[:3]
+            if node["beta"] != 1 or node["alpha"] != 1 or not _is_row(bias):
+                return None
+        else:
+            x, weight = node.args
+        turned = True
+    else:
+        return None
+    source = graph.producers.get(weight)
+    while source is not None and source.op.name in _TURNS and source.inputs[0].tensor.rank == 2 and _turns(source):
+        weight, turned = source.inputs[0], not turned
+        source = graph.producers.get(weight)
+    kind = weight.tensor
+    if kind.rank != 2 or not kind.is_static or not kind.dtype.is_floating_point or not isinstance(x.type, TensorType):
+        return None
+    constant = source.args[0] if source is not None and source.op.name == "plait.constant" else None
+    if constant is None and weight not in graph.inputs:
+        return None
+    return Linear(node, x, weight, bias, constant, _name(graph, node, weight, source, constant), turned)
+
+
+def _name(graph: Graph, node: Node, weight: Value, source: Node | None, constant: str | None) -> str:
+    """What a layer is called: after the module that owns the weight, or that ran it where the weight has several readers."""
+    module = re.sub(r"^L\['(self|fn|mod)'\]\.?|\._modules|\['|'\]", lambda m: "." if m[0] == "['" else "", node.loc.module)
+    shared = len(graph.users.get(weight, ())) > 1
+    if module and (constant is None or shared):
+        return module
+    name = constant or weight.hint or "weight"
+    return name.rpartition(".")[0] or name
+
+
+def _is_row(bias: Value | None) -> bool:
+    return bias is not None and bias.tensor.rank == 1
+
+
+def _turns(node: Node) -> bool:
+    """Whether a view exchanges the two axes of a matrix."""
+    source, out = node.inputs[0].tensor, node.out.tensor
+    return (out.shape, out.strides) == (source.shape[::-1], source.strides[::-1])
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer's name is meant: by itself, by its last parts ("lm_head", "mlp.down_proj"), by `re:` and a regular
+    expression for the beginning of the name, or by a class of `CLASSES`, which means all."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern[3:], name):
+                return True
+        elif pattern in CLASSES or name == pattern or name.endswith("." + pattern):
+            return True
+    return False
+
+
+def chosen(found: Sequence[Linear], targets: Sequence[str], ignore: Sequence[str]) -> list[Linear]:
+    """The layers that are to be quantized. Raises NoLayerMatches for a pattern of `targets` that matches none, and for none
+    left."""
+    for pattern in targets:
+        if not any(matches(one.name, (pattern,)) for one in found):
+            raise NoLayerMatches(pattern=pattern, names=_some(one.name for one in found))
+    kept = [one for one in found if matches(one.name, targets) and not matches(one.name, ignore)]
+    if not kept:
+        raise NoLayerMatches(
+            pattern=f"{', '.join(targets)} without {', '.join(ignore)}", names=_some(one.name for one in found)
+        )
+    return kept
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(dict.fromkeys(names))
+    shown = ", ".join(every[:8])
+    return (f"{shown} and {len(every) - 8} more" if len(every) > 8 else shown) or "it has no linear layer"

@@ -1,0 +1,261 @@
+"""Quantizing the linear layers of a graph: from a plan of formats to a graph that reads codes, with what it cost.
+
+The graph is walked once on the calibration batches; a group is searched when the walk reaches its join. Factors move into
+constants along the routes that were proved (`routes.py`); where there is no route the input of a layer is multiplied, which
+its producer's kernel does on the side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...formats import Quantized, QuantizedType
+from ...ir import Builder, Graph, Node, Reason, Value, prune
+from ...ir.quantized_rules import DYNAMIC, LINEAR
+from .groups import Group, groups
+from .linears import Linear
+from .observe import Batch, Batches, Interpreter, check_batches, walk
+from .routes import Edit, Route, input_route
+from .scheme import Format
+from .search import Found, GroupSearch, Method
+
+Progress = Callable[[int, int, str], None]
+"""Told how many groups of how many are done, and which layer was last."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one layer. `nearest_loss` and `loss` are mean squared errors where the layer's group is judged
+    (`judged`), relative to what is there, of rounding to nearest and of the result; `route` says how its input is scaled:
+    "" (not), "constants", or "at run time" with the reason."""
+
+    name: str
+    format: Format
+    type: QuantizedType
+    nearest_loss: float
+    loss: float
+    judged: str
+    route: str
+    clipped: bool
+    compensated: bool
+    rows_seen: int
+    float_bytes: int
+    note: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantized weight."""
+        return self.type.nbytes
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantized graph, its layers, what each holds by its name, the float constants that changed, and the factors that
+    inputs of layers are multiplied by at run time."""
+
+    graph: Graph
+    layers: tuple[Layer, ...]
+    held: Mapping[str, Quantized] = field(default_factory=dict[str, Quantized])
+    changed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    inputs: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def quantized(
+    graph: Graph,
+    batches: Batches,
+    formats: Mapping[Linear, Format],
+    found: Sequence[Linear],
+    method: Method,
+    progress: Progress | None = None,
+    known: Mapping[tuple[str, ...], Found] | None = None,
+    keep: Callable[[tuple[str, ...], Found], None] | None = None,
+) -> Quantization:
+    """The graph with the layers of `formats` quantized; `found` are all its linear layers.
+
+    Without a method rounding needs no batches. `known` are searches that an interrupted run has finished, by the names of
+    a group's layers, and `keep` is handed each one that is new. Raises BadCalibration.
+    """
+    wanted = [one for one in found if one in formats and not formats[one].float]
+    if not wanted:
+        return Quantization(graph, ())
+    everything = groups(graph, found, wanted)
+    check_batches(graph, batches)
+    routes = {group: input_route(graph, group, frozenset(wanted)) for group in everything}
+    results: dict[Group, Found] = {}
+    seen: dict[Linear, int] = {}
+    interpreter = Interpreter(graph)
+
+    def visit(group: Group) -> Callable[[Node, Sequence[Batch]], None]:
+        def search(_: Node, values: Sequence[Batch]) -> None:
+            kinds = {one: formats[one].type_for(one.rows, one.columns) for one in group.linears if one in formats}
+            kinds = {one: kind for one, kind in kinds.items() if not formats[one].float}
+            dynamic = frozenset(one for one in kinds if formats[one].dynamic)
+            route = routes[group]
+            names = tuple(one.name for one in kinds)
+            made = _matching((known or {}).get(names), tuple(kinds))
+            if made is None:
+                hunt = GroupSearch(group, kinds, dynamic, values, interpreter, route if isinstance(route, Route) else None)
+                made = hunt.run(method)
+                if keep is not None:
+                    keep(names, made)
+            results[group] = made
+            seen.update((one, sum(b.values[one.x].numel() // one.columns for b in values)) for one in kinds)
+            if progress is not None:
+                progress(len(results), len(everything), names[-1])
+
+        return search
+
+    by_end: dict[Node, list[Group]] = {}
+    for group in everything:
+        by_end.setdefault(group.end, []).append(group)
+
+    def visits(of: list[Group]) -> Callable[[Node, Sequence[Batch]], None]:
+        searches = [visit(group) for group in of]
+
+        def all_of(node: Node, values: Sequence[Batch]) -> None:
+            for search in searches:
+                search(node, values)
+
+        return all_of
+
+    walk(graph, batches, {end: visits(of) for end, of in by_end.items()}, _kept(everything))
+    return _emit(graph, formats, everything, routes, results, seen)
+
+
+def _matching(made: Found | None, linears: tuple[Linear, ...]) -> Found | None:
+    """A finished search in terms of the layers of this graph."""
+    if made is None:
+        return None
+    by_name = {one.name: one for one in linears}
+    held = {by_name[one.name]: q for one, q in made.held.items()}
+    of = lambda layers: frozenset(by_name[one.name] for one in layers)  # noqa: E731
+    return Found(made.scales, held, made.nearest_loss, made.loss, of(made.clipped), of(made.compensated), made.why)
+
+
+def _kept(everything: Sequence[Group]) -> dict[Value, Node]:
+    """Values that must be there when a group is searched, with the node of the last such group."""
+    found: dict[Value, Node] = {}
+    for group in everything:
+        inside = {v for node in group.nodes for v in node.outputs} - set(group.results)
+        for v in (
+            group.x,
+            *group.results,
+            *(v for node in group.nodes for v in node.inputs),
+            *(one.weight for one in group.linears),
+        ):
+            if v not in inside:
+                found[v] = group.end
+    return found
+
+
+def _emit(
+    graph: Graph,
+    formats: Mapping[Linear, Format],
+    everything: Sequence[Group],
+    routes: Mapping[Group, Route | Reason],
+    results: Mapping[Group, Found],
+    seen: Mapping[Linear, int],
+) -> Quantization:
+    changed: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}  # of rows of weights that are held as codes
+    inputs: dict[str, Tensor] = {}
+    held = {one: q for found in results.values() for one, q in found.held.items()}
+    coded = {one.constant: one for one in held if one.constant is not None}
+    for group in everything:
+        scales, route = results[group].scales, routes[group]
+        if scales is None:
+            continue
+        if isinstance(route, Reason):
+            inputs.update((one.name, 1 / scales) for one in results[group].held)
+            continue
+        for edit in (*(e.inverse() for e in route.edits), *_columns(group, results[group])):
+            if edit.constant in coded:
+                known = torch.cat([edit.of(scales), torch.ones(1)])
+                rows = factors.setdefault(edit.constant, torch.ones(coded[edit.constant].rows))
+                factors[edit.constant] = rows * known[edit.labels].reshape(-1)
+            else:
+                before = changed.get(edit.constant, graph.constants[edit.constant])
+                changed[edit.constant] = edit.apply(before, scales)
+    done = {one: _with_rows(q, factors[one.constant]) if one.constant in factors else q for one, q in held.items()}
+    layers = tuple(
+        _layer(one, formats[one], done[one], group, routes[group], results[group], seen.get(one, 0))
+        for group in everything
+        for one in results[group].held
+    )
+    made = _rewritten(graph, formats, done, changed, inputs)
+    return Quantization(made, layers, {one.name: q for one, q in done.items()}, changed, inputs)
+
+
+def _columns(group: Group, found: Found) -> list[Edit]:
+    """Layers of a group that stay float: their columns take what their input loses."""
+    rest = (one for one in group.linears if one not in found.held and one.constant is not None)
+    labels = torch.arange(int(group.x.tensor.shape[-1]))  # type: ignore[arg-type]
+    return [Edit(one.constant, labels[:, None] if one.turned else labels) for one in rest if one.constant is not None]
+
+
+def _with_rows(q: Quantized, factor: Tensor) -> Quantized:
+    """A quantized weight whose rows are multiplied: its scales are."""
+    codes, scales, zeros = q.type.unpack(q.codes, q.scales, q.zeros)
+    return q.type.pack(codes, scales * factor[:, None], None if q.type.symmetric else zeros)
+
+
+def _layer(one: Linear, form: Format, q: Quantized, group: Group, route: Route | Reason, found: Found, seen: int) -> Layer:
+    how = "" if found.scales is None else "constants" if isinstance(route, Route) else f"at run time: {route.why}"
+    judged = "its result" if group.join is one.node.out else _place(group)
+    asked = form.group or one.columns
+    note = found.why
+    if not note and q.type.group != asked and not form.dynamic:
+        note = f"groups of {q.type.group}: {asked} do not divide {one.columns}"
+    size = one.rows * one.columns * one.weight.tensor.dtype.itemsize
+    return Layer(
+        one.name, form, q.type, found.nearest_loss, found.loss, judged, how, one in found.clipped, one in found.compensated,
+        seen, size, note,
+    )  # fmt: skip
+
+
+def _place(group: Group) -> str:
+    """Where a group of several layers is judged."""
+    names = ", ".join(one.name.rpartition(".")[2] for one in group.linears)
+    return f"the results of {names}" if group.join is None else f"{group.join.hint} behind {names}"
+
+
+def _rewritten(
+    graph: Graph,
+    formats: Mapping[Linear, Format],
+    held: Mapping[Linear, Quantized],
+    changed: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+) -> Graph:
+    builder = Builder(graph)
+    builder.constants.update(changed)
+    by_node = {one.node: one for one in held}
+    scaled: dict[tuple[Value, bytes], Value] = {}
+    for old in graph.nodes:
+        node = builder.resolved(old)
+        one = by_node.get(old)
+        if one is None:
+            builder.append(node)
+            continue
+        builder.loc = old.loc.by("quantize")
+        x, bias = builder.resolve(one.x), builder.resolve(one.bias)
+        if one.name in inputs:
+            key = x, inputs[one.name].numpy().tobytes()
+            if key not in scaled:
+                factor = builder.constant(inputs[one.name].to(one.x.tensor.dtype), f"{one.name}.input_scale")
+                scaled[key] = builder.call("aten.mul.Tensor", x, factor, hint=one.x.hint)
+            x = scaled[key]
+        made = _call(builder, x, bias, held[one], one.name, formats[one].dynamic)
+        builder.subst[old.out] = made
+    return prune(builder.finish())
+
+
+def _call(builder: Builder, x: Value, bias: Value | None, q: Quantized, name: str, dynamic: bool) -> Value:
+    codes, scales = builder.constant(q.codes, f"{name}.codes"), builder.constant(q.scales, f"{name}.scales")
+    if dynamic:
+        return builder.call(DYNAMIC, x, codes, scales, bias)
+    zeros = None if q.zeros is None else builder.constant(q.zeros, f"{name}.zeros")
+    return builder.call(LINEAR, x, codes, scales, zeros, bias, str(q.type))

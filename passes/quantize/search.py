@@ -1,0 +1,216 @@
+"""The search of one group: scales, clipping and rounding that cost least where the group's layers meet again.
+
+Activation-aware scaling (Lin et al., AWQ, 2024, section 3.2) rounds W diag(s) and divides the input by s, so that channels
+with large inputs keep more digits. s = mean|x|^r, or mean|x|^r / mean|w|^(1-r), for exponents on a grid; each candidate is
+judged by running the part of the graph between the group and its join. Rounding to nearest, s = 1 without clipping, is a
+candidate, so that the loss on the calibration data never exceeds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...formats import Quantized, QuantizedType
+from ...formats.ops import quantize_rows
+from ...formats.quantized import rounded, scale_for
+from ...ir import Value
+from .groups import Group
+from .linears import Linear
+from .observe import Batch, Interpreter, rows_of, run
+from .rounding import Ranges, clipped, compensated, cost, nearest
+from .routes import Route
+
+GRID = 20
+_FEW_ROWS = 8
+"""Rows of input that a layer must have seen for its moments to say something."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is searched: scales of channels, clipping, rounding that makes up for its errors."""
+
+    scale: bool = False
+    clip: bool = False
+    compensate: bool = False
+
+    @staticmethod
+    def of(name: str) -> Method:
+        """The method that a scheme names: rtn, awq, gptq or awq+gptq."""
+        return Method(scale="awq" in name, clip="awq" in name, compensate="gptq" in name)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search of a group came to: scales [K] (None: all 1) and what its layers are held as. The losses, of rounding
+    to nearest and of this, are mean squared errors at the group's results, relative to their mean square. `why` says what was
+    not done."""
+
+    scales: Tensor | None
+    held: Mapping[Linear, Quantized]
+    nearest_loss: float
+    loss: float
+    clipped: frozenset[Linear]
+    compensated: frozenset[Linear]
+    why: str = ""
+
+
+class GroupSearch:
+    """One group, when a walk has reached its end. `kinds` are the types of the layers that are to be quantized, those of
+    `dynamic` with inputs rounded at each call; `route` is how the input may be scaled (None: any scales go)."""
+
+    def __init__(
+        self,
+        group: Group,
+        kinds: Mapping[Linear, QuantizedType],
+        dynamic: frozenset[Linear],
+        batches: Sequence[Batch],
+        interpreter: Interpreter,
+        route: Route | None,
+    ) -> None:
+        self.group, self.batches, self.interpreter, self.route, self.dynamic = group, batches, interpreter, route, dynamic
+        self.wanted = tuple(one for one in group.linears if one in kinds)
+        self.weights = {one: _weight(one, batches[0]) for one in self.wanted}
+        self.kinds = {one: scale_for(self.weights[one], kinds[one]) for one in self.wanted}
+        mine = {one.node for one in self.wanted}
+        self.rest = tuple(node for node in group.nodes if node not in mine)
+
+    # -- what is known of the inputs -------------------------------------------------------------------------------------
+
+    @cached_property
+    def moments(self) -> dict[Value, Tensor]:
+        """H = X^T X [K, K] of each value that a layer reads."""
+        found: dict[Value, Tensor] = {}
+        for one in self.wanted:
+            if one.x not in found:
+                sums = torch.zeros(one.columns, one.columns, dtype=torch.float64)
+                for batch in self.batches:
+                    x = rows_of(batch.values[one.x]).float()
+                    sums += (x.t() @ x).double()
+                found[one.x] = sums.float()
+        return found
+
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """mean|x| [K] of the value that the group reads."""
+        rows = [rows_of(batch.values[self.group.x]).float() for batch in self.batches]
+        return (sum(x.abs().double().sum(0) for x in rows) / max(1, sum(len(x) for x in rows))).float()  # type: ignore[union-attr]
+
+    def seen(self, one: Linear) -> int:
+        """Rows that calibration brought to a layer."""
+        return sum(rows_of(batch.values[one.x]).shape[0] for batch in self.batches)
+
+    # -- judging ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def reference(self) -> float:
+        """The mean square of the results."""
+        return self._mean(lambda batch, v: batch.values[v].double().square())
+
+    def loss(self, weights: Mapping[Linear, Tensor]) -> float:
+        """The mean squared error at the results with these weights, relative to the results' mean square."""
+        if len(self.wanted) == 1 and self.group.join is self.wanted[0].node.out and not self.dynamic:
+            one = self.wanted[0]
+            error = weights[one] - self.weights[one]
+            total = float(cost(error, self.moments[one.x]).sum()) / max(1, self.seen(one) * one.rows)
+        else:
+            now = {id(batch): self._run(batch, weights) for batch in self.batches}
+            total = self._mean(lambda batch, v: (now[id(batch)].values[v].double() - batch.values[v].double()).square())
+        return total / self.reference if self.reference > 0 else total
+
+    def _run(self, batch: Batch, weights: Mapping[Linear, Tensor]) -> Batch:
+        outs: dict[Value, Tensor] = {}
+        for one in self.wanted:
+            x, bias = batch.values[one.x], None if one.bias is None else batch.values[one.bias]
+            if one in self.dynamic:
+                codes, scales = quantize_rows(x)
+                x = (codes.float() * scales).to(x.dtype)
+            outs[one.node.out] = torch.nn.functional.linear(x, weights[one].to(x.dtype), bias)
+        return run(self.rest, batch, self.interpreter, outs)
+
+    def _mean(self, of: Callable[[Batch, Value], Tensor]) -> float:
+        total, count = 0.0, 0
+        for batch in self.batches:
+            for v in self.group.results:
+                found = of(batch, v)
+                total, count = total + float(found.sum()), count + found.numel()
+        return total / max(1, count)
+
+    # -- searching -------------------------------------------------------------------------------------------------------
+
+    def run(self, method: Method) -> Found:
+        """The best that was found."""
+        plain = {one: rounded(w, self.kinds[one]) for one, w in self.weights.items()}
+        unseen = [one.name for one in self.wanted if self.seen(one) < _FEW_ROWS]
+        if unseen:
+            held = {one: nearest(w, self.kinds[one], None) for one, w in self.weights.items()}
+            why = f"calibration brought fewer than {_FEW_ROWS} rows to {', '.join(unseen)}: rounded to nearest"
+            return Found(None, held, 0.0, 0.0, frozenset(), frozenset(), why)
+        first = self.loss(plain)
+        scales, best = self._scales(first) if method.scale else (None, first)
+        scaled = {one: w if scales is None else w * scales for one, w in self.weights.items()}
+        back = torch.ones(()) if scales is None else 1 / scales
+        now = {one: rounded(w, self.kinds[one]) * back for one, w in scaled.items()}
+        ranges: dict[Linear, Ranges | None] = dict.fromkeys(self.wanted)
+        makeup: dict[Linear, Quantized] = {}
+        if method.clip:
+            for one in self.wanted:
+                found = clipped(scaled[one], self.kinds[one], self._moments(one, scales))
+                tried = {**now, one: rounded(scaled[one], self.kinds[one], found.low, found.high) * back}
+                if (loss := self.loss(tried)) < best:
+                    best, now, ranges[one] = loss, tried, found
+        if method.compensate:
+            for one in self.wanted:
+                made = compensated(scaled[one], self.kinds[one], self._moments(one, scales), ranges[one])
+                tried = {**now, one: made.dequantize() * back}
+                if (loss := self.loss(tried)) < best:
+                    best, now, makeup[one] = loss, tried, made
+        held = {one: makeup[one] if one in makeup else nearest(w, self.kinds[one], ranges[one]) for one, w in scaled.items()}
+        clips = frozenset(one for one, found in ranges.items() if found is not None)
+        return Found(scales, held, first, best, clips, frozenset(makeup))
+
+    def _moments(self, one: Linear, scales: Tensor | None) -> Tensor:
+        moments = self.moments[one.x]
+        return moments if scales is None else moments / scales[:, None] / scales
+
+    def _scales(self, best: float) -> tuple[Tensor | None, float]:
+        """The scales that cost less than none, and what they cost."""
+        found: Tensor | None = None
+        ratio, family = 0.0, "plain"
+        for name, r, s in self._candidates((name, i / GRID) for name in ("plain", "duo") for i in range(1, GRID + 1)):
+            if (loss := self._with(s)) < best:
+                best, found, ratio, family = loss, s, r, name
+        if found is not None:  # between the points of the grid
+            near = ((family, ratio + step / GRID) for step in (-0.5, -0.25, 0.25, 0.5))
+            for _, _, s in self._candidates(near):
+                if (loss := self._with(s)) < best:
+                    best, found = loss, s
+        return found, best
+
+    def _candidates(self, asked: Iterator[tuple[str, float]]) -> Iterator[tuple[str, float, Tensor]]:
+        x = self.magnitudes
+        relative = torch.cat([_relative(w, self.kinds[one].group) for one, w in self.weights.items()]).mean(0)
+        for name, ratio in asked:
+            s = x.pow(ratio).clamp(1e-4) if name == "plain" else x.pow(ratio) / (relative.pow(1 - ratio) + 1e-4)
+            s = torch.where(s.isfinite() & (s > 0), s, 1.0)
+            if self.route is not None:
+                s = self.route.tied(s)
+            yield name, ratio, s / (s.max() * s.min()).sqrt()
+
+    def _with(self, scales: Tensor) -> float:
+        return self.loss({one: rounded(w * scales, self.kinds[one]) / scales for one, w in self.weights.items()})
+
+
+def _relative(weight: Tensor, group: int) -> Tensor:
+    """|w| [N, K] by the largest of its group."""
+    grouped = weight.abs().unflatten(-1, (-1, group))
+    return (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).flatten(-2)
+
+
+def _weight(one: Linear, batch: Batch) -> Tensor:
+    weight = batch.values[one.weight].detach().float()
+    return weight.t().contiguous() if one.turned else weight
