@@ -47,8 +47,8 @@ class Method:
 @dataclass(frozen=True)
 class Found:
     """What the search of a group came to: scales [K] (None: all 1) and what its layers are held as. The losses, of rounding
-    to nearest and of this, are mean squared errors at the group's results, relative to their mean square. `why` says what was
-    not done."""
+    to nearest and of this, are mean squared errors at the group's results, relative to their mean square. `why` says what
+    was not done."""
 
     scales: Tensor | None
     held: Mapping[Linear, Quantized]
