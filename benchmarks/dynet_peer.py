@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .environments import NoPeer
 from .machine import ROOT
 
 FOLDER = ROOT / "build" / "dynet"
@@ -27,10 +28,6 @@ PROGRAMS = Path(__file__).with_name("dynet")
 VERSION = "2.1.2"
 STRATEGIES = (1, 2)  # by agenda and by depth; the third, a mixture, crashes in some of the programs
 EIGEN = ("/usr/include/eigen3", "/usr/local/include/eigen3", "/opt/homebrew/include/eigen3")
-
-
-class NoPeer(Exception):
-    """Why DyNet is not to be had here."""
 
 
 def is_built() -> bool:
