@@ -1,11 +1,13 @@
 """The `plait::` ops on quantized weights: references that always run, fake kernels, and gradients.
 
-Rounding has no useful derivative; gradients go straight through it, as if it were not there: `fake_quantize` and
-`quantize_rows` pass them on unchanged, and products give their input the gradient that the dequantized weight gives.
+Rounding has no useful derivative; gradients go straight through it, as if it were not there: `fake_quantize` passes them
+on unchanged, and products give their input the gradient that the dequantized weight gives. `quantize` and `quantize_rows`
+make codes, through which no gradient goes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ def fake_quantize(weight: Tensor, type: str) -> Tensor:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row of x [.., K] as int8 times a scale [.., 1] of its own, |x|_max / 127 in float32; zeros have 1."""
-    wide = x.float()
+    wide = x.float().contiguous()
     top = wide.abs().amax(-1, keepdim=True)
     scale = torch.where(top > 0, top / 127, torch.ones_like(top))
     return (wide / scale).round().clamp(-127, 127).to(torch.int8), scale
@@ -105,7 +107,7 @@ def dynamic_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
     Sums are of integers, exact; scales and bias are applied in float32, and the result is rounded to the dtype of x once.
     """
     rows, row_scales = quantize_rows(x)
-    sums = _integer_product(rows.flatten(0, -2), codes).unflatten(0, x.shape[:-1])
+    sums = _integer_product(rows.reshape(-1, x.shape[-1]), codes).reshape(*x.shape[:-1], codes.shape[0])
     y = sums.float() * row_scales * scales.float().flatten()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -147,7 +149,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    return None if dtype is None else grad.flatten(0, -2).sum(0).to(dtype)
+    return None if dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
 
 
 def _save_dynamic(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -166,6 +168,16 @@ def _straight(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return grads[0], None
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+
+def _no_gradient(inputs: int) -> Callable[..., Any]:
+    return lambda ctx, *grads: (None,) * inputs if inputs > 1 else None
+
+
 torch.library.register_autograd("plait::quantized_linear", _linear_backward, setup_context=_save_linear, lib=_library)
 torch.library.register_autograd("plait::dynamic_linear", _dynamic_backward, setup_context=_save_dynamic, lib=_library)
 torch.library.register_autograd("plait::fake_quantize", _straight, lib=_library)
+for _name, _inputs in (("quantize", 2), ("quantize_rows", 1)):
+    torch.library.register_autograd(f"plait::{_name}", _no_gradient(_inputs), setup_context=_save_nothing, lib=_library)
