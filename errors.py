@@ -962,3 +962,43 @@ class BadScheme(PlaitError):
     code = "P0905"
     message = "there is no scheme {text!r}: {why}"
     fix = "schemes are written as awq-w4g128, rtn-w8g64-sym, gptq-w3g32 or w8a8; see docs/quantize.md"
+
+
+class DamagedCheckpoint(PlaitError):
+    """A file of a quantized checkpoint is missing, cut off, or holds something else than its format asks for."""
+
+    code = "P0910"
+    message = "the checkpoint file {file} is damaged: {why}"
+    fix = "copy or download {file} again, or write the checkpoint anew from the model that it was made of"
+
+
+class UnsupportedCheckpoint(PlaitError):
+    """A checkpoint is in a format, or in a variant of one, that plait does not read."""
+
+    code = "P0911"
+    message = "the checkpoint file {file} cannot be read: {why}"
+    fix = "{way}"
+
+
+class CannotWriteCheckpoint(PlaitError):
+    """A quantized model cannot be written in the format that was asked for, or not to that place; nothing was changed."""
+
+    code = "P0912"
+    message = "no {format} checkpoint was written: {why}"
+    fix = "{way}"
+
+
+class CheckpointMismatch(PlaitError):
+    """The tensors of a checkpoint are not those of the model that it is to be loaded into."""
+
+    code = "P0913"
+    message = "the checkpoint {folder} does not fit the model: {why}"
+    fix = "load it into the model that its config.json describes, with float linear layers of the same names and sizes"
+
+
+class CannotReplace(PlaitError):
+    """A module that is to become a quantized linear layer is no linear layer, or one with other sizes."""
+
+    code = "P0914"
+    message = "{name!r} cannot become a quantized linear layer: {why}"
+    fix = "name modules of `model.named_modules()` that are a plain torch.nn.Linear of the same sizes"

@@ -1,0 +1,1 @@
+"""Quantized models: modules with quantized weights, and checkpoints of other tools, read and written."""
