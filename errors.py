@@ -1002,3 +1002,27 @@ class CannotReplace(PlaitError):
     code = "P0914"
     message = "{name!r} cannot become a quantized linear layer: {why}"
     fix = "name modules of `model.named_modules()` that are a plain torch.nn.Linear of the same sizes"
+
+
+class CannotResume(PlaitError):
+    """Finished layers of a quantization cannot be kept in a folder, or those that are there belong to another call."""
+
+    code = "P0906"
+    message = "the folder {folder} cannot be used to resume: {why}"
+    fix = "name an empty folder on a disk with room, or leave resume out"
+
+
+class BudgetCannotBeMet(PlaitError):
+    """No choice of formats for the layers keeps within the budget."""
+
+    code = "P0907"
+    message = "the budget {budget} cannot be met: {why}"
+    fix = "allow more, or offer other formats (formats=, --format)"
+
+
+class NoQuantizedKernel(PlaitError):
+    """A quantized layer has no generated kernel, and `strict_kernels` asks for one."""
+
+    code = "P0908"
+    message = "{op} has no kernel: {why}"
+    fix = "take a format that has one (groups of multiples of 32), leave the layer float, or drop strict_kernels"

@@ -1,0 +1,104 @@
+"""`plait.quantize`: low-bit weights for a model, chosen on calibration data, with what it costs.
+
+quantized = plait.quantize(model, batches, scheme="awq-w4g128", ignore=["lm_head"])
+print(quantized)              # loss of each layer, round-to-nearest -> result; which stay float, and why
+y = quantized(x)              # compiled at the first call
+quantized.module()            # the model with QuantizedLinear layers
+quantized.save("model.plait")
+quantized.save_awq("folder")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadOption
+from ...passes.base import Context, Pass, Step, run_pipeline
+from ...passes.quantize.quantization import Quantization
+from ...passes.quantize.scheme import Scheme
+from ...passes.quantize.weights import WANT, Awq, Rtn, W8a8
+from ..export import Exported, capture_model
+from ..options import Options
+from . import calibration
+from .measure import measured
+from .plan import Budget, Plan, planned
+from .result import QuantizedModel, Skipped
+from .resume import Kept
+
+Progress = Callable[[int, int, str], None]
+
+
+def quantize(
+    model: Any,
+    calib: Any,
+    *,
+    scheme: str = "awq-w4g128",
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] = (),
+    want: str = "faster",
+    layers: Iterable[str] = (),
+    budget: str | None = None,
+    formats: Iterable[str] = ("w3g128", "w4g128", "w4g32", "w8g128", "float"),
+    rows: Iterable[int] = (),
+    dynamic_shapes: Any = None,
+    options: Mapping[str, Any] | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Quantize linear layers of a model (a module in eval mode, a function, an ExportedProgram or a `.pt2` file).
+
+    calib: batches of inputs, or a file of them, see `calibration.batches`; the first is what the model is captured on, with
+    `dynamic_shapes` as torch.export takes them. scheme: `awq-w4g128`, `rtn-w8g64-sym`, `gptq-w3g32`, `awq+gptq-w4g128`, `w8a8`.
+    targets, ignore: layers by name or last parts of names, `re:` and an expression, or `Linear` for all. want: "faster"
+    leaves layers float that would be slower than now for `rows` of input (by default those of the batches, one row, and
+    several between), measured on this machine, or larger; "smaller" only those that would be larger; "any" takes all.
+    layers: formats of single layers, `lm_head=w8g64`. budget: `error=0.05` (relative, of the model's results) or
+    `bytes=40MB`: formats are chosen from `formats` for each layer, see `plan`. resume: a folder where finished layers are
+    kept, so that an interrupted call goes on. progress(done, of, layer) is called on the way.
+
+    Raises BadScheme, BadCalibration, NoLayerMatches, BudgetCannotBeMet, BadOption, and what `plait.compile` raises at capture.
+    """
+    chosen, asked = Options.of(options), Scheme.of(scheme)
+    if want not in WANT:
+        raise BadOption(name="want", expected=" or ".join(WANT), value=want)
+    batches = calibration.batches(calib)
+    args, kwargs = batches[0]
+    exported = capture_model(model, kwargs if kwargs and not args else args, dynamic_shapes)
+    flat = calibration.flat_batches(batches, exported.in_tree, exported.held)
+    slower = measured(tuple(rows)) if want == "faster" else (lambda *_: "")
+    ctx = Context(at="forward", calibration=flat, slower=slower, progress=progress or (lambda *_: None))
+    one = pass_of(asked, targets, ignore, want, layers)
+    with Kept(resume, exported.graph, flat) as kept:
+        ctx = replace(ctx, known=kept.known, keep=kept.keep)
+        if budget is not None:
+            plan = planned(exported.graph, one, ctx, Budget.of(budget), tuple(formats))
+            return _finished(model, exported, plan.step, plan.done, chosen, plan)
+        step, done = run_pass(exported, one, ctx)
+    return _finished(model, exported, step, done, chosen)
+
+
+def pass_of(asked: Scheme, targets: Iterable[str], ignore: Iterable[str], want: str, layers: Iterable[str]) -> Pass:
+    """The pass that a scheme names."""
+    common: dict[str, Any] = {"targets": tuple(targets), "ignore": tuple(ignore), "want": want, "layers": tuple(layers)}
+    form, makeup = asked.format, "gptq" in asked.method
+    if form.dynamic:
+        return W8a8(compensate=makeup, **common)
+    cls = Awq if "awq" in asked.method else Rtn
+    return cls(bits=form.bits, group=form.group, symmetric=form.symmetric, compensate=makeup, **common)
+
+
+def run_pass(exported: Exported, one: Pass, ctx: Context) -> tuple[Step, Quantization]:
+    """One of the passes on a captured graph: its step, and what it says of the layers."""
+    said: list[Quantization] = []
+    _, steps = run_pipeline(exported.graph, [one], replace(ctx, report=said.append))
+    return steps[0], said[0] if said else Quantization(exported.graph, ())
+
+
+def _finished(
+    model: Any, exported: Exported, step: Step, done: Quantization, options: Options, plan: Plan | None = None
+) -> QuantizedModel:
+    skipped = tuple(Skipped(*reason.why.split(": ", 1)) for _, _, reason in step.refused if ": " in reason.why)
+    return QuantizedModel(model, exported, step, done, skipped, options, plan)

@@ -1,0 +1,184 @@
+"""What `plait.quantize` gives: a quantized program with its report, as a callable, a module, an artifact or a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from ...ir import Graph
+from ...passes.base import Step
+from ...passes.quantize.quantization import Layer, Quantization
+from ..api import CompiledModel
+from ..debugging.walk import Walk
+from ..export import Exported, name_of
+from ..options import Options
+from ..pipelines import Session
+from ..terminal import size, table
+from . import awq_format, compressed_format
+from .checkpoints import Checkpoint
+from .modules import QuantizedLinear, replace_linears
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that stays float, and why."""
+
+    name: str
+    why: str
+
+
+class QuantizedModel:
+    """A quantized program. Call it like the original: the first call compiles it, see `compile`.
+
+    `layers` say what each quantized layer is held as and what that cost, `skipped` which layers stay float and why; print the
+    object for both. `captured` and `graph` are the graph before and after.
+    """
+
+    def __init__(
+        self, model: Any, exported: Exported, step: Step, done: Quantization, skipped: tuple[Skipped, ...], options: Options
+    ) -> None:
+        self.captured: Graph = exported.graph
+        self.graph: Graph = step.after
+        self.step = step
+        self.layers: tuple[Layer, ...] = done.layers
+        self.skipped = skipped
+        self._model, self._exported, self._done, self._options = model, exported, done, options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program, compiled with the options that `plait.quantize` was given."""
+        return self._compiled(*args, **kwargs)
+
+    @cached_property
+    def _compiled(self) -> CompiledModel:
+        return self.compile()
+
+    def compile(self, *, passes: Iterable[Any] | None = None, options: Mapping[str, Any] | None = None) -> CompiledModel:
+        """Compile the quantized program as `plait.compile` does; its history begins with the pass that quantized it."""
+        chosen = self._options if passes is None and options is None else Options.of(options, passes=passes)
+        return self._walk(chosen, build=True)
+
+    def _walk(self, chosen: Options, *, build: bool) -> CompiledModel:
+        import time
+
+        session, started = Session(name_of(self._model), chosen), time.perf_counter()
+        walk = Walk(self.graph, "forward", self._exported.inputs, session)
+        graph = walk.finish()
+        return CompiledModel(self._exported, graph, (self.step, *walk.history), session, started if build else None)
+
+    def save(self, path: str | Path, **how: Any) -> None:
+        """Write an artifact that `plait.load` runs without the compiler; see `compiler.aot.save` for `how`."""
+        self._walk(self._options, build=False).save(path, **how)
+
+    def module(self) -> nn.Module:
+        """A copy of the model that was quantized, with QuantizedLinear where its layers were, to be run by torch, exported,
+        trained around, or compiled in another form (one token at a time with a cache, for example).
+
+        Raises CannotReplace where a layer is no module of the model.
+        """
+        model = self._model.module() if isinstance(self._model, ExportedProgram) else self._model
+        layers = dict(model.named_modules(remove_duplicate=False))
+        left = {
+            id(layers[name].weight): nn.Parameter(layers[name].weight.to("meta"), requires_grad=False)
+            for name in self._done.held
+            if isinstance(layers.get(name), nn.Linear) and sum(p is layers[name].weight for p in _parameters(model)) == 1
+        }
+        made = copy.deepcopy(model, left)
+        with torch.no_grad():
+            for name, tensor in self._done.changed.items():
+                _find(made, name).copy_(tensor)
+        layers = dict(made.named_modules(remove_duplicate=False))
+        forms = {layer.name: layer.format for layer in self.layers}
+        replace_linears(
+            made,
+            {
+                name: QuantizedLinear(
+                    parts,
+                    getattr(layers.get(name), "bias", None),
+                    "int8" if forms[name].dynamic else "float",
+                    self._done.inputs.get(name),
+                )
+                for name, parts in self._done.held.items()
+            },
+        )
+        return made.eval()
+
+    def checkpoint(self, config: Mapping[str, Any] | None = None) -> Checkpoint:
+        """The state of `module()` for other people's formats; `config` is the rest of config.json."""
+        given = getattr(self._model, "config", None)
+        return Checkpoint.of(self.module(), config if config is not None else given.to_dict() if hasattr(given, "to_dict") else {})
+
+    def save_awq(self, folder: str | Path) -> None:
+        """Write the AutoAWQ layout ("gemm") as Hugging Face reads it. Raises CannotWriteCheckpoint."""
+        awq_format.write(folder, self.checkpoint())
+
+    def save_compressed(self, folder: str | Path) -> None:
+        """Write the compressed-tensors layout. Raises CannotWriteCheckpoint."""
+        compressed_format.write(folder, self.checkpoint())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantized weights."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the quantized weights, all parts, for each weight."""
+        return 8 * self.nbytes / max(1, sum(layer.type.rows * layer.type.columns for layer in self.layers))
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as data."""
+        rows = [{**asdict(layer), "format": str(layer.format), "type": str(layer.type), "bytes": layer.nbytes} for layer in self.layers]
+        return {
+            "layers": rows,
+            "skipped": [asdict(one) for one in self.skipped],
+            "bytes": self.nbytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+        }
+
+    def __str__(self) -> str:
+        return report(self.layers, self.skipped)
+
+    def __repr__(self) -> str:
+        return f"<QuantizedModel {name_of(self._model)}: {len(self.layers)} layers, {len(self.skipped)} stay float>"
+
+
+def report(layers: Iterable[Layer], skipped: Iterable[Skipped]) -> str:
+    """Layers with their losses, round-to-nearest -> result, then those that stay float."""
+    rows = [
+        (
+            layer.name, str(layer.type).partition("[")[0], f"{layer.nearest_loss:.2e}", f"{layer.loss:.2e}", _how(layer),
+            size(layer.nbytes), layer.note,
+        )
+        for layer in layers
+    ]  # fmt: skip
+    parts = [table(("layer", "held as", "nearest", "loss", "by", "size", ""), rows)] if rows else ["no layer is quantized"]
+    left = [(one.name, one.why) for one in skipped]
+    return "\n\n".join([*parts, *([table(("stays float", "why"), left)] if left else [])])
+
+
+def _how(layer: Layer) -> str:
+    """What was done besides rounding to nearest."""
+    scaled = "scaled" if layer.route == "constants" else "scaled at run time" if layer.route else ""
+    return ", ".join(filter(None, (scaled, "clipped" * layer.clipped, "compensated" * layer.compensated)))
+
+
+def _parameters(model: nn.Module) -> list[Any]:
+    return [p for _, p in model.named_parameters(remove_duplicate=False)]
+
+
+def _find(model: nn.Module, name: str) -> torch.Tensor:
+    owner, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(owner), last)
+
+
+def unquantized(exported: Exported, graph: Graph) -> Exported:
+    """The program with another graph of the same interface."""
+    return replace(exported, graph=graph)
