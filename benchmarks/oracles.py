@@ -93,7 +93,9 @@ def awq(
     made = []
     for w, clipped in zip(weights, chosen, strict=True):
         scaled = w * scales
-        made.append(fake_quantized(clip_ranges(x / scales, scaled, bits, group) if clipped else scaled, bits, group) / scales)
+        made.append(
+            fake_quantized(clip_ranges(x / scales, scaled, bits, group) if clipped else scaled, bits, group) / scales
+        )
     return _found(x, weights, scales, made, output)
 
 

@@ -116,6 +116,7 @@ class Context:
 
     `calibration` are batches of the graph's inputs that a pass may run it on, `slower` measures kernels that a pass would
     bring in, `progress(done, of, what)` is told of long work, `report` takes what a pass wants to say beyond its log.
+    `known` is what an earlier run of a pass, interrupted, has worked out, and `keep` takes what this one does, by key.
     """
 
     at: CapturePoint = "any"
@@ -128,6 +129,8 @@ class Context:
     slower: Slower = _unmeasured
     progress: Callable[[int, int, str], None] = _quietly
     report: Callable[[Any], None] = _quietly
+    known: Mapping[Any, Any] = field(default_factory=dict[Any, Any])
+    keep: Callable[[Any, Any], None] = _quietly
 
     def allowed(self, rule: str, node: Node | None = None) -> bool:
         """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`; a pass that never asks

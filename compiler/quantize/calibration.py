@@ -59,7 +59,9 @@ def _of_file(path: Path, names: tuple[str, ...]) -> list[Batch]:
         raise BadCalibration(why=f"{path} holds no tensor")
     counts = {t.shape[0] if t.ndim else 0 for t in tensors.values()}
     if len(counts) != 1 or 0 in counts:
-        raise BadCalibration(why=f"{path}: its tensors have first axes of {sorted(counts)} samples, which must be one number")
+        raise BadCalibration(
+            why=f"{path}: its tensors have first axes of {sorted(counts)} samples, which must be one number"
+        )
     order = [n for n in names if n in tensors] if len(tensors) > 1 else list(tensors)
     if len(order) != len(tensors):
         raise BadCalibration(why=f"{path} has tensors {sorted(tensors)}, and the model takes {', '.join(names)}")

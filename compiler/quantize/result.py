@@ -113,7 +113,9 @@ class QuantizedModel:
     def checkpoint(self, config: Mapping[str, Any] | None = None) -> Checkpoint:
         """The state of `module()` for other people's formats; `config` is the rest of config.json."""
         given = getattr(self._model, "config", None)
-        return Checkpoint.of(self.module(), config if config is not None else given.to_dict() if hasattr(given, "to_dict") else {})
+        return Checkpoint.of(
+            self.module(), config if config is not None else given.to_dict() if hasattr(given, "to_dict") else {}
+        )
 
     def save_awq(self, folder: str | Path) -> None:
         """Write the AutoAWQ layout ("gemm") as Hugging Face reads it. Raises CannotWriteCheckpoint."""
@@ -135,7 +137,10 @@ class QuantizedModel:
 
     def as_json(self) -> dict[str, Any]:
         """The report as data."""
-        rows = [{**asdict(layer), "format": str(layer.format), "type": str(layer.type), "bytes": layer.nbytes} for layer in self.layers]
+        rows = [
+            {**asdict(layer), "format": str(layer.format), "type": str(layer.type), "bytes": layer.nbytes}
+            for layer in self.layers
+        ]
         return {
             "layers": rows,
             "skipped": [asdict(one) for one in self.skipped],

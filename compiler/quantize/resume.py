@@ -89,7 +89,9 @@ def _read(path: Path) -> tuple[Names, Found] | None:
     except Exception:  # whatever a damaged file makes its readers raise
         return None
     sets = (frozenset(about["clipped"]), frozenset(about["compensated"]))
-    return tuple(about["names"]), Found(tensors.get("scales"), held, about["nearest_loss"], about["loss"], *sets, about["why"])
+    return tuple(about["names"]), Found(
+        tensors.get("scales"), held, about["nearest_loss"], about["loss"], *sets, about["why"]
+    )
 
 
 def _mark(graph: Graph, batches: Sequence[Sequence[Any]], settings: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -70,9 +71,9 @@ def quantized(
     formats: Mapping[Linear, Format],
     found: Sequence[Linear],
     method: Method,
-    progress: Progress | None = None,
-    known: Mapping[tuple[str, ...], Found] | None = None,
-    keep: Callable[[tuple[str, ...], Found], None] | None = None,
+    progress: Progress = lambda *_: None,
+    known: Mapping[tuple[str, ...], Found] = MappingProxyType({}),
+    keep: Callable[[tuple[str, ...], Found], None] = lambda *_: None,
 ) -> Quantization:
     """The graph with the layers of `formats` quantized; `found` are all its linear layers.
 
@@ -96,16 +97,15 @@ def quantized(
             dynamic = frozenset(one for one in kinds if formats[one].dynamic)
             route = routes[group]
             names = tuple(one.name for one in kinds)
-            made = _matching((known or {}).get(names), tuple(kinds))
+            made = known.get(names)
             if made is None:
                 hunt = GroupSearch(group, kinds, dynamic, values, interpreter, route if isinstance(route, Route) else None)
-                made = hunt.run(method)
-                if keep is not None:
-                    keep(names, made)
+                alone = all(_readers(one, found) == 1 for one in kinds)
+                made = hunt.run(method if alone else Method())  # a weight of several layers is rounded once, for all
+                keep(names, made)
             results[group] = made
             seen.update((one, sum(b.values[one.x].numel() // one.columns for b in values)) for one in kinds)
-            if progress is not None:
-                progress(len(results), len(everything), names[-1])
+            progress(len(results), len(everything), names[-1])
 
         return search
 
@@ -122,21 +122,16 @@ def quantized(
 
         return all_of
 
-    walk(graph, batches, {end: visits(of) for end, of in by_end.items()}, _kept(everything))
+    walk(graph, batches, {end: visits(of) for end, of in by_end.items()}, kept_until(everything))
     return _emit(graph, formats, everything, routes, results, seen)
 
 
-def _matching(made: Found | None, linears: tuple[Linear, ...]) -> Found | None:
-    """A finished search in terms of the layers of this graph."""
-    if made is None:
-        return None
-    by_name = {one.name: one for one in linears}
-    held = {by_name[one.name]: q for one, q in made.held.items()}
-    of = lambda layers: frozenset(by_name[one.name] for one in layers)  # noqa: E731
-    return Found(made.scales, held, made.nearest_loss, made.loss, of(made.clipped), of(made.compensated), made.why)
+def _readers(one: Linear, found: Sequence[Linear]) -> int:
+    """How many linear layers have a layer's weight."""
+    return sum(other.weight is one.weight for other in found)
 
 
-def _kept(everything: Sequence[Group]) -> dict[Value, Node]:
+def kept_until(everything: Sequence[Group]) -> dict[Value, Node]:
     """Values that must be there when a group is searched, with the node of the last such group."""
     found: dict[Value, Node] = {}
     for group in everything:
@@ -163,14 +158,14 @@ def _emit(
     changed: dict[str, Tensor] = {}
     factors: dict[str, Tensor] = {}  # of rows of weights that are held as codes
     inputs: dict[str, Tensor] = {}
-    held = {one: q for found in results.values() for one, q in found.held.items()}
+    held = {one: results[group].held[one.name] for group in everything for one in _of(group, results[group])}
     coded = {one.constant: one for one in held if one.constant is not None}
     for group in everything:
         scales, route = results[group].scales, routes[group]
         if scales is None:
             continue
         if isinstance(route, Reason):
-            inputs.update((one.name, 1 / scales) for one in results[group].held)
+            inputs.update((name, 1 / scales) for name in results[group].held)
             continue
         for edit in (*(e.inverse() for e in route.edits), *_columns(group, results[group])):
             if edit.constant in coded:
@@ -184,15 +179,20 @@ def _emit(
     layers = tuple(
         _layer(one, formats[one], done[one], group, routes[group], results[group], seen.get(one, 0))
         for group in everything
-        for one in results[group].held
+        for one in _of(group, results[group])
     )
     made = _rewritten(graph, formats, done, changed, inputs)
     return Quantization(made, layers, {one.name: q for one, q in done.items()}, changed, inputs)
 
 
+def _of(group: Group, found: Found) -> list[Linear]:
+    """The layers of a group that are quantized."""
+    return [one for one in group.linears if one.name in found.held]
+
+
 def _columns(group: Group, found: Found) -> list[Edit]:
     """Layers of a group that stay float: their columns take what their input loses."""
-    rest = (one for one in group.linears if one not in found.held and one.constant is not None)
+    rest = (one for one in group.linears if one.name not in found.held)
     labels = torch.arange(int(group.x.tensor.shape[-1]))  # type: ignore[arg-type]
     return [Edit(one.constant, labels[:, None] if one.turned else labels) for one in rest if one.constant is not None]
 
@@ -212,8 +212,8 @@ def _layer(one: Linear, form: Format, q: Quantized, group: Group, route: Route |
         note = f"groups of {q.type.group}: {asked} do not divide {one.columns}"
     size = one.rows * one.columns * one.weight.tensor.dtype.itemsize
     return Layer(
-        one.name, form, q.type, found.nearest_loss, found.loss, judged, how, one in found.clipped, one in found.compensated,
-        seen, size, note,
+        one.name, form, q.type, found.nearest_loss, found.loss, judged, how, one.name in found.clipped,
+        one.name in found.compensated, seen, size, note,
     )  # fmt: skip
 
 
@@ -234,6 +234,7 @@ def _rewritten(
     builder.constants.update(changed)
     by_node = {one.node: one for one in held}
     scaled: dict[tuple[Value, bytes], Value] = {}
+    parts: dict[str, tuple[Value | None, ...]] = {}
     for old in graph.nodes:
         node = builder.resolved(old)
         one = by_node.get(old)
@@ -248,14 +249,16 @@ def _rewritten(
                 factor = builder.constant(inputs[one.name].to(one.x.tensor.dtype), f"{one.name}.input_scale")
                 scaled[key] = builder.call("aten.mul.Tensor", x, factor, hint=one.x.hint)
             x = scaled[key]
-        made = _call(builder, x, bias, held[one], one.name, formats[one].dynamic)
-        builder.subst[old.out] = made
+        if one.name not in parts:
+            parts[one.name] = _constants(builder, held[one], one.name)
+        codes, scales, zeros = parts[one.name]
+        if formats[one].dynamic:
+            builder.subst[old.out] = builder.call(DYNAMIC, x, codes, scales, bias)
+        else:
+            builder.subst[old.out] = builder.call(LINEAR, x, codes, scales, zeros, bias, str(held[one].type))
     return prune(builder.finish())
 
 
-def _call(builder: Builder, x: Value, bias: Value | None, q: Quantized, name: str, dynamic: bool) -> Value:
-    codes, scales = builder.constant(q.codes, f"{name}.codes"), builder.constant(q.scales, f"{name}.scales")
-    if dynamic:
-        return builder.call(DYNAMIC, x, codes, scales, bias)
-    zeros = None if q.zeros is None else builder.constant(q.zeros, f"{name}.zeros")
-    return builder.call(LINEAR, x, codes, scales, zeros, bias, str(q.type))
+def _constants(builder: Builder, q: Quantized, name: str) -> tuple[Value | None, ...]:
+    parts = zip(("codes", "scales", "zeros"), (q.codes, q.scales, q.zeros), strict=True)
+    return tuple(None if part is None else builder.constant(part, f"{name}.{what}") for what, part in parts)

@@ -48,14 +48,14 @@ class Method:
 class Found:
     """What the search of a group came to: scales [K] (None: all 1) and what its layers are held as. The losses, of rounding
     to nearest and of this, are mean squared errors at the group's results, relative to their mean square. `why` says what
-    was not done."""
+    was not done. Layers go by name."""
 
     scales: Tensor | None
-    held: Mapping[Linear, Quantized]
+    held: Mapping[str, Quantized]
     nearest_loss: float
     loss: float
-    clipped: frozenset[Linear]
-    compensated: frozenset[Linear]
+    clipped: frozenset[str]
+    compensated: frozenset[str]
     why: str = ""
 
 
@@ -147,7 +147,7 @@ class GroupSearch:
         plain = {one: rounded(w, self.kinds[one]) for one, w in self.weights.items()}
         unseen = [one.name for one in self.wanted if self.seen(one) < _FEW_ROWS]
         if unseen:
-            held = {one: nearest(w, self.kinds[one], None) for one, w in self.weights.items()}
+            held = {one.name: nearest(w, self.kinds[one], None) for one, w in self.weights.items()}
             why = f"calibration brought fewer than {_FEW_ROWS} rows to {', '.join(unseen)}: rounded to nearest"
             return Found(None, held, 0.0, 0.0, frozenset(), frozenset(), why)
         first = self.loss(plain)
@@ -169,9 +169,11 @@ class GroupSearch:
                 tried = {**now, one: made.dequantize() * back}
                 if (loss := self.loss(tried)) < best:
                     best, now, makeup[one] = loss, tried, made
-        held = {one: makeup[one] if one in makeup else nearest(w, self.kinds[one], ranges[one]) for one, w in scaled.items()}
-        clips = frozenset(one for one, found in ranges.items() if found is not None)
-        return Found(scales, held, first, best, clips, frozenset(makeup))
+        held = {
+            one.name: makeup[one] if one in makeup else nearest(w, self.kinds[one], ranges[one]) for one, w in scaled.items()
+        }
+        clips = frozenset(one.name for one, found in ranges.items() if found is not None)
+        return Found(scales, held, first, best, clips, frozenset(one.name for one in makeup))
 
     def _moments(self, one: Linear, scales: Tensor | None) -> Tensor:
         moments = self.moments[one.x]

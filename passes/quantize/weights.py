@@ -46,7 +46,7 @@ class Weights(Pass):
         formats = self.formats(graph, found, ctx)
         if not formats:
             return graph
-        done = quantized(graph, ctx.calibration, formats, found, self.method(), ctx.progress)
+        done = quantized(graph, ctx.calibration, formats, found, self.method(), ctx.progress, ctx.known, ctx.keep)
         for layer in done.layers:
             ctx.log.fire(str(layer.format))
         ctx.report(done)
@@ -60,14 +60,14 @@ class Weights(Pass):
         wanted: dict[Linear, Format] = {}
         for one in chosen(found, self.targets, self.ignore):
             form = next((form for pattern, form in own if matches(one.name, (pattern,))), self.format())
-            why = "it stays float as planned" if form.float else self.why_not(graph, one, form, ctx)
+            why = "it stays float as planned" if form.float else self.why_not(graph, one, form, found, ctx)
             if why:
                 ctx.log.refuse(str(form), one.node, Reason(f"{one.name}: {why}", one.weight))
             elif ctx.allowed(str(form), one.node):
                 wanted[one] = form
         return wanted
 
-    def why_not(self, graph: Graph, one: Linear, form: Format, ctx: Context) -> str:
+    def why_not(self, graph: Graph, one: Linear, form: Format, found: list[Linear], ctx: Context) -> str:
         """Why a layer is left as it is, "" where it is not."""
         kind = form.type_for(one.rows, one.columns)
         if self.want == "any":
@@ -75,7 +75,8 @@ class Weights(Pass):
         size = one.rows * one.columns * one.weight.tensor.dtype.itemsize
         if kind.nbytes >= size:
             return f"{kind} takes {kind.nbytes} bytes, the weight {size}"
-        if len(graph.users.get(one.weight, ())) > 1:
+        readers = {linear.node for linear in found if linear.weight is one.weight}
+        if not one.turned and any(user not in readers for user in graph.users.get(one.weight, ())):
             return "its weight is read elsewhere too, and would be held twice"
         if self.want == "smaller":
             return ""
