@@ -339,7 +339,7 @@ class Analysis:
         too is kept twice, up to some size."""
         products: dict[Value, list[Unit]] = {}
         for unit in self.units.values():
-            if unit.matmul is not None:
+            if unit.matmul is not None and unit.matmul.quantized is None:
                 products.setdefault(self.memory[unit.matmul.b].root, []).append(unit)
         for weight, units in products.items():
             node = self.graph.producers.get(weight)

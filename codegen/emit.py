@@ -698,7 +698,7 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
         sizes=kernel.sizes,
         dtype=made.sums,
         a_dtype=dtype_name(made.a.tensor.dtype),
-        b_dtype=dtype_name(made.b.tensor.dtype),
+        b_dtype=made.stored_b,
         a=made.a_layout,
         b=made.b_layout if panels is None else "packed",
         batch=0 if made.batch is None else 1,
@@ -707,8 +707,9 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
     name, source = matmul_source(made, spec)
     values = {n: v for v, n in body.params.items()}
     scratch = Value(workspace(made, spec), "workspace")
-    buffers = (made.a, made.b if panels is None else panels[0], *(values[b.name] for b in kernel.buffers), scratch)
-    access = ("read", "read", *(b.access for b in kernel.buffers), "write")
+    operands = (made.a, made.b if panels is None else panels[0], *made.operands[2:])
+    buffers = (*operands, *(values[b.name] for b in kernel.buffers), scratch)
+    access = (*("read" for _ in operands), *(b.access for b in kernel.buffers), "write")
     nodes = tuple(dict.fromkeys(u.node for u in group.units))
     return KernelItem(name, buffers, access, size_arguments(made, spec), nodes, source=source)
 

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
+from ..formats import QuantizedType
+from ..formats.quantized import PANEL
 from ..ir import Dim, Node, TensorType, Value
+from ..ir.quantized_rules import LINEAR as QUANTIZED
+from ..ir.quantized_rules import quantized_type
 from ..ir.types import product
 from . import convolution as C
-from .body import Index
+from .body import Index, dtype_name
 from .templates import matmul as T
 
 if TYPE_CHECKING:
@@ -26,8 +30,18 @@ _SUMS = {
 }  # fmt: skip
 _OPS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default", "aten.linear.default")
 _BYTES = ("aten._int_mm.default", "aten._weight_int8pack_mm.default")
+_OTHERS = (C.NAME, QUANTIZED)
 _TURNS = ("aten.permute.default", "aten.t.default", "aten.transpose.int")
 _CASTS = ("aten._to_copy.default", "prims.convert_element_type.default")
+
+
+@dataclass(frozen=True)
+class QuantizedB:
+    """What a product by a quantized weight reads besides its codes, which are its B."""
+
+    type: QuantizedType
+    scales: Value
+    zeros: Value | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Matmul:
     `a_layout` and `b_layout` name the contiguous axis as `MatmulSpec` does; strides are in elements. `bias` is added to
     every row as `beta * bias + alpha * product`, and `scale` has a factor for every column. All of that is computed in the
     dtype of the sums and rounded once, as eager does; A and B may be narrower (`OPERANDS` of the template). With a `window`
-    one operand is an image: its layout is "window", its stride 0.
+    one operand is an image: its layout is "window", its stride 0. With `quantized` the layout of B is "quantized".
     """
 
     a: Value
@@ -55,6 +69,7 @@ class Matmul:
     beta: float = 1
     scale: Value | None = None
     window: C.Window | None = None
+    quantized: QuantizedB | None = None
 
     @property
     def sums(self) -> str:
@@ -64,7 +79,13 @@ class Matmul:
     @property
     def operands(self) -> tuple[Value, ...]:
         """What the template reads from memory; the bias is its epilogue's."""
-        return self.a, self.b
+        parts = () if self.quantized is None else (self.quantized.scales, self.quantized.zeros)
+        return (self.a, self.b, *(v for v in parts if v is not None))
+
+    @property
+    def stored_b(self) -> str:
+        """What the template calls the type of B in memory."""
+        return dtype_name(self.b.tensor.dtype) if self.quantized is None else T.quantized_dtype(self.quantized.type)
 
     def element(self, to: Evaluator, node: Node, index: Index) -> str:
         """The finished element at `index` of the output, from the template's sum."""
@@ -92,7 +113,7 @@ Chooser = Callable[[Node, Matmul], "tuple[str, str] | None"]
 
 def matmul_of(node: Node) -> Matmul | str | None:
     """The template's view of a matmul node; a reason where the template does not take it; None for other ops."""
-    if node.op.name not in _OPS and node.op.name not in _BYTES and node.op.name != C.NAME:
+    if node.op.name not in _OPS and node.op.name not in _BYTES and node.op.name not in _OTHERS:
         return None
     name = node.op.name.split(".")[1]
     if not isinstance(node.out.type, TensorType) or node.out.tensor.device != "cpu":
@@ -101,6 +122,8 @@ def matmul_of(node: Node) -> Matmul | str | None:
         return _from_operands(node.args[0], node.args[1], None, 1, 1)
     if name == "_weight_int8pack_mm":
         return _scaled(node)
+    if name == "quantized_linear":
+        return _quantized(node)
     dtype = node.out.tensor.dtype
     if dtype not in _SUMS or not dtype.is_floating_point:
         return f"the template gives floats and products of bytes, not {str(dtype).removeprefix('torch.')}"
@@ -123,7 +146,7 @@ def widened(made: Matmul, producers: Mapping[Value, Node], users: Mapping[Value,
 
     Bytes are exact in every float, so the template may widen them itself, but for convolutions.
     """
-    if made.window is not None:
+    if made.window is not None or made.quantized is not None:
         return None
     value = made.b
     while (node := producers.get(value)) is not None and node.op.name in _TURNS and len(users[value]) == 1:
@@ -157,6 +180,24 @@ def _linear(node: Node) -> Matmul | str:
     if layout is None or b_layout is None:
         return "an operand without a contiguous axis"
     return Matmul(x, weight, m, w.shape[0], w.shape[1], layout[0], b_layout[0], layout[1], b_layout[1], None, bias)
+
+
+def _quantized(node: Node) -> Matmul | str:
+    """x [.., K] by codes of [N, K], where they lie as kernels read them."""
+    x, codes, scales, zeros, bias = node.args[:5]
+    kind = quantized_type(node)
+    assert kind is not None
+    if _SUMS.get(x.tensor.dtype) != "float32":
+        return f"the template multiplies quantized weights by floats of 16 and 32 bits, not by {dtype_name(x.tensor.dtype)}"
+    if kind.group % PANEL:
+        return f"no kernel for groups of {kind.group}: multiples of {PANEL} have one"
+    if kind.layout != "panels":
+        return f"no kernel for the layout {kind.layout!r}: 'panels' has one"
+    if not all(v.tensor.is_contiguous for v in (x, codes, scales, zeros) if v is not None):
+        return "a quantized linear on operands that are not row-major"
+    m = product(x.tensor.shape[:-1])
+    parts = QuantizedB(kind, scales, zeros)
+    return Matmul(x, codes, m, kind.rows, kind.columns, "k", "quantized", kind.columns, 0, bias=bias, quantized=parts)
 
 
 def _convolution(node: Node) -> Matmul | str:
@@ -207,6 +248,8 @@ def size_arguments(made: Matmul, spec: T.MatmulSpec) -> tuple[Any, ...]:
     known: dict[str, Any] = {"M": made.m, "N": made.n, "K": made.k, "lda": made.lda, "ldb": made.ldb, "slots": threads()}
     if made.batch is not None:
         known |= dict(zip(("batch0", "a_batch0", "b_batch0"), made.batch, strict=True))
+    if made.quantized is not None:
+        known["scale_group"] = made.quantized.type.group
     if made.window is not None:
         known |= C.window_sizes(made.window)
     own = {s.name: s for s in spec.sizes}

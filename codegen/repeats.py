@@ -78,10 +78,12 @@ class _Signature:
             template = tuple(map(self.of_value, unit.operands)), tuple((self.place(w), w in self.stored) for w in unit.also)
         if made is not None:
             operands = made.m, made.n, made.k, made.a_layout, made.b_layout, made.lda, made.ldb, made.batch, made.window
+            kind = None if made.quantized is None else made.quantized.type
             bias, scale = (None if v is None else self.of_value(v) for v in (made.bias, made.scale))
             panels = self.analysis.panels.get(self.analysis.memory[made.b].root)
             packed = None if panels is None else self.number(panels[0])
-            template = self.of_value(made.a), self.of_value(made.b), packed, operands, bias, scale, made.alpha, made.beta
+            read = tuple(map(self.of_value, made.operands))
+            template = read, packed, operands, kind, bias, scale, made.alpha, made.beta
         return (
             self.place(v), v in self.stored, v in group.in_place, self.analysis.weight.get(v), unit.domain, reduced,
             template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,

@@ -40,6 +40,8 @@ def default_choice(symbols: Symbols) -> Chooser:
     def choose(node: Node, made: Matmul) -> tuple[str, str] | None:
         if made.window is not None:
             return _unmeasured_convolution(node)
+        if made.quantized is not None:
+            return None  # no library reads its codes
         has = next((flag for flag in _WIDE.get(made.a.tensor.dtype, ()) if flag in cpu_flags()), None)
         rows = seen(made.m, symbols)
         if has is None or rows is None or rows < _FEW_ROWS or made.scale is not None:
@@ -63,6 +65,8 @@ def measured_choice(symbols: Symbols, producers: dict[Value, Node]) -> Chooser:
     def choose(node: Node, made: Matmul) -> tuple[str, str] | None:
         if made.window is not None:
             return measured_convolution(node, made.window)
+        if made.quantized is not None:
+            return None  # no library reads its codes
         sizes = [seen(d, symbols) for d in (made.m, made.n, made.k, made.batch[0] if made.batch else 1)]
         if any(s is None or s == 0 for s in sizes):
             return None

@@ -5,13 +5,11 @@
 #include <omp.h>
 
 #include "matmul_call.h"
-#include "matmul_thin.h"
+#include "matmul_quant.h"
 #include "matmul_window.h"
 
 namespace plait::matmul {
 
-constexpr int64_t MC = 264;        // rows of packed A that stay in L2 while panels of B pass by
-constexpr int64_t NC = 2048;       // columns whose partial sums a thread keeps when K > KB
 constexpr double GRAIN = 1 << 17;  // multiply-adds below which a second thread costs more than it saves
 
 enum class Kind { plain, prologue };  // how A is packed: as it is, or by the call's prologue
@@ -39,10 +37,11 @@ static void pack(const U* src, U* dst, int64_t N, int64_t K, int64_t ldb, int64_
 // ---- driver ----------------------------------------------------------------------------------------------------------
 
 // Elements of scratch that one thread needs; `workspace_elements` in matmul.py says no less.
-template <class T> int64_t slot_elements(const Dims& d, bool in_place) {
-  const int64_t rows = ceildiv(least(d.M, MC), PR) * PR, blocks = least(ceildiv(d.K, KS<T>), THIN_BLOCKS);
+template <class T> int64_t slot_elements(const Dims& d, bool in_place, bool in_runs) {
+  const int64_t thin = in_runs ? least(ceildiv(2 * d.K, KS<T>), RUNS) : least(ceildiv(d.K, KS<T>), THIN_BLOCKS);
+  const int64_t rows = ceildiv(least(d.M, MC), PR) * PR;
   const int64_t sums = d.K > KS<T> ? rows * ceildiv(least(d.N, NC), NR) * NR : 0;
-  return most(rows * AS, blocks * THIN_BLOCK) + (in_place ? 0 : KB * NR) + sums;
+  return most(rows * AS, thin * THIN_BLOCK) + (in_place ? 0 : KB * NR) + sums;
 }
 
 // Elements T, A in memory as UA, B as U.
@@ -52,7 +51,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
 
   static constexpr int a_row = a_layout == A::m ? 1 : int(AS), a_step = a_layout == A::m ? MR : 1;
   static constexpr bool packed = b_layout == B::packed, in_place = packed && steps<T, U> == 1;
-  static constexpr bool windows = b_layout == B::window;
+  static constexpr bool windows = b_layout == B::window, quantized = b_layout == B::quantized;
 
   void finish(const Task& t, int64_t m, int64_t rows, int64_t n, int64_t cols, const sum<T>* tile, int64_t step) const {
     if constexpr (b_layout == B::window) {  // columns are pixels of images; the epilogue takes them image by image
@@ -185,8 +184,18 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
   }
 
   void run(const Task& t, sum<T>* scratch) const {
+    if (t.m1 <= t.m0) return;
+    if constexpr (quantized) {
+      using S = typename Parts<U>::Scale;
+      const Parts<U> w{(const int32_t*)call.b, (const S*)call.scales, (const uint8_t*)call.zeros, d.K, d.scale_group};
+      run_quantized<T>(*this, w, t, scratch);
+    } else {
+      run_unpacked(t, scratch);
+    }
+  }
+
+  void run_unpacked(const Task& t, sum<T>* scratch) const {
     const int64_t many = t.m1 - t.m0;
-    if (many <= 0) return;
     if (many <= THIN && t.k1 - t.k0 <= THIN_BLOCKS * KS<T>) {
       if constexpr (THIN > 4) {
         if (many > 4) return thin<8>(t, scratch);
@@ -242,7 +251,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
     const double work = double(d.M) * double(d.N) * double(d.K > 0 ? d.K : 1) * double(by_m || by_k ? 1 : count);
     nt = work < 2 * GRAIN ? 1 : int(least(nt, d.slots));
     const Cut c = cut(count, by_m ? ceildiv(d.M, count) : d.M, nt);
-    const int64_t tasks = count * c.m * c.n, step = slot_elements<T>(d, in_place);
+    const int64_t tasks = count * c.m * c.n, step = slot_elements<T>(d, in_place || quantized, quantized);
     sum<T>* const scratch = (sum<T>*)call.workspace;
     if (nt <= 1) {
       for (int64_t i = 0; i < tasks; i++) run(task(i, c), scratch);

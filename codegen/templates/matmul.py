@@ -19,6 +19,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from ...errors import InvalidMatmul
+from ...formats.quantized import SCALES, QuantizedType
 from ..cpp.ops import CTYPE, identifier
 from ..cpp.printer import print_body
 from ..kernel_ir import Buffer, Compute, Index, Kernel, Load, Loop, Stmt, Store, walk
@@ -56,6 +57,8 @@ class MatmulSpec:
     what. Others are widened on the way into the packed block, which loses nothing; sums of int32 wrap, as torch's do.
     a: contiguous axis of A, "k" (rows of m) or "m" (rows of k: A is a transposed view). b: contiguous axis of B, "k"
     (linear's weight [N, K]), "n" ([K, N]), or "packed" (`generate_pack` laid it out; for weights that the caller owns).
+    b may be "quantized": `b_dtype` is then a `quantized_dtype`, and buffers `scales` and (but for symmetric types) `zeros`
+    follow B, which has the codes; see matmul_quant.h.
     a or b may be "window": convolution's view of images, whose pixels are the rows of A or the columns of B. In the second
     case the epilogue gets M, the pixel N of an image, and the image as B0.
     batch: number of batch axes, 0 to 2, each with a stride for A and B (0 broadcasts).
@@ -85,19 +88,21 @@ class MatmulSpec:
     origin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        fields = {"dtype": tuple(OPERANDS), "a": ("k", "m", "window"), "b": ("k", "n", "packed", "window"),
+        fields = {"dtype": tuple(OPERANDS), "a": ("k", "m", "window"), "b": ("k", "n", "packed", "window", "quantized"),
                   "batch": (0, 1, 2), "group": ("", "m", "k")}  # fmt: skip
         for field, allowed in fields.items():
             if getattr(self, field) not in allowed:
                 raise InvalidMatmul(name=self.name, why=f"{field} is {getattr(self, field)!r}, not one of {allowed}")
         for field, stored in (("a_dtype", self.stored_a), ("b_dtype", self.stored_b)):
-            if stored not in OPERANDS[self.dtype]:
+            if stored not in (OPERANDS[self.dtype] if field == "a_dtype" or self.b != "quantized" else _QUANTIZED):
                 raise InvalidMatmul(name=self.name, why=f"{field} {stored} is not summed in {self.dtype}")
         if self.b == "packed" and (self.b_ids or self.group == "k"):
             raise InvalidMatmul(name=self.name, why="a packed B has no row ids and no groups along k")
         if self.dtype == "int32" and (self.group == "k" or self.prologue):
             raise InvalidMatmul(name=self.name, why="sums of int32 have no prologue and no groups along k")
         self._check_windows()
+        if self.b == "quantized" and (self.a != "k" or self.dtype != "float32" or self._is_more_than_a_product):
+            raise InvalidMatmul(name=self.name, why="a quantized B has one A [M, K], without groups, row ids and prologue")
         if self.group and self.batch:
             raise InvalidMatmul(name=self.name, why="groups and batch axes exclude each other")
         if self.group_ids and self.group != "m":
@@ -111,11 +116,14 @@ class MatmulSpec:
     def _check_windows(self) -> None:
         if "window" not in (self.a, self.b):
             return
-        other = self.batch or self.group or self.prologue or self.a_ids or self.b_ids
-        if self.a == self.b or other:
+        if self.a == self.b or self._is_more_than_a_product:
             raise InvalidMatmul(name=self.name, why="one operand may be windows, without batch, groups, row ids, prologue")
         if {self.stored_a, self.stored_b} != {self.dtype} or self.dtype == "int32":
             raise InvalidMatmul(name=self.name, why="windows are multiplied in the dtype that they have in memory, a float")
+
+    @property
+    def _is_more_than_a_product(self) -> bool:
+        return bool(self.batch or self.group or self.prologue or self.a_ids or self.b_ids)
 
     @property
     def stored_a(self) -> str:
@@ -130,7 +138,9 @@ class MatmulSpec:
     @property
     def buffer_names(self) -> tuple[str, ...]:
         """Names of the kernel's buffers, in the order of `bufs`."""
-        tables = {"a_ids": self.a_ids, "b_ids": self.b_ids, "offsets": bool(self.group), "group_ids": self.group_ids}
+        quantized = self.b == "quantized"
+        tables = {"scales": quantized, "zeros": quantized and self.b_dtype.startswith("u")}
+        tables |= {"a_ids": self.a_ids, "b_ids": self.b_ids, "offsets": bool(self.group), "group_ids": self.group_ids}
         return ("A", "B", *(n for n, used in tables.items() if used), *(b.name for b in self.buffers), "workspace")
 
     @property
@@ -139,11 +149,12 @@ class MatmulSpec:
 
         lda, ldb: elements from one row in memory to the next, of A and B (0 for packed). slots: threads that the
         workspace has room for. batch0, a_batch0, b_batch0: extent and strides of the first batch axis. groups, b_group:
-        number of groups and elements from one matrix of B to the next. WINDOW where an operand is windows. Then the
-        spec's own symbols.
+        number of groups and elements from one matrix of B to the next. scale_group: k that share a scale of a quantized B.
+        WINDOW where an operand is windows. Then the spec's own symbols.
         """
         batch = [f"{part}batch{i}" for i in range(self.batch) for part in ("", "a_", "b_")]
         group = ["groups", "b_group"] if self.group else []
+        group += ["scale_group"] if self.b == "quantized" else []
         group += WINDOW if "window" in (self.a, self.b) else ()
         return ("M", "N", "K", "lda", "ldb", "slots", *batch, *group, *(s.name for s in self.sizes))
 
@@ -154,11 +165,21 @@ def workspace_elements(spec: MatmulSpec, m: Size, n: Size, k: Size, slots: Size)
     Sizes may be sympy expressions; the result is then one, an upper bound. Each slot is at most about 2.5 MB of float32.
     """
     rows = _up(_least(m, _ROW_BLOCK), _ROW_UNIT)
-    panel = 0 if spec.b == "packed" and spec.stored_b == spec.dtype else _K_BLOCK * PANEL
+    runs = 2 if spec.b == "quantized" else 1  # of packed A for each block of k
+    in_place = spec.b == "quantized" or (spec.b == "packed" and spec.stored_b == spec.dtype)
+    panel = 0 if in_place else _K_BLOCK * PANEL
     several = not isinstance(k, int) or k > _K_BLOCK
     sums = rows * _up(_least(n, _COLUMN_BLOCK), PANEL) if several else 0
-    blocks = _least(_ceildiv(k, _K_BLOCK), _THIN_BLOCKS) * _ROW_UNIT
+    blocks = _least(_ceildiv(k * runs, _K_BLOCK), _THIN_BLOCKS * runs) * _ROW_UNIT
     return (_most(rows, blocks) * (_K_BLOCK + 16) + panel + sums) * slots
+
+
+def quantized_dtype(kind: QuantizedType) -> str:
+    """What a spec calls the type of a quantized B: sign, bits and the dtype of the scales, such as u4_f16."""
+    return f"{'i' if kind.symmetric else 'u'}{kind.bits}_{kind.scale}"
+
+
+_QUANTIZED = frozenset(f"{sign}{bits}_{scale}" for sign in "iu" for bits in range(2, 9) for scale in SCALES)
 
 
 def packed_elements(n: Size, k: Size, dtype: str = "float32") -> Size:
@@ -192,7 +213,7 @@ def generate(spec: MatmulSpec) -> str:
     at = {name: i for i, name in enumerate(spec.buffer_names)}
     prologue = _prologue(spec)
     read = spec.dtype if prologue else spec.stored_a
-    types = ", ".join(CTYPE[t] for t in (spec.dtype, read, spec.stored_b))
+    types = ", ".join(CTYPE.get(t, t) for t in (spec.dtype, read, spec.stored_b))
     operands = f"{types}, {spec.a}, {spec.b}, {'prologue' if prologue else 'plain'}"
     lines = [
         f"// {spec.name}",
@@ -211,7 +232,7 @@ def generate(spec: MatmulSpec) -> str:
         "  matmul::Call call{};",
         "  call.bufs = bufs, call.sizes = sizes;",
         *(f"  call.d.{_FIELDS[name]} = sizes[{i}];" for i, name in enumerate(spec.size_names) if name in _FIELDS),
-        *(f"  call.{field} = bufs[{at[name]}];" for name, field in (("A", "a"), ("B", "b"), ("workspace", "workspace"))),
+        *(f"  call.{field} = bufs[{at[name]}];" for name, field in _OPERANDS.items() if name in at),
         *(f"  call.{t} = static_cast<const int64_t*>(bufs[{at[t]}]);" for t in _TABLES if t in at),
         f"  call.batch = {spec.batch};",
         f"  call.group = matmul::Group::{spec.group or 'none'};",
@@ -226,7 +247,7 @@ def generate(spec: MatmulSpec) -> str:
 def has_dots(source: str) -> bool:
     """Whether a kernel's C++ multiplies what some processors have instructions of their own for (`element_of` in
     matmul_tile.h): bfloat16 by bfloat16, bytes by bytes."""
-    types = r"(float, bf16, bf16|int32_t, u?int8_t, u?int8_t)"
+    types = r"(float, bf16, (bf16|[iu]\d_\w+)|int32_t, u?int8_t, u?int8_t)"
     return re.search(rf"^PLAIT_USES_MATMUL\({types}, .*plain\);$", source, re.MULTILINE) is not None
 
 
@@ -253,8 +274,9 @@ _TAPS = ("C", "KH", "KW", "H", "W", "OH", "OW", "stride_h", "stride_w", "pad_h",
 WINDOW = tuple(f"window_{name}" for name in (*_TAPS, "x_n", "x_c", "x_h", "x_w", "taps_first"))
 """Sizes of a product whose operand is windows; they mirror `Window` in matmul_call.h."""
 
+_OPERANDS = {"A": "a", "B": "b", "scales": "scales", "zeros": "zeros", "workspace": "workspace"}
 _TABLES = ("a_ids", "b_ids", "offsets", "group_ids")
-_FIELDS = {n: n for n in ("M", "N", "K", "lda", "ldb", "slots", "groups")} | {
+_FIELDS = {n: n for n in ("M", "N", "K", "lda", "ldb", "slots", "groups", "scale_group")} | {
     "batch0": "batch[0]", "a_batch0": "a_step[0]", "b_batch0": "b_step[0]",
     "batch1": "batch[1]", "a_batch1": "a_step[1]", "b_batch1": "b_step[1]", "b_group": "group_step",
 } | {n: n.replace("_", ".", 1) for n in WINDOW}  # fmt: skip

@@ -19,6 +19,7 @@ struct Dims {
   int64_t M, N, K, lda, ldb, slots;
   int64_t batch[2] = {1, 1}, a_step[2] = {0, 0}, b_step[2] = {0, 0};
   int64_t groups = 1, group_step = 0;
+  int64_t scale_group = 0;  // k that share a scale of a quantized B
   Window window{};
 };
 
@@ -38,7 +39,7 @@ struct Call {
   void* const* bufs;
   const int64_t* sizes;
   Dims d;
-  const void *a, *b;
+  const void *a, *b, *scales, *zeros;  // the latter two of a quantized B: b are its codes
   const int64_t *a_ids, *b_ids, *offsets, *group_ids;
   void* workspace;
   int batch;

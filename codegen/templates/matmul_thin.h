@@ -5,6 +5,8 @@
 
 namespace plait::matmul {
 
+constexpr int64_t MC = 264;   // rows of packed A that stay in L2 while panels of B pass by
+constexpr int64_t NC = 2048;  // columns whose partial sums a thread keeps when K > KB
 constexpr int THIN = MR < 8 ? 4 : 8;  // at most the rows of a packed block of A
 constexpr int64_t THIN_BLOCK = PR * AS;
 constexpr int64_t THIN_BLOCKS = 64;  // of packed A at most; longer k-sums take the general path

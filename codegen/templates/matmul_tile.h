@@ -23,7 +23,7 @@ constexpr int64_t KB = 256;         // fixes the order of the k-sum: changing it
 constexpr int64_t AS = KB + 16;     // row stride of packed A: 17 cache lines, so that rows spread over the cache's sets
 
 enum class A { k, m, window };          // the axis of A that is contiguous in memory; window: see matmul_window.h
-enum class B { k, n, packed, window };  // the same of B; packed: panels [ceil(N / NR)][K][NR]
+enum class B { k, n, packed, window, quantized };  // the same of B; packed: panels [ceil(N / NR)][K][NR]; matmul_quant.h
 
 constexpr int64_t ceildiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

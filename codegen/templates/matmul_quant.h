@@ -1,0 +1,274 @@
+// Products by a quantized weight, read as it lies in memory (formats/quantized.py, layout "panels"). Codes become numbers in
+// registers, behind the multiplications of the tile: few instructions a code, so that nothing is unpacked into memory.
+//
+//   c[m, n] = sum over groups g of scale[n, g] * (sum over k in g of a[m, k] * (code[n, k] - zero[n, g]))
+//
+// code - zero is exact. The order is fixed, as in matmul_tile.h: a group is cut into pieces of at most KS; the products of a
+// piece are added one after the other, starting from zero; times the scale it is added to the sum with one rounding. Where
+// the processor multiplies pairs of bfloat16, x of that type is multiplied so, since code - zero is exact in it too.
+#pragma once
+#include "matmul_thin.h"
+
+namespace plait {
+
+struct e8m0 {  // a power of two: 2^(bits - 127)
+  uint8_t bits;
+};
+template <int Bits, class Scale, bool Symmetric> struct Quantized {  // its words in memory
+  int32_t word;
+};
+#define PLAIT_QUANTIZED(bits, scale, name)                  \
+  using u##bits##_##name = Quantized<bits, scale, false>; \
+  using i##bits##_##name = Quantized<bits, scale, true>;
+#define PLAIT_QUANTIZED_BITS(bits) \
+  PLAIT_QUANTIZED(bits, f16, f16) PLAIT_QUANTIZED(bits, bf16, bf16) PLAIT_QUANTIZED(bits, float, f32) PLAIT_QUANTIZED(bits, e8m0, e8m0)
+PLAIT_QUANTIZED_BITS(2)
+PLAIT_QUANTIZED_BITS(3)
+PLAIT_QUANTIZED_BITS(4)
+PLAIT_QUANTIZED_BITS(5)
+PLAIT_QUANTIZED_BITS(6)
+PLAIT_QUANTIZED_BITS(7)
+PLAIT_QUANTIZED_BITS(8)
+
+namespace matmul {
+
+template <class UA, int Bits, class S, bool Symmetric> struct element_of<float, UA, Quantized<Bits, S, Symmetric>> {
+  using type = typename element_of<float, UA, bf16>::type;
+};
+
+constexpr int BLOCK = 32;  // k whose codes lie together: as many words of each column as codes have bits
+
+// The parts of a weight as they lie in memory. Scales and zero points are those of as many columns as a register has lanes.
+template <class U> struct Parts;
+template <int Bits, class S, bool Symmetric> struct Parts<Quantized<Bits, S, Symmetric>> {
+  using Scale = S;
+  static constexpr int bits = Bits, zero_bytes = Bits <= 4 ? NR / 2 : NR;
+  static constexpr int middle = 1 << (Bits - 1);  // the zero point where none is stored
+
+  const int32_t* codes;
+  const Scale* scales;
+  const uint8_t* zeros;
+  int64_t K, group;
+
+  PLAIT_FN const int32_t* words(int64_t k, int64_t n) const {
+    return codes + n / NR * NR * (K / BLOCK * Bits) + k / BLOCK * Bits * NR + n % NR;
+  }
+  PLAIT_FN int64_t place(int64_t g, int64_t n) const { return n / NR * (K / group) + g; }
+  PLAIT_FN reg<float> scale(int64_t g, int64_t n) const {
+    const S* p = scales + place(g, n) * NR + n % NR;
+    if constexpr (same<S, e8m0>) {
+      const reg<int32_t> e = (get_as<int32_t>(reinterpret_cast<const uint8_t*>(p)));
+      return reg<float>(e == 0 ? reg<int32_t>{} + (1 << 22) : e << 23);  // 2^-127 has no exponent of its own
+    } else {
+      return get_as<float>(p);
+    }
+  }
+  PLAIT_FN reg<float> zero(int64_t g, int64_t n) const {
+    if constexpr (Symmetric) return float(middle) - reg<float>{};
+    const uint8_t* p = zeros + place(g, n) * zero_bytes;
+    if constexpr (Bits > 4) return get_as<float>(p + n % NR);
+    const reg<int32_t> pair = (get_as<int32_t>(p + n % (NR / 2)));
+    return __builtin_convertvector(n % NR < NR / 2 ? pair & 15 : pair >> 4, reg<float>);
+  }
+  // Where the piece that begins at k ends.
+  PLAIT_FN int64_t end_of_piece(int64_t k, int64_t step) const { return least((k / group + 1) * group, k + step); }
+  // The same of a run of whole groups, or one piece, of at most `step`.
+  PLAIT_FN int64_t end_of_run(int64_t k, int64_t step) const {
+    return group > step ? end_of_piece(k, step) : least(K, k + step / group * group);
+  }
+};
+
+// x | (word & mask)
+PLAIT_FN reg<int32_t> with_bits(reg<int32_t> x, reg<int32_t> word, int32_t mask) {
+#if defined(__AVX512F__)
+  return reg<int32_t>(__builtin_ia32_pternlogd512_mask(x, word, mask - reg<int32_t>{}, 0xf8, -1));
+#else
+  return x | (word & mask);
+#endif
+}
+
+// How codes of some bits are cut into planes; a step is what the words of its narrowest plane hold.
+template <int Bits> struct Planes {
+  static constexpr int widest = Bits & 8 ? 8 : Bits & 4 ? 4 : 2, step = 32 / (Bits & -Bits), places = 16 / widest;
+  static constexpr int words = step * Bits / 32;
+
+  // Bits of a word from which code i of a step is taken: as they are in the mantissa of a number, or after a shift by half.
+  static constexpr int place(int i) { return i % places * widest; }
+  // The number whose lowest bit of weight 1 is bit p of its mantissa: a code put there is added to it.
+  static constexpr int32_t base(int p) { return (127 + 23 - p) << 23; }
+  static constexpr float base_value(int p) { return float(1 << (23 - p)); }
+
+  // Words of step s of a block.
+  PLAIT_FN static void load(const int32_t* block, int s, reg<int32_t>* word) {
+    int at = 0, plane = 0;
+#pragma GCC unroll 4
+    for (int w = 8; w > 0; w /= 2)
+      if (Bits & w) {
+        const int many = step * w / 32;
+#pragma GCC unroll 8
+        for (int j = 0; j < many; j++) word[at + j] = get(block + (plane + s * many + j) * NR);
+        at += many, plane += w;
+      }
+  }
+  // base_value(place(i)) plus code i
+  PLAIT_FN static reg<float> code(const reg<int32_t>* word, int i) {
+    const int p = place(i);
+    reg<int32_t> x = base(p) - reg<int32_t>{};
+    int at = 0, low = 0;
+#pragma GCC unroll 4
+    for (int w = 8; w > 0; w /= 2)
+      if (Bits & w) {
+        const int per_word = 32 / w, from = i % per_word * w, to = p + low;
+        const reg<int32_t> own = word[at + i / per_word];
+        const reg<int32_t> moved_word = from > to ? reg<int32_t>(reg<uint32_t>(own) >> (from - to)) : own << (to - from);
+        x = with_bits(x, moved_word, ((1 << w) - 1) << to);
+        at += step * w / 32, low += w;
+      }
+    return reg<float>(x);
+  }
+};
+
+// c[r][0:V * lanes] = (add ? c : 0) + the sum over k0 <= k < k1, for R rows of a (AS apart, from k0 on) and of c (`step` apart),
+// and columns n on. k0 and k1 are ends of pieces.
+template <class T, class U, int R, int V>
+[[gnu::noinline]] static void micro_quantized(Parts<U> w, int64_t k0, int64_t k1, int64_t n, const sum<T>* a, float* c,
+                                              int64_t step, bool add) {
+  using P = Planes<Parts<U>::bits>;
+  constexpr int L = lanes<float>, D = depth<T>;
+  const int32_t* from[V];
+  for (int v = 0; v < V; v++) from[v] = w.words(k0, n + v * L);
+  for (int64_t k = k0; k < k1; add = true) {
+    const int64_t g = k / w.group, end = least(k1, w.end_of_piece(k, KS<T>));
+    reg<float> acc[R][V] = {}, zero[P::places][V];
+    for (int v = 0; v < V; v++) {
+      const reg<float> own = w.zero(g, n + v * L);
+#pragma GCC unroll 8
+      for (int p = 0; p < P::places; p++) zero[p][v] = own + P::base_value(P::place(p));
+    }
+    for (; k < end; k += BLOCK) {
+#pragma GCC unroll 1
+      for (int s = 0; s < BLOCK / P::step; s++) {
+        reg<int32_t> word[V][P::words];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) P::load(from[v], s, word[v]);
+#pragma GCC unroll 32
+        for (int i = 0; i < P::step; i += D) {
+          reg<float> x[V];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) {
+            x[v] = P::code(word[v], i) - zero[i % P::places][v];
+            if constexpr (D == 2) {
+              const reg<float> odd = P::code(word[v], i + 1) - zero[(i + 1) % P::places][v];
+              x[v] = reg<float>(with_bits(reg<int32_t>(reg<uint32_t>(x[v]) >> 16), reg<int32_t>(odd), int32_t(0xffff0000)));
+            }
+          }
+#pragma GCC unroll 12
+          for (int r = 0; r < R; r++) {
+            const reg<T> av = all<T>(a + r * AS + i / D);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) acc[r][v] = dot<T>(av, x[v], acc[r][v]);
+          }
+        }
+        a += P::step / D;
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) from[v] += Parts<U>::bits * NR;
+    }
+    for (int v = 0; v < V; v++) {
+      const reg<float> scale = w.scale(g, n + v * L);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        float* const p = c + r * step + v * L;
+        put(p, muladd(scale, acc[r][v], add ? get(p) : reg<float>{}));
+      }
+    }
+  }
+}
+
+// The same for up to MR rows and NR columns of c, NR apart; may compute and write more rows, up to the next of 4, 6, 8, 12.
+template <class T, class U>
+static void tile_quantized(int64_t rows, const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, const sum<T>* a, float* c,
+                           bool add) {
+#pragma GCC unroll 1
+  for (int h = 0; h < NR; h += NV * lanes<float>) {
+    if constexpr (MR > 8) {
+      if (rows > 8) {
+        micro_quantized<T, U, 12, NV>(w, k0, k1, n + h, a, c + h, NR, add);
+        continue;
+      }
+    }
+    if (rows > 4) micro_quantized<T, U, MR < 8 ? MR : 8, NV>(w, k0, k1, n + h, a, c + h, NR, add);
+    else micro_quantized<T, U, 4, NV>(w, k0, k1, n + h, a, c + h, NR, add);
+  }
+}
+
+constexpr int64_t RUNS = 2 * THIN_BLOCKS;  // of packed A at most, each longer than half a block or a piece of a group
+
+// At most MR rows: all of k for a few columns, then the next columns. R: 1, 2, or more for what tile_quantized has.
+template <class T, class U, int R, class Driver>
+static void thin_quantized(const Driver& driver, const Parts<U>& w, const Task& t, sum<T>* a) {
+  const int64_t rows = t.m1 - t.m0;
+  int64_t runs = 0;
+  for (int64_t k = 0; k < w.K; k = w.end_of_run(k, KS<T>))
+    driver.pack_a(t, t.m0, rows, k, w.end_of_run(k, KS<T>) - k, a + runs++ * THIN_BLOCK);
+  constexpr int WIDTH = R == 1 ? 2 * NR : NR;  // so that enough sums are under way
+  alignas(64) float tile[most(MR * NR, WIDTH)];
+  for (int64_t n = t.n0, cols; n < t.n1; n += cols) {
+    cols = least(t.n1 - n > NR ? WIDTH : NR, t.n1 - n);
+    const sum<T>* from = a;
+    for (int64_t k = 0; k < w.K; from += THIN_BLOCK) {
+      const int64_t end = w.end_of_run(k, KS<T>);
+      if constexpr (R > 2) {
+        tile_quantized<T>(rows, w, k, end, n, from, tile, k > 0);
+      } else {
+        constexpr int V = R == 1 ? 2 * NV : NV;
+        int64_t h = 0;
+        for (; h + V * lanes<float> <= ceildiv(cols, NR) * NR; h += V * lanes<float>)
+          micro_quantized<T, U, R, V>(w, k, end, n + h, from, tile + h, WIDTH, k > 0);
+        if constexpr (V * lanes<float> > NR) {
+          if (h < cols) micro_quantized<T, U, R, NV>(w, k, end, n + h, from, tile + h, WIDTH, k > 0);
+        }
+      }
+      k = end;
+    }
+    driver.finish(t, t.m0, rows, n, cols, tile, WIDTH);
+  }
+}
+
+// Rows m0:m1 (at most MC) by columns n0:n1 (at most NC).
+template <class T, class U, class Driver>
+static void block_quantized(const Driver& driver, const Parts<U>& w, const Task& t, int64_t m0, int64_t m1, int64_t n0,
+                            int64_t n1, sum<T>* a) {
+  const int64_t rows = ceildiv(m1 - m0, PR) * PR;
+  float* const sums = reinterpret_cast<float*>(a + rows * AS);
+  alignas(64) float tile[MR * NR];
+  const bool one = w.end_of_run(0, KS<T>) == w.K;
+  for (int64_t k = 0, end; k < w.K; k = end) {
+    end = w.end_of_run(k, KS<T>);
+    for (int64_t m = m0; m < m1; m += tile_rows(m1 - m))
+      driver.pack_a(t, m, tile_rows(m1 - m), k, end - k, a + ceildiv(m - m0, MR) * MR * AS);
+    for (int64_t n = n0; n < n1; n += NR)
+      for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
+        const int64_t many = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
+        float* const c = one ? tile : sums + (n - n0) * rows + first * NR;
+        tile_quantized<T>(many, w, k, end, n, a + first * AS, c, k > 0);
+        if (end == w.K) driver.finish(t, m, many, n, least(NR, n1 - n), c, NR);
+      }
+  }
+}
+
+template <class T, class U, class Driver>
+static void run_quantized(const Driver& driver, const Parts<U>& w, const Task& t, sum<T>* scratch) {
+  const int64_t many = t.m1 - t.m0;
+  if (many <= MR && 2 * w.K <= RUNS * KS<T>) {
+    if (many > 2) return thin_quantized<T, U, MR>(driver, w, t, scratch);
+    return many > 1 ? thin_quantized<T, U, 2>(driver, w, t, scratch) : thin_quantized<T, U, 1>(driver, w, t, scratch);
+  }
+  const int64_t rows = ceildiv(ceildiv(many, ceildiv(many, MC)), PR) * PR;
+  for (int64_t n = t.n0; n < t.n1; n += NC)
+    for (int64_t m = t.m0; m < t.m1; m += rows)
+      block_quantized<T>(driver, w, t, m, least(t.m1, m + rows), n, least(t.n1, n + NC), scratch);
+}
+
+}  // namespace matmul
+}  // namespace plait
