@@ -251,7 +251,7 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
     const double work = double(d.M) * double(d.N) * double(d.K > 0 ? d.K : 1) * double(by_m || by_k ? 1 : count);
     nt = work < 2 * GRAIN ? 1 : int(least(nt, d.slots));
     const Cut c = cut(count, by_m ? ceildiv(d.M, count) : d.M, nt);
-    const int64_t tasks = count * c.m * c.n, step = slot_elements<T>(d, in_place || quantized, quantized);
+    const int64_t tasks = count * c.m * c.n, step = slot_elements<T>(d, in_place, quantized);
     sum<T>* const scratch = (sum<T>*)call.workspace;
     if (nt <= 1) {
       for (int64_t i = 0; i < tasks; i++) run(task(i, c), scratch);

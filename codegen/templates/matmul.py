@@ -166,8 +166,7 @@ def workspace_elements(spec: MatmulSpec, m: Size, n: Size, k: Size, slots: Size)
     """
     rows = _up(_least(m, _ROW_BLOCK), _ROW_UNIT)
     runs = 2 if spec.b == "quantized" else 1  # of packed A for each block of k
-    in_place = spec.b == "quantized" or (spec.b == "packed" and spec.stored_b == spec.dtype)
-    panel = 0 if in_place else _K_BLOCK * PANEL
+    panel = 0 if spec.b == "packed" and spec.stored_b == spec.dtype else _K_BLOCK * PANEL
     several = not isinstance(k, int) or k > _K_BLOCK
     sums = rows * _up(_least(n, _COLUMN_BLOCK), PANEL) if several else 0
     blocks = _least(_ceildiv(k * runs, _K_BLOCK), _THIN_BLOCKS * runs) * _ROW_UNIT

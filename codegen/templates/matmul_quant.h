@@ -1,5 +1,5 @@
 // Products by a quantized weight, read as it lies in memory (formats/quantized.py, layout "panels"). Codes become numbers in
-// registers, behind the multiplications of the tile: few instructions a code, so that nothing is unpacked into memory.
+// registers, behind the multiplications of the tile: few instructions a code. Only for many rows a block of a panel is widened first.
 //
 //   c[m, n] = sum over groups g of scale[n, g] * (sum over k in g of a[m, k] * (code[n, k] - zero[n, g]))
 //
@@ -128,54 +128,90 @@ template <int Bits> struct Planes {
   }
 };
 
-// c[r][0:V * lanes] = (add ? c : 0) + the sum over k0 <= k < k1, for R rows of a (AS apart, from k0 on) and of c (`step` apart),
-// and columns n on. k0 and k1 are ends of pieces.
-template <class T, class U, int R, int V>
-[[gnu::noinline]] static void micro_quantized(Parts<U> w, int64_t k0, int64_t k1, int64_t n, const sum<T>* a, float* c,
-                                              int64_t step, bool add) {
+// f(e, x): the elements k0 <= k < k1 of V registers of columns n on, in order; e counts from `e`. All k lie in one group.
+template <class T, class U, int V, class F>
+PLAIT_FN void each_code(const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, int64_t e, F f) {
   using P = Planes<Parts<U>::bits>;
   constexpr int L = lanes<float>, D = depth<T>;
   const int32_t* from[V];
-  for (int v = 0; v < V; v++) from[v] = w.words(k0, n + v * L);
-  for (int64_t k = k0; k < k1; add = true) {
-    const int64_t g = k / w.group, end = least(k1, w.end_of_piece(k, KS<T>));
-    reg<float> acc[R][V] = {}, zero[P::places][V];
-    for (int v = 0; v < V; v++) {
-      const reg<float> own = w.zero(g, n + v * L);
+  reg<float> zero[P::places][V];
+  for (int v = 0; v < V; v++) {
+    from[v] = w.words(k0, n + v * L);
+    const reg<float> own = w.zero(k0 / w.group, n + v * L);
 #pragma GCC unroll 8
-      for (int p = 0; p < P::places; p++) zero[p][v] = own + P::base_value(P::place(p));
-    }
-    for (; k < end; k += BLOCK) {
+    for (int p = 0; p < P::places; p++) zero[p][v] = own + P::base_value(P::place(p));
+  }
+  for (int64_t k = k0; k < k1; k += BLOCK) {
 #pragma GCC unroll 1
-      for (int s = 0; s < BLOCK / P::step; s++) {
-        reg<int32_t> word[V][P::words];
+    for (int s = 0; s < BLOCK / P::step; s++, e += P::step / D) {
+      reg<int32_t> word[V][P::words];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) P::load(from[v], s, word[v]);
+      for (int v = 0; v < V; v++) P::load(from[v], s, word[v]);
 #pragma GCC unroll 32
-        for (int i = 0; i < P::step; i += D) {
-          reg<float> x[V];
+      for (int i = 0; i < P::step; i += D) {
+        reg<float> x[V];
 #pragma GCC unroll 4
-          for (int v = 0; v < V; v++) {
-            x[v] = P::code(word[v], i) - zero[i % P::places][v];
-            if constexpr (D == 2) {
-              const reg<float> odd = P::code(word[v], i + 1) - zero[(i + 1) % P::places][v];
-              x[v] = reg<float>(with_bits(reg<int32_t>(reg<uint32_t>(x[v]) >> 16), reg<int32_t>(odd), int32_t(0xffff0000)));
-            }
-          }
-#pragma GCC unroll 12
-          for (int r = 0; r < R; r++) {
-            const reg<T> av = all<T>(a + r * AS + i / D);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) acc[r][v] = dot<T>(av, x[v], acc[r][v]);
+        for (int v = 0; v < V; v++) {
+          x[v] = P::code(word[v], i) - zero[i % P::places][v];
+          if constexpr (D == 2) {
+            const reg<float> odd = P::code(word[v], i + 1) - zero[(i + 1) % P::places][v];
+            x[v] = reg<float>(with_bits(reg<int32_t>(reg<uint32_t>(x[v]) >> 16), reg<int32_t>(odd), int32_t(0xffff0000)));
           }
         }
-        a += P::step / D;
+        f(e + i / D, x);
       }
+    }
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) from[v] += Parts<U>::bits * NR;
+    for (int v = 0; v < V; v++) from[v] += Parts<U>::bits * NR;
+  }
+}
+
+// A panel's elements k0 <= k < k1 -> panel[element][NR]. k0 and k1 are ends of pieces.
+template <class T, class U>
+[[gnu::noinline]] static void widen_codes(const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, float* panel) {
+  constexpr int L = lanes<float>;
+  for (int64_t k = k0, end; k < k1; k = end) {
+    end = least(k1, w.end_of_piece(k, KS<T>));
+    for (int h = 0; h < NR; h += NV * L)
+      each_code<T, U, NV>(w, k, end, n + h, (k - k0) / depth<T>, [&](int64_t e, const reg<float>* x) PLAIT_BODY {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) put(panel + e * NR + h + v * L, x[v]);
+      });
+  }
+}
+
+// c[r][0:V * lanes] = (add ? c : 0) + the sum over k0 <= k < k1, for R rows of a (AS apart, from k0 on) and of c (`step` apart),
+// and columns n on. k0 and k1 are ends of pieces. Wide: `panel` has the elements of these columns, else codes are read.
+template <class T, class U, int R, int V, bool Wide = false>
+[[gnu::noinline]] static void micro_quantized(const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, const float* panel,
+                                              const sum<T>* a, float* c, int64_t step, bool add) {
+  constexpr int L = lanes<float>, D = depth<T>;
+  if (add)
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < V * L; j += 16) __builtin_prefetch(c + r * step + j, 1);
+  for (int64_t k = k0, end; k < k1; k = end, add = true) {
+    end = least(k1, w.end_of_piece(k, KS<T>));
+    reg<float> acc[R][V] = {};
+    const auto one = [&](int64_t e, const reg<float>* x) PLAIT_BODY {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        const reg<T> av = all<T>(a + r * AS + e);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) acc[r][v] = dot<T>(av, x[v], acc[r][v]);
+      }
+    };
+    if constexpr (Wide) {
+      for (int64_t e = (k - k0) / D; e < (end - k0) / D; e++) {
+        reg<float> x[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) x[v] = get(panel + e * NR + v * L);
+        one(e, x);
+      }
+    } else {
+      each_code<T, U, V>(w, k, end, n, (k - k0) / D, one);
     }
     for (int v = 0; v < V; v++) {
-      const reg<float> scale = w.scale(g, n + v * L);
+      const reg<float> scale = w.scale(k / w.group, n + v * L);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         float* const p = c + r * step + v * L;
@@ -186,22 +222,21 @@ template <class T, class U, int R, int V>
 }
 
 // The same for up to MR rows and NR columns of c, NR apart; may compute and write more rows, up to the next of 4, 6, 8, 12.
-template <class T, class U>
-static void tile_quantized(int64_t rows, const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, const sum<T>* a, float* c,
-                           bool add) {
+template <class T, class U, bool Wide = false>
+static void tile_quantized(int64_t rows, const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, const float* panel,
+                           const sum<T>* a, float* c, bool add) {
+  const auto tile = [&](auto count, int h) {
+    micro_quantized<T, U, count.value, NV, Wide>(w, k0, k1, n + h, panel + h, a, c + h, NR, add);
+  };
 #pragma GCC unroll 1
   for (int h = 0; h < NR; h += NV * lanes<float>) {
-    if constexpr (MR > 8) {
-      if (rows > 8) {
-        micro_quantized<T, U, 12, NV>(w, k0, k1, n + h, a, c + h, NR, add);
-        continue;
-      }
-    }
-    if (rows > 4) micro_quantized<T, U, MR < 8 ? MR : 8, NV>(w, k0, k1, n + h, a, c + h, NR, add);
-    else micro_quantized<T, U, 4, NV>(w, k0, k1, n + h, a, c + h, NR, add);
+    if (MR > 8 && rows > 8) tile(Count<MR>{}, h);
+    else if (rows > 4) tile(Count<MR < 8 ? MR : 8>{}, h);
+    else tile(Count<4>{}, h);
   }
 }
 
+constexpr int64_t WIDE = 24;  // rows above which codes are widened into memory once rather than in the registers of each tile
 constexpr int64_t RUNS = 2 * THIN_BLOCKS;  // of packed A at most, each longer than half a block or a piece of a group
 
 // At most MR rows: all of k for a few columns, then the next columns. R: 1, 2, or more for what tile_quantized has.
@@ -219,14 +254,14 @@ static void thin_quantized(const Driver& driver, const Parts<U>& w, const Task& 
     for (int64_t k = 0; k < w.K; from += THIN_BLOCK) {
       const int64_t end = w.end_of_run(k, KS<T>);
       if constexpr (R > 2) {
-        tile_quantized<T>(rows, w, k, end, n, from, tile, k > 0);
+        tile_quantized<T>(rows, w, k, end, n, nullptr, from, tile, k > 0);
       } else {
         constexpr int V = R == 1 ? 2 * NV : NV;
         int64_t h = 0;
         for (; h + V * lanes<float> <= ceildiv(cols, NR) * NR; h += V * lanes<float>)
-          micro_quantized<T, U, R, V>(w, k, end, n + h, from, tile + h, WIDTH, k > 0);
+          micro_quantized<T, U, R, V>(w, k, end, n + h, nullptr, from, tile + h, WIDTH, k > 0);
         if constexpr (V * lanes<float> > NR) {
-          if (h < cols) micro_quantized<T, U, R, NV>(w, k, end, n + h, from, tile + h, WIDTH, k > 0);
+          if (h < cols) micro_quantized<T, U, R, NV>(w, k, end, n + h, nullptr, from, tile + h, WIDTH, k > 0);
         }
       }
       k = end;
@@ -240,20 +275,25 @@ template <class T, class U, class Driver>
 static void block_quantized(const Driver& driver, const Parts<U>& w, const Task& t, int64_t m0, int64_t m1, int64_t n0,
                             int64_t n1, sum<T>* a) {
   const int64_t rows = ceildiv(m1 - m0, PR) * PR;
-  float* const sums = reinterpret_cast<float*>(a + rows * AS);
+  float* const panel = a + rows * AS;
+  float* const sums = panel + KB * NR;
   alignas(64) float tile[MR * NR];
+  const bool wide = m1 - m0 > WIDE;
   const bool one = w.end_of_run(0, KS<T>) == w.K;
   for (int64_t k = 0, end; k < w.K; k = end) {
     end = w.end_of_run(k, KS<T>);
     for (int64_t m = m0; m < m1; m += tile_rows(m1 - m))
       driver.pack_a(t, m, tile_rows(m1 - m), k, end - k, a + ceildiv(m - m0, MR) * MR * AS);
-    for (int64_t n = n0; n < n1; n += NR)
+    for (int64_t n = n0; n < n1; n += NR) {
+      if (wide) widen_codes<T>(w, k, end, n, panel);
       for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
         const int64_t many = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
         float* const c = one ? tile : sums + (n - n0) * rows + first * NR;
-        tile_quantized<T>(many, w, k, end, n, a + first * AS, c, k > 0);
+        if (wide) tile_quantized<T, U, true>(many, w, k, end, n, panel, a + first * AS, c, k > 0);
+        else tile_quantized<T>(many, w, k, end, n, panel, a + first * AS, c, k > 0);
         if (end == w.K) driver.finish(t, m, many, n, least(NR, n1 - n), c, NR);
       }
+    }
   }
 }
 
