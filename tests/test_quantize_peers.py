@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from plait.benchmarks import llamacpp_peer, oracles, torchao_peer
 from plait.benchmarks.environments import NoPeer, installed
 

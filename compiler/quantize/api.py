@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadOption
-from ...passes.base import Context, Pass, Step, run_pipeline
+from ...passes.base import Context, Step, run_pipeline
 from ...passes.quantize.quantization import Quantization
 from ...passes.quantize.scheme import Scheme
-from ...passes.quantize.weights import WANT, Awq, Rtn, W8a8
+from ...passes.quantize.weights import WANT, Awq, Rtn, W8a8, Weights
 from ..export import Exported, capture_model
 from ..options import Options
 from . import calibration
-from .measure import measured
+from .measure import ROWS, measured, microseconds
 from .plan import Budget, Plan, planned
 from .result import QuantizedModel, Skipped
 from .resume import Kept
@@ -42,7 +42,7 @@ def quantize(
     layers: Iterable[str] = (),
     budget: str | None = None,
     formats: Iterable[str] = ("w3g128", "w4g128", "w4g32", "w8g128", "float"),
-    rows: Iterable[int] = (),
+    rows: Iterable[int] = ROWS,
     dynamic_shapes: Any = None,
     options: Mapping[str, Any] | None = None,
     resume: str | Path | None = None,
@@ -51,15 +51,16 @@ def quantize(
     """Quantize linear layers of a model (a module in eval mode, a function, an ExportedProgram or a `.pt2` file).
 
     calib: batches of inputs, or a file of them, see `calibration.batches`; the first is what the model is captured on, with
-    `dynamic_shapes` as torch.export takes them. scheme: `awq-w4g128`, `rtn-w8g64-sym`, `gptq-w3g32`, `awq+gptq-w4g128`, `w8a8`.
+    `dynamic_shapes` as torch.export takes them. scheme: `awq-w4g128`, `rtn-w8g64-sym`, `awq+gptq-w3g32`, `w8a8`.
     targets, ignore: layers by name or last parts of names, `re:` and an expression, or `Linear` for all. want: "faster"
-    leaves layers float that would be slower than now for `rows` of input (by default those of the batches, one row, and
-    several between), measured on this machine, or larger; "smaller" only those that would be larger; "any" takes all.
+    leaves layers float that would be slower than now for any of `rows` of input, measured on this machine, or larger;
+    "smaller" only those that would be larger; "any" takes all.
     layers: formats of single layers, `lm_head=w8g64`. budget: `error=0.05` (relative, of the model's results) or
     `bytes=40MB`: formats are chosen from `formats` for each layer, see `plan`. resume: a folder where finished layers are
     kept, so that an interrupted call goes on. progress(done, of, layer) is called on the way.
 
-    Raises BadScheme, BadCalibration, NoLayerMatches, BudgetCannotBeMet, BadOption, and what `plait.compile` raises at capture.
+    Raises BadScheme, BadCalibration, NoLayerMatches, BudgetCannotBeMet, CannotResume, BadOption, and what `plait.compile`
+    raises at capture.
     """
     chosen, asked = Options.of(options), Scheme.of(scheme)
     if want not in WANT:
@@ -68,19 +69,21 @@ def quantize(
     args, kwargs = batches[0]
     exported = capture_model(model, kwargs if kwargs and not args else args, dynamic_shapes)
     flat = calibration.flat_batches(batches, exported.in_tree, exported.held)
-    slower = measured(tuple(rows)) if want == "faster" else (lambda *_: "")
-    ctx = Context(at="forward", calibration=flat, slower=slower, progress=progress or (lambda *_: None))
+    limit, rows = None if budget is None else Budget.of(budget), tuple(rows)
     one = pass_of(asked, targets, ignore, want, layers)
-    with Kept(resume, exported.graph, flat) as kept:
-        ctx = replace(ctx, known=kept.known, keep=kept.keep)
-        if budget is not None:
-            plan = planned(exported.graph, one, ctx, Budget.of(budget), tuple(formats))
-            return _finished(model, exported, plan.step, plan.done, chosen, plan)
-        step, done = run_pass(exported, one, ctx)
+    kept = Kept(resume, exported.graph, flat, f"{one}, budget {budget}")
+    ctx = Context(
+        at="forward", calibration=flat, slower=measured(rows), progress=progress or (lambda *_: None), known=kept.known,
+        keep=kept.keep,
+    )  # fmt: skip
+    if limit is not None:
+        plan = planned(exported.graph, one, ctx, limit, tuple(formats), microseconds(rows))
+        return _finished(model, exported, plan.step, plan.done, chosen, plan)
+    step, done = run_pass(exported, one, ctx)
     return _finished(model, exported, step, done, chosen)
 
 
-def pass_of(asked: Scheme, targets: Iterable[str], ignore: Iterable[str], want: str, layers: Iterable[str]) -> Pass:
+def pass_of(asked: Scheme, targets: Iterable[str], ignore: Iterable[str], want: str, layers: Iterable[str]) -> Weights:
     """The pass that a scheme names."""
     common: dict[str, Any] = {"targets": tuple(targets), "ignore": tuple(ignore), "want": want, "layers": tuple(layers)}
     form, makeup = asked.format, "gptq" in asked.method
@@ -90,7 +93,7 @@ def pass_of(asked: Scheme, targets: Iterable[str], ignore: Iterable[str], want: 
     return cls(bits=form.bits, group=form.group, symmetric=form.symmetric, compensate=makeup, **common)
 
 
-def run_pass(exported: Exported, one: Pass, ctx: Context) -> tuple[Step, Quantization]:
+def run_pass(exported: Exported, one: Weights, ctx: Context) -> tuple[Step, Quantization]:
     """One of the passes on a captured graph: its step, and what it says of the layers."""
     said: list[Quantization] = []
     _, steps = run_pipeline(exported.graph, [one], replace(ctx, report=said.append))

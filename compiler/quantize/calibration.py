@@ -22,7 +22,7 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def batches(calib: Any, names: tuple[str, ...] = ()) -> list[Batch]:
-    """What `plait.quantize` takes as batches: an iterable of inputs (a tensor, a tuple, or a dict of keywords each), or a file.
+    """What `plait.quantize` takes as batches: an iterable of inputs (a tensor, a tuple or a dict of keywords), or a file.
 
     Files: .pt, as torch.save writes such a list; .safetensors or .npz with a tensor for each input by the names of the
     model's arguments, whose first axis counts samples; .npy with the only input. Samples become batches of one. Raises

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadOption, BudgetCannotBeMet
+from ...formats import QuantizedType
 from ...formats.quantized import rounded
 from ...ir import Graph, Node, TensorType
 from ...passes.base import Context, Step, run_pipeline
@@ -30,8 +31,9 @@ from ...passes.quantize.weights import Rtn, Weights
 from ..debugging.interpret import interpret
 from ..terminal import table
 
-Timed = Callable[[TensorType, Linear, Format], Mapping[int, float]]
-"""Seconds of one layer in a format, by rows of input; empty where it has no kernel."""
+Timed = Callable[[TensorType, QuantizedType | None, bool, int, int], Mapping[int, float]]
+"""Seconds of a layer [n, k] held as a type (None: float), its input rounded at each call or not, by rows of input; empty
+where it has no kernel."""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 _BUDGET = re.compile(r"(?P<what>error|bytes)=(?P<number>[\d.]+(e[+-]?\d+)?)(?P<unit>%|[kmg]?i?b?)", re.IGNORECASE)
@@ -66,8 +68,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Option:
-    """A layer in a format: its error (that of its group, all of whose layers have the format), bytes, seconds by rows of input,
-    and why it is out of the question, "" where it is not."""
+    """A layer in a format: its error (that of its group, all of whose layers have the format), bytes, seconds by rows of
+    input, and why it is out of the question, "" where it is not."""
 
     layer: str
     format: Format
@@ -110,7 +112,13 @@ def planned(graph: Graph, one: Weights, ctx: Context, budget: Budget, formats: S
 
 
 def table_of(
-    graph: Graph, found: Sequence[Linear], wanted: Sequence[Linear], forms: Sequence[Format], one: Weights, ctx: Context, timed: Timed
+    graph: Graph,
+    found: Sequence[Linear],
+    wanted: Sequence[Linear],
+    forms: Sequence[Format],
+    one: Weights,
+    ctx: Context,
+    timed: Timed,
 ) -> list[list[Option]]:
     """Options of each group's layers, format after format."""
     everything = groups(graph, found, wanted)
@@ -125,7 +133,10 @@ def table_of(
                 loss = 0.0 if form.float else _loss(group, mine, form, batches, interpreter)
                 for linear in mine:
                     why = "" if form.float else one.why_not(graph, linear, form, list(found), ctx)
-                    options.append(Option(linear.name, form, loss, _bytes(linear, form), timed(linear.x.tensor, linear, form), why))
+                    n, k = linear.rows, linear.columns
+                    kind = None if form.float else form.type_for(n, k)
+                    seconds = timed(linear.x.tensor, kind, form.dynamic, n, k)
+                    options.append(Option(linear.name, form, loss, _bytes(linear, form), seconds, why))
             made[group] = options
             ctx.progress(len(made), len(everything), f"formats of {mine[-1].name}")
 
@@ -248,24 +259,26 @@ def _within_bytes(items: Sequence[_Item], limit: float, budget: Budget) -> dict[
 
 def _within_error(graph: Graph, one: Weights, ctx: Context, budget: Budget, items: Sequence[_Item]) -> Plan:
     """Tighten what is predicted until what is measured is within."""
-    target = budget.limit**2
     rough = Rtn(targets=one.targets, ignore=one.ignore, want="any")
     quick = dataclasses.replace(ctx, known={}, keep=lambda *_: None, progress=lambda *_: None, report=lambda _: None)
+
+    def best(target: float) -> dict[str, Format]:
+        return _named(items, _climb(items, lambda _, loss, __: loss <= target))
+
+    target = budget.limit**2
     for _ in range(_ROUNDS):  # rounding to nearest is quick, and what a pass searches is better on the whole
-        now = target
-        formats = _named(items, _climb(items, lambda _, loss, __, now=now: loss <= now))
-        measured = error_of(_run(graph, rough, quick, formats)[0], ctx.calibration)
+        measured = error_of(_run(graph, rough, quick, best(target))[0], ctx.calibration)
         if 0.8 * budget.limit <= measured <= budget.limit or measured == 0:
             break
         target *= min(16.0, (0.9 * budget.limit / measured) ** 2)
+    formats, error = best(target), math.inf
     for _ in range(_ROUNDS):
         step, done = _run(graph, one, ctx, formats)
         error = error_of(step, ctx.calibration)
         if error <= budget.limit:
             return Plan(_all(items), formats, budget, error, step, done)
         target *= (0.9 * budget.limit / error) ** 2
-        now = target
-        tighter = _named(items, _climb(items, lambda _, loss, __, now=now: loss <= now))
+        tighter = best(target)
         if tighter == formats:
             break
         formats = tighter

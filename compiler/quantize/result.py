@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from ..terminal import size, table
 from . import awq_format, compressed_format
 from .checkpoints import Checkpoint
 from .modules import QuantizedLinear, replace_linears
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,27 @@ class Skipped:
 class QuantizedModel:
     """A quantized program. Call it like the original: the first call compiles it, see `compile`.
 
-    `layers` say what each quantized layer is held as and what that cost, `skipped` which layers stay float and why; print the
-    object for both. `captured` and `graph` are the graph before and after.
+    `layers` say what each quantized layer is held as and what that cost, `skipped` which layers stay float and why; print
+    the object for both. `plan` is what was chosen from where a budget was given. `captured` and `graph` are the graph before
+    and after.
     """
 
     def __init__(
-        self, model: Any, exported: Exported, step: Step, done: Quantization, skipped: tuple[Skipped, ...], options: Options
+        self,
+        model: Any,
+        exported: Exported,
+        step: Step,
+        done: Quantization,
+        skipped: tuple[Skipped, ...],
+        options: Options,
+        plan: Plan | None = None,
     ) -> None:
         self.captured: Graph = exported.graph
         self.graph: Graph = step.after
         self.step = step
         self.layers: tuple[Layer, ...] = done.layers
         self.skipped = skipped
+        self.plan = plan
         self._model, self._exported, self._done, self._options = model, exported, done, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,8 +78,6 @@ class QuantizedModel:
         return self._walk(chosen, build=True)
 
     def _walk(self, chosen: Options, *, build: bool) -> CompiledModel:
-        import time
-
         session, started = Session(name_of(self._model), chosen), time.perf_counter()
         walk = Walk(self.graph, "forward", self._exported.inputs, session)
         graph = walk.finish()
@@ -85,11 +95,9 @@ class QuantizedModel:
         """
         model = self._model.module() if isinstance(self._model, ExportedProgram) else self._model
         layers = dict(model.named_modules(remove_duplicate=False))
-        left = {
-            id(layers[name].weight): nn.Parameter(layers[name].weight.to("meta"), requires_grad=False)
-            for name in self._done.held
-            if isinstance(layers.get(name), nn.Linear) and sum(p is layers[name].weight for p in _parameters(model)) == 1
-        }
+        weights = [m.weight for name in self._done.held if isinstance(m := layers.get(name), nn.Linear)]
+        counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        left = {id(w): nn.Parameter(w.to("meta"), requires_grad=False) for w in weights if counts[id(w)] == 1}
         made = copy.deepcopy(model, left)
         with torch.no_grad():
             for name, tensor in self._done.changed.items():
@@ -112,10 +120,8 @@ class QuantizedModel:
 
     def checkpoint(self, config: Mapping[str, Any] | None = None) -> Checkpoint:
         """The state of `module()` for other people's formats; `config` is the rest of config.json."""
-        given = getattr(self._model, "config", None)
-        return Checkpoint.of(
-            self.module(), config if config is not None else given.to_dict() if hasattr(given, "to_dict") else {}
-        )
+        own = getattr(getattr(self._model, "config", None), "to_dict", dict)
+        return Checkpoint.of(self.module(), own() if config is None else config)
 
     def save_awq(self, folder: str | Path) -> None:
         """Write the AutoAWQ layout ("gemm") as Hugging Face reads it. Raises CannotWriteCheckpoint."""
@@ -175,15 +181,6 @@ def _how(layer: Layer) -> str:
     return ", ".join(filter(None, (scaled, "clipped" * layer.clipped, "compensated" * layer.compensated)))
 
 
-def _parameters(model: nn.Module) -> list[Any]:
-    return [p for _, p in model.named_parameters(remove_duplicate=False)]
-
-
 def _find(model: nn.Module, name: str) -> torch.Tensor:
     owner, _, last = name.rpartition(".")
     return getattr(model.get_submodule(owner), last)
-
-
-def unquantized(exported: Exported, graph: Graph) -> Exported:
-    """The program with another graph of the same interface."""
-    return replace(exported, graph=graph)
