@@ -195,7 +195,7 @@ class QuantizedType:
         plain, wide, points = self.unpack(codes, scales, zeros)
         grouped = plain.unflatten(-1, (self.groups, self.group)) - points[..., None]
         inner = torch.float64 if dtype == torch.float64 else torch.float32
-        return (grouped.to(inner) * wide.to(inner)[..., None]).flatten(-2).to(dtype)
+        return (grouped.to(inner) * wide.to(inner)[..., None]).flatten(-2).to(dtype).contiguous()
 
     def with_layout(self, layout: str) -> QuantizedType:
         """The same type in another layout. Raises BadQuantizedType."""

@@ -199,7 +199,7 @@ def _and_more(count: int) -> str:
 
 def plain_layers(checkpoint: Checkpoint) -> list[str]:
     """Layers with a matrix that is not quantized: what formats list so that readers leave them alone."""
-    found = [n.removesuffix(".weight") for n, t in checkpoint.plain.items() if n.endswith(".weight") and t.ndim == 2]
+    found = [n.removesuffix(".weight") for n, t in sorted(checkpoint.plain.items()) if n.endswith(".weight") and t.ndim == 2]
     return [name for name in found if name not in checkpoint.quantized]
 
 

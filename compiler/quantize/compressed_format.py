@@ -268,7 +268,7 @@ def _refuse(why: str, way: str) -> None:
 
 def _written_config(checkpoint: Checkpoint) -> dict[str, Any]:
     members: dict[Scheme, list[str]] = {}
-    for name, weight in checkpoint.quantized.items():
+    for name, weight in sorted(checkpoint.quantized.items()):
         members.setdefault(_written_scheme(weight, checkpoint), []).append(name)
     if not members:
         _refuse("no layer is quantized", "save the model as a float model")
