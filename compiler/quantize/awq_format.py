@@ -24,11 +24,11 @@ from .checkpoints import (
     Checkpoint,
     QuantizedWeight,
     Stored,
-    check_scales,
     merged,
     plain_layers,
     read_config,
     read_tensors,
+    unpacked,
     write_folder,
 )
 
@@ -137,9 +137,7 @@ def _written_layer(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         _refuse(f"{name} has scales of {kind.scale}", "quantize with scales of float16, or write compressed-tensors")
     if len(kind.shape) != 2 or kind.rows % WORD:
         _refuse(f"{name} is {list(kind.shape)}, and its rows are no multiple of {WORD}", "leave this layer in float")
-    check_scales("AWQ", name, weight)
-    codes, _, zeros = kind.unpack(weight.parts.codes, weight.parts.scales, weight.parts.zeros)
-    scales = weight.parts.to_layout("rows").scales
+    codes, scales, zeros = unpacked("AWQ", name, weight)
     made = {".qweight": pack(codes.t()), ".qzeros": pack(zeros.t()), ".scales": scales.t()}
     return {name + s: t for s, t in made.items()} | ({} if weight.bias is None else {name + ".bias": weight.bias})
 

@@ -203,14 +203,22 @@ def plain_layers(checkpoint: Checkpoint) -> list[str]:
     return [name for name in found if name not in checkpoint.quantized]
 
 
-def check_scales(format: str, name: str, weight: QuantizedWeight) -> None:
-    """Refuse to write scales that are NaN or infinite. Raises CannotWriteCheckpoint."""
-    if not bool(weight.parts.scales.isfinite().all()):
+def unpacked(format: str, name: str, weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [N, K], scales [N, G] as they are stored, zeros [N, G]) of a weight that is to be written.
+
+    Raises CannotWriteCheckpoint for scales that are NaN or infinite, and for zero points that are no codes.
+    """
+    kind = weight.parts.type
+    codes, _, zeros = kind.unpack(*weight.parts[1:])
+    scales = weight.parts.to_layout("rows").scales
+    finite = bool(scales.isfinite().all())
+    if not finite or int(zeros.max()) > kind.levels:
         raise CannotWriteCheckpoint(
             format=format,
-            why=f"the scales of {name} are not all finite",
+            why=f"the {'zero points' if finite else 'scales'} of {name} are not all {'codes' if finite else 'finite'}",
             way="quantize this layer again from finite weights, or leave it in float",
         )
+    return codes, scales, zeros
 
 
 def merged(format: str, *sources: Mapping[str, Tensor]) -> dict[str, Tensor]:

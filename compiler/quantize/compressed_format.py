@@ -30,11 +30,11 @@ from .checkpoints import (
     Checkpoint,
     QuantizedWeight,
     Stored,
-    check_scales,
     merged,
     plain_layers,
     read_config,
     read_tensors,
+    unpacked,
     write_folder,
 )
 from .modules import Activations
@@ -123,6 +123,8 @@ def _group(file: Path, name: str, group: Any, common: Any) -> tuple[list[str], S
     targets = group.get("targets") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise DamagedCheckpoint(file=file, why=f"{name} has no weights or no list of targets")
+    if wrong := next((t for t in targets if not _is_target(t)), None):
+        raise DamagedCheckpoint(file=file, why=f"the target {wrong!r} of {name} is no regular expression")
     form = group.get("format") or common
     if form not in (PACKED, INT):
         _unsupported(file, f"{name} has the format {form!r}")
@@ -163,12 +165,8 @@ def _activations(file: Path, name: str, inputs: Any, form: str) -> Activations:
 
 
 def _scheme_of(file: Path, groups: list[tuple[list[str], Scheme]], layer: str) -> Scheme:
-    """The scheme of a layer: named targets count before patterns, and these before classes."""
-    for fits in (
-        lambda target: target == layer,
-        lambda target: target.startswith("re:") and re.match(target[3:], layer),
-        lambda target: target == "Linear",
-    ):
+    """The scheme of a layer: targets by name count before patterns, and these before the class."""
+    for fits in (lambda t: t == layer, lambda t: _fits(layer, t), lambda t: t == "Linear"):
         for targets, scheme in groups:
             if any(fits(target) for target in targets):
                 return scheme
@@ -249,9 +247,8 @@ def _written_layer(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         _refuse(f"{name} is {kind}", "quantize it to a matrix of 4 or 8 bits, or leave it in float")
     if kind.scale == "e8m0":
         _refuse(f"{name} has scales that are exponents", "quantize it with scales of float16, bfloat16 or float32")
-    check_scales(METHOD, name, weight)
-    codes, _, zeros = kind.unpack(weight.parts.codes, weight.parts.scales, weight.parts.zeros)
-    made = {".weight_scale": weight.parts.to_layout("rows").scales}
+    codes, scales, zeros = unpacked(METHOD, name, weight)
+    made = {".weight_scale": scales}
     if weight.activations == "int8":
         made[".weight"] = (codes - kind.middle).to(torch.int8)
     else:
@@ -288,6 +285,13 @@ def _written_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _is_target(target: str) -> bool:
+    try:
+        return bool(re.compile(target.removeprefix("re:")))
+    except (re.error, RecursionError, OverflowError):
+        return not target.startswith("re:")
 
 
 def _fits(name: str, target: str) -> bool:

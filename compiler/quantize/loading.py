@@ -26,7 +26,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     """
     path = Path(folder)
     method = read_config(path)[1].get("quant_method")
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise UnsupportedCheckpoint(
             file=path / CONFIG,
             why=f"its quant_method is {method!r}",

@@ -33,6 +33,7 @@ from plait.errors import (
     CannotWriteCheckpoint,
     CheckpointMismatch,
     DamagedCheckpoint,
+    PlaitError,
     UnsupportedCheckpoint,
 )
 from plait.formats import Quantized, QuantizedType, quantize
@@ -472,6 +473,13 @@ def layer(activations: str = "float", **fields: Any) -> QuantizedWeight:
     return QuantizedWeight(random_weight(kind), None, activations)  # type: ignore[arg-type]
 
 
+def far_zeros() -> QuantizedWeight:
+    made = layer(layout="rows")
+    assert made.parts.zeros is not None
+    made.parts.zeros[3, 1] = 16
+    return made
+
+
 def infinite() -> QuantizedWeight:
     made = layer()
     made.parts.scales[0, 0, 3] = float("inf")
@@ -487,10 +495,12 @@ def infinite() -> QuantizedWeight:
         ("awq", {"a": layer(scale="bf16")}, "scales of bf16"),
         ("awq", {"a": layer(), "b": layer(group=64, shape=(8, 128))}, "these have 32, 64"),
         ("awq", {"a": infinite()}, "the scales of a are not all finite"),
+        ("awq", {"a": far_zeros()}, "the zero points of a are not all codes"),
         ("compressed-tensors", {}, "no layer is quantized"),
         ("compressed-tensors", {"a": layer(bits=3)}, r"a is u3g32\[48,64\]"),
         ("compressed-tensors", {"a": layer(scale="e8m0")}, "exponents"),
         ("compressed-tensors", {"a": infinite()}, "the scales of a are not all finite"),
+        ("compressed-tensors", {"a": far_zeros()}, "the zero points of a are not all codes"),
     ],
 )
 def test_what_a_format_does_not_hold_is_not_written(tmp_path: Path, method: str, layers: dict, match: str) -> None:
@@ -634,6 +644,7 @@ DAMAGE = [
     (packed_folder, configured(*WEIGHTS, "actorder", value="group"), "in the order of activations"),
     (packed_folder, configured(*INPUTS, value=TOKENS), "input_activations that are not int8"),
     (packed_folder, configured("config_groups", "group_0", "targets", value=["b"]), "no target of its config_groups fits a"),
+    (packed_folder, configured("config_groups", "group_0", "targets", value=["re:("]), "is no regular expression"),
     (packed_folder, configured("config_groups", "group_0", "targets", value=None), "no list of targets"),
     (packed_folder, configured("config_groups", "group_0", "output_activations", value=TOKENS), "output_activations"),
     (packed_folder, configured("config_groups", "group_0", "format", value="marlin-24"), "the format 'marlin-24'"),
@@ -665,6 +676,35 @@ def test_damaged_checkpoints_are_refused_by_name(
     with pytest.raises((DamagedCheckpoint, UnsupportedCheckpoint)):
         load_quantized(model, folder)
     assert type(model.a) is nn.Linear
+
+
+@given(st.data(), st.sampled_from([awq_folder, packed_folder, int_folder]))
+@settings(deadline=None, max_examples=150)
+def test_any_damage_is_an_error_of_the_catalogue(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, make: Callable[[Path], Path]
+) -> None:
+    """Bytes of the config, of the header or of the index changed, cut or added; entries of the config replaced."""
+    folder = make(tmp_path_factory.mktemp("fuzz") / "c")
+    file = folder / data.draw(st.sampled_from(["config.json", "model.safetensors"]))
+    content = bytearray(file.read_bytes())
+    at, what = data.draw(st.integers(0, min(len(content), 700))), data.draw(st.binary(max_size=4))
+    until = at + data.draw(st.sampled_from([0, len(what), 40]))
+    config = json.loads((folder / "config.json").read_text())
+    if data.draw(st.booleans()):
+        file.write_bytes(content[:at] + what + content[until:])
+    else:
+        place = config["quantization_config"]
+        while isinstance(place, dict) and place:
+            key = data.draw(st.sampled_from(sorted(place)))
+            if not isinstance(place[key], dict) or data.draw(st.booleans()):
+                place[key] = data.draw(st.sampled_from([None, True, 0, -1, 7, 1.5, 64, "x", "", [], ["re:["], {}, [{}]]))
+                break
+            place = place[key]
+        (folder / "config.json").write_text(json.dumps(config))
+    try:
+        read_checkpoint(folder)
+    except PlaitError as error:
+        assert str(folder) in str(error)
 
 
 def test_shards_are_checked_against_their_index(tmp_path: Path) -> None:
