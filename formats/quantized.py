@@ -175,15 +175,20 @@ class QuantizedType:
             kept = kept.contiguous()
         return Quantized(self, packed, scales, kept)
 
+    def row_scales(self, scales: Tensor) -> Tensor:
+        """Scales [.., N, G] in the dtype that they are stored in."""
+        return _rows(scales, self.rows) if self.layout == "panels" else scales
+
     def unpack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(codes int32 [.., N, K], scales float32 [.., N, G], zeros int32 [.., N, G]) of the parts; inverse of `pack`."""
-        wide = scales.float() if self.scale != "e8m0" else torch.exp2(scales.float() - 127)
+        wide = self.row_scales(scales).float()
+        wide = wide if self.scale != "e8m0" else torch.exp2(wide - 127)
         if self.layout == "bytes":
             plain = codes.to(torch.int32) + self.middle
         elif self.layout == "rows":
             plain = _from_bitstream(codes, self.bits, self.columns)
         else:
-            plain, wide = _rows(_from_planes(codes, self.bits), self.rows), _rows(wide, self.rows)
+            plain = _rows(_from_planes(codes, self.bits), self.rows)
             if zeros is not None:
                 zeros = torch.cat([zeros & 15, zeros >> 4], -1) if self.bits <= 4 else zeros
                 zeros = _rows(zeros, self.rows)
@@ -350,17 +355,16 @@ def _rows(x: Tensor, rows: int) -> Tensor:
 def _to_planes(codes: Tensor, bits: int) -> Tensor:
     """[.., P, K, 32] -> int32 [.., P, K / 32, bits, 32]: 32 codes of a row in `bits` words, plane after plane. In a plane of
     w bits, word j holds codes j * 32 / w to (j + 1) * 32 / w - 1, the first in its lowest bits."""
-    codes = codes.to(torch.int64).unflatten(-2, (-1, PANEL))  # [.., K / 32, 32 codes, 32 rows]
+    codes = codes.to(torch.int32).unflatten(-2, (-1, PANEL))  # [.., K / 32, 32 codes, 32 rows]
     words: list[Tensor] = []
     low = 0
     for width in plane_widths(bits):
         per = 32 // width
         plane = (codes >> low & ((1 << width) - 1)).unflatten(-2, (width, per))
-        shifts = torch.arange(per, device=codes.device) * width
-        words.append((plane << shifts[:, None]).sum(-2))
+        shifts = torch.arange(per, device=codes.device, dtype=torch.int32) * width
+        words.append((plane << shifts[:, None]).sum(-2, dtype=torch.int32))  # bits apart: sums are unions, and wrap
         low += width
-    packed = torch.cat(words, -2)
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).contiguous()
+    return torch.cat(words, -2)
 
 
 def _from_planes(packed: Tensor, bits: int) -> Tensor:
@@ -380,14 +384,16 @@ def _from_planes(packed: Tensor, bits: int) -> Tensor:
 
 def _bitstream(codes: Tensor, bits: int) -> Tensor:
     """[.., K] -> uint8 [.., ceil(K * bits / 8)]: code k begins at bit k * bits, lowest bit first."""
-    spread = (codes.to(torch.uint8)[..., None] >> torch.arange(bits, device=codes.device, dtype=torch.uint8) & 1).flatten(-2)
-    if spread.shape[-1] % 8:
-        spread = torch.nn.functional.pad(spread, (0, -spread.shape[-1] % 8))
-    weights = torch.tensor([1 << i for i in range(8)], device=codes.device, dtype=torch.uint8)
-    return (spread.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
+    columns = codes.shape[-1]
+    eights = torch.nn.functional.pad(codes.to(torch.int64), (0, -columns % 8)).unflatten(-1, (-1, 8))
+    words = (eights << torch.arange(8, device=codes.device) * bits).sum(-1)  # eight codes fill `bits` bytes
+    spread = words[..., None] >> torch.arange(bits, device=codes.device) * 8 & 255
+    return spread.to(torch.uint8).flatten(-2)[..., : -(-columns * bits // 8)].contiguous()
 
 
 def _from_bitstream(packed: Tensor, bits: int, columns: int) -> Tensor:
-    spread = (packed[..., None] >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1).flatten(-2)
-    spread = spread[..., : columns * bits].unflatten(-1, (columns, bits)).to(torch.int32)
-    return (spread << torch.arange(bits, device=packed.device, dtype=torch.int32)).sum(-1).to(torch.int32)
+    """Inverse of `_bitstream`: int32 [.., K]."""
+    whole = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).to(torch.int64).unflatten(-1, (-1, bits))
+    words = (whole << torch.arange(bits, device=packed.device) * 8).sum(-1)
+    spread = words[..., None] >> torch.arange(8, device=packed.device) * bits & ((1 << bits) - 1)
+    return spread.to(torch.int32).flatten(-2)[..., :columns]

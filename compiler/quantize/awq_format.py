@@ -154,13 +154,11 @@ def _refuse(why: str, way: str) -> None:
 
 def pack(codes: Tensor) -> Tensor:
     """Codes [A, N] from 0 to 15 as int32 [A, N / 8], in the order of this format."""
-    ordered = codes.to(torch.int64).unflatten(-1, (-1, WORD))[..., list(ORDER)]
-    words = (ordered << torch.arange(WORD, device=codes.device) * BITS).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    places = torch.tensor(ORDER, device=codes.device).argsort().to(torch.int32)  # where in a word each row lies
+    return (codes.to(torch.int32).unflatten(-1, (-1, WORD)) << places * BITS).sum(-1, dtype=torch.int32)
 
 
 def unpack(words: Tensor) -> Tensor:
     """Inverse of `pack`: int32 [A, N]."""
-    ordered = words[..., None] >> torch.arange(WORD, device=words.device, dtype=torch.int32) * BITS & 15
-    places = torch.tensor(ORDER, device=words.device).argsort()
-    return ordered[..., places].flatten(-2)
+    places = torch.tensor(ORDER, device=words.device).argsort().to(torch.int32)
+    return (words[..., None] >> places * BITS & 15).flatten(-2)

@@ -210,7 +210,7 @@ def unpacked(format: str, name: str, weight: QuantizedWeight) -> tuple[Tensor, T
     """
     kind = weight.parts.type
     codes, _, zeros = kind.unpack(*weight.parts[1:])
-    scales = weight.parts.to_layout("rows").scales
+    scales = kind.row_scales(weight.parts.scales)
     finite = bool(scales.isfinite().all())
     if not finite or int(zeros.max()) > kind.levels:
         raise CannotWriteCheckpoint(

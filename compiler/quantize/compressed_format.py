@@ -327,9 +327,8 @@ def _written_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [A, C] from 0 to 2^bits - 1 as int32 [A, ceil(C * bits / 32)], the first in the lowest bits; bits divide 32."""
     per = 32 // bits
-    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per))
-    words = (padded << torch.arange(per, device=codes.device) * bits).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per))
+    return (padded << torch.arange(per, device=codes.device, dtype=torch.int32) * bits).sum(-1, dtype=torch.int32)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:

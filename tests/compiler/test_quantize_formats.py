@@ -120,8 +120,12 @@ def test_a_quantized_model_runs_everywhere(activations: str) -> None:
     model, x = quantized_net(activations), rows()
     want = model(x)
     near = {"rtol": 1e-4, "atol": 1e-5}
-    assert torch.allclose(torch.export.export(model, (x,), strict=False).module()(x), want, **near)
-    assert torch.allclose(plait.compile(model, (x,))(x), want, **near)
+    for strict in (False, True):
+        assert torch.allclose(torch.export.export(model, (x,), strict=strict).module()(x), want, **near)
+    batch = torch.export.Dim("batch")
+    compiled = plait.compile(model, (x,), dynamic_shapes=({0: batch},))
+    assert torch.allclose(compiled(x), want, **near)
+    assert torch.allclose(compiled(rows(9)), model(rows(9)), **near)
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(model, backend="plait", fullgraph=True)(x), want, **near)
 
@@ -460,6 +464,23 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, method: str, shard_by
     assert same_checkpoint(read_checkpoint(folder), simple())
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    awq_format.write(tmp_path / "c", simple())
+    rename = Path.rename
+    moved: list[Path] = []
+
+    def second_fails(self: Path, target: Path) -> Path:
+        moved.append(self)
+        if len(moved) == 2:
+            raise OSError("busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(CannotWriteCheckpoint, match="busy"):
+        awq_format.write(tmp_path / "c", simple(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and same_checkpoint(read_checkpoint(tmp_path / "c"), simple())
+
+
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     for place in ("file", "file/c"):
@@ -769,6 +790,16 @@ def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
     other = tied()
     load_quantized(other, tmp_path / "c")
     assert other.head.weight is other.embed.weight and torch.equal(other.embed.weight, model.embed.weight)
+
+
+def test_buffers_that_are_not_saved_may_be_in_a_checkpoint(tmp_path: Path) -> None:
+    model = net()
+    replace_linears(model, {"first": QuantizedLinear.from_linear(model.first, AWQ)})
+    saved = Checkpoint.of(model)
+    awq_format.write(tmp_path / "c", Checkpoint(saved.quantized, {**saved.plain, "unsaved": torch.zeros(3)}))
+    other = net(seed=1)
+    load_quantized(other, tmp_path / "c")
+    assert torch.equal(other(rows()), model(rows())) and torch.equal(other.unsaved, torch.ones(3))
 
 
 def test_names_that_do_not_fit_are_listed(tmp_path: Path) -> None:
