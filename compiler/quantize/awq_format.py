@@ -130,9 +130,8 @@ def _common_group(checkpoint: Checkpoint) -> int:
 
 def _written_layer(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     kind = weight.parts.type
-    if kind.bits != BITS or weight.activations != "float":
-        what = f"{kind.bits} bits" if kind.bits != BITS else "activations of int8"
-        _refuse(f"{name} has {what}", "write compressed-tensors, or quantize to 4 bits and float activations")
+    if kind.bits != BITS:
+        _refuse(f"{name} has {kind.bits} bits", f"write compressed-tensors, or quantize to {BITS} bits")
     if kind.scale != "f16":
         _refuse(f"{name} has scales of {kind.scale}", "quantize with scales of float16, or write compressed-tensors")
     if len(kind.shape) != 2 or kind.rows % WORD:
