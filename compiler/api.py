@@ -40,6 +40,8 @@ from .observe import KERNELS, Record, active, observe
 from .options import Options
 from .pipelines import Run, Session
 from .plans import generated, runnable
+from .quantize.calibration import batches as calibration_batches
+from .quantize.calibration import flat_batches
 from .terminal import coverage_text
 
 if TYPE_CHECKING:
@@ -84,7 +86,10 @@ def prepare(
 def _compile(model: Any, example_inputs: Any, dynamic_shapes: Any, chosen: Options, *, build: bool) -> CompiledModel:
     for_inference(chosen)
     exported = capture_model(model, example_inputs, dynamic_shapes, training=chosen.training)
-    session, started = Session(name_of(model), chosen), time.perf_counter()
+    batches = (
+        flat_batches(calibration_batches(chosen.calibration), exported.in_tree, exported.held) if chosen.calibration else ()
+    )
+    session, started = Session(name_of(model), chosen, calibration=batches), time.perf_counter()
     walk = Walk(exported.graph, "forward", exported.inputs, session)
     graph = walk.finish()
     done = CompiledModel(exported, graph, tuple(walk.history), session, started if build else None)

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import GmWrapper
 from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from ..errors import CannotCapture, CannotImport, CannotLower, FallbackRefused, PlaitError
@@ -69,12 +71,13 @@ class _Compilation:
         self.inputs = inputs
         if pipelines.passes("forward", self.session.options):
             gm = self.rewrite_forward(gm, inputs)
+        rounding = ("plait.fake_quantize", "plait.fake_quantize_rows") if self.session.options.freeze else ()
         compiler = aot_autograd(
             fw_compiler=self.compiler("forward"),
             bw_compiler=self.compiler("backward"),
             inference_compiler=self.compiler("inference"),
             partition_fn=self.partition,
-            decompositions=deciding_table(table(self.session.options.keep_ops), self.session.decisions),
+            decompositions=deciding_table(table((*self.session.options.keep_ops, *rounding)), self.session.decisions),
             keep_inference_input_mutations=True,
         )
         try:
@@ -98,7 +101,10 @@ class _Compilation:
         try:
             graph = capture.capture_forward(gm, inputs)
             with capture.real_tensors():
+                if not any(isinstance(x, FakeTensor) for x in inputs):
+                    self.session.calibration = (tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs),)
                 graph, _ = self.session.run(graph, "forward")
+                self.session.calibration = ()  # the compilation lives on in the backward; the batch must not
             return capture.restore_forward(graph, gm, inputs)
         except (CannotCapture, CannotImport) as error:
             names = ", ".join(p.name for p in pipelines.passes("forward", self.session.options))

@@ -41,6 +41,10 @@ class Options:
     keep_ops: tuple[str, ...] = option((), doc="ops not to decompose, such as `aten.hardswish`")
     verify: str = option("off", doc="off, structure (once, at the end) or each-pass (structure and numerics)")
     fallback: str = option("allow", doc="allow, or error: refuse to run ops in torch that no kernel was generated for")
+    strict_kernels: bool = option(False, doc="refuse to run quantized layers in torch that no kernel was generated for")
+    calibration: Any = field(
+        default=(), metadata={"doc": "inputs that passes such as `awq` look at: batches, or a file; none: the example inputs"}
+    )
     freeze: bool = option(False, doc="inference only: treat parameters as constants; writes through `.data` are not seen")
     recompute: str = option(
         "torch", doc="what the backward computes again: torch (its min-cut), cost (plait's, by times) or none; tags win"
@@ -167,6 +171,8 @@ _CHOICES = {"verify": config.VERIFY, "fallback": config.FALLBACK, "specialise": 
 def _convert(key: str, value: Any) -> Any:
     if key == "passes":
         return _passes(value)
+    if key == "calibration":
+        return value
     if key in _CHOICES:
         if value not in _CHOICES[key]:
             raise BadOption(name=key, expected=" or ".join(_CHOICES[key]), value=value)

@@ -29,6 +29,7 @@ from ..passes.fold import Fold
 from ..passes.layout import Layout
 from ..passes.normalise import Normalise
 from ..passes.prune import Prune
+from ..passes.quantize.weights import Weights
 from ..passes.share import Share
 from ..passes.simplify import Simplify
 from . import capture, decisions
@@ -38,6 +39,7 @@ from .debugging.interpret import random_inputs
 from .debugging.ledger import check_ledger
 from .debugging.report_failure import reported
 from .decisions import Decisions, deciding_table
+from .quantize.measure import measured
 
 if TYPE_CHECKING:
     from .options import Options
@@ -75,11 +77,13 @@ def passes(point: CapturePoint, options: Options) -> list[Pass]:
 @dataclass
 class Session:
     """One compilation: its options and what watches it. `name` labels logs and dumps; with `reports` a failure is written
-    down as a bundle, and its message says so."""
+    down as a bundle, and its message says so. `calibration` are batches of flat inputs that passes may run a graph on; where
+    there are none, those that a stage judges numerics on."""
 
     name: str
     options: Options
     reports: bool = True
+    calibration: tuple[tuple[Any, ...], ...] = ()
     decisions: Decisions = field(init=False)
     budget: Budget | None = field(init=False)
 
@@ -201,10 +205,18 @@ class Stage:
             inputs = random_inputs(graph)
         self.inputs = inputs
         self._pipeline = Pipeline(
-            graph, self.chosen, Context(at=point, devices=tuple(devices), allow=session.decisions), verify=self.verify,
+            graph, self.chosen, self._context(graph, devices), verify=self.verify,
             on_step=session.watch(graph),
             refuse=session.budget.on(graph, inputs or ()) if session.budget is not None else None,
         )  # fmt: skip
+
+    def _context(self, graph: Graph, devices: Sequence[str]) -> Context:
+        """What the passes may look at."""
+        found = Context(at=self.point, devices=tuple(devices), allow=self.session.decisions)
+        if not any(isinstance(one, Weights) for one in self.chosen):
+            return found
+        batches = self.session.calibration or (tuple(self.inputs if self.inputs is not None else random_inputs(graph)),)
+        return dataclasses.replace(found, calibration=batches, slower=measured(), freezes=self.session.options.freeze)
 
     @property
     def graph(self) -> Graph:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from ..codegen.compile import CodegenOptions, CompiledGraph
-from ..errors import FallbackRefused
+from ..errors import FallbackRefused, NoQuantizedKernel
 from ..ir import Graph, TensorType
+from ..ir.quantized_rules import LINEAR as QUANTIZED
 from .cache import compile_cached
 from .deferred import FIRST_PLAN_S, Making, compile_within, op_by_op
 from .judging import Run
@@ -33,11 +34,14 @@ def target_of(graph: Graph) -> str:
 
 
 def check_fallbacks(compiled: CompiledGraph, options: Options) -> None:
-    """Raise FallbackRefused for the first op that runs in torch for want of a kernel, where the options forbid it."""
-    if options.fallback != "error":
-        return
+    """Raise FallbackRefused for the first op that runs in torch for want of a kernel, where the options forbid it, and
+    NoQuantizedKernel for the first one on quantized weights, where they ask for kernels of those."""
     for reported in compiled.coverage.reported:
-        if reported.kind == "fallback":
+        if reported.kind != "fallback":
+            continue
+        if options.strict_kernels and reported.op == QUANTIZED:
+            raise NoQuantizedKernel(op=reported.op, why=reported.reason, source=reported.source or None)
+        if options.fallback == "error" or options.strict_kernels:
             raise FallbackRefused(what=reported.op, why=reported.reason, source=reported.source or None)
 
 
@@ -71,7 +75,7 @@ def runnable(
         record.compiled = generated(session, graph, finish)
         run = session.checked(record.compiled, load(record.compiled))
     else:
-        if options.fallback == "error":
+        if options.fallback == "error" or options.strict_kernels:
             generated(session, graph)  # what is refused is refused now
         making = Making(lambda: generated(session, graph, finish), load)
         until = started + budget - FIRST_PLAN_S * len(graph.nodes) if budget else None

@@ -1,8 +1,8 @@
 """The `plait::` ops on quantized weights: references that always run, fake kernels, and gradients.
 
-Rounding has no useful derivative; gradients go straight through it, as if it were not there: `fake_quantize` passes them
-on unchanged, and products give their input the gradient that the dequantized weight gives. `quantize` and `quantize_rows`
-make codes, through which no gradient goes.
+Rounding has no useful derivative; gradients go straight through it, as if it were not there: `fake_quantize` (and of rows)
+passes them on unchanged, and products give their input the gradient that the dequantized weight gives. `quantize` and
+`quantize_rows` make codes, through which no gradient goes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _library.define("dequantize(Tensor codes, Tensor scales, Tensor? zeros, str type
 _library.define("quantize(Tensor weight, str type) -> (Tensor, Tensor, Tensor)")
 _library.define("fake_quantize(Tensor weight, str type) -> Tensor")
 _library.define("quantize_rows(Tensor x) -> (Tensor, Tensor)")
+_library.define("fake_quantize_rows(Tensor x) -> Tensor")
 _library.define("dynamic_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor")
 
 _KINDS = "CompositeExplicitAutograd"
@@ -71,6 +72,10 @@ def _quantize(weight: Tensor, type: str) -> tuple[Tensor, Tensor, Tensor]:
     return made.codes, made.scales, zeros
 
 
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _fake_quantize_parts(weight: Tensor, type: str) -> tuple[Tensor, Tensor, Tensor]:
     kind = QuantizedType.of(type)
     parts = zip(kind.part_shapes, kind.part_dtypes, strict=True)
@@ -101,6 +106,12 @@ def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
+def fake_quantize_rows(x: Tensor) -> Tensor:
+    """Rows of x [.., K] as `quantize_rows` would hold them, in the dtype of x; gradients go straight through."""
+    codes, scales = quantize_rows(x)
+    return (codes.float() * scales).to(x.dtype)
+
+
 def dynamic_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x [.., K], its rows rounded to int8 at each call, by int8 codes [N, K] with a scale [N, 1] for each row: [.., N].
 
@@ -125,12 +136,13 @@ for _name, _real, _fake in (
     ("quantized_linear", quantized_linear, _fake_linear),
     ("dequantize", dequantize, _fake_dequantize),
     ("quantize", _quantize, _fake_quantize_parts),
-    ("fake_quantize", fake_quantize, None),
+    ("fake_quantize", fake_quantize, _like),
+    ("fake_quantize_rows", fake_quantize_rows, _like),
     ("quantize_rows", quantize_rows, _fake_rows),
     ("dynamic_linear", dynamic_linear, _fake_dynamic),
 ):
     _library.impl(_name, _real, _KINDS)
-    torch.library.register_fake(f"plait::{_name}", _fake or (lambda weight, type: torch.empty_like(weight)), lib=_library)
+    torch.library.register_fake(f"plait::{_name}", _fake, lib=_library)
 
 
 # -- gradients ----------------------------------------------------------------------------------------------------------
@@ -164,8 +176,12 @@ def _dynamic_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad @ weight, None, None, _bias_gradient(grad, ctx.bias)
 
 
-def _straight(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    return grads[0], None
+def _straight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, None
+
+
+def _straight_rows(ctx: Any, grad: Tensor) -> Tensor:
+    return grad
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -179,5 +195,6 @@ def _no_gradient(inputs: int) -> Callable[..., Any]:
 torch.library.register_autograd("plait::quantized_linear", _linear_backward, setup_context=_save_linear, lib=_library)
 torch.library.register_autograd("plait::dynamic_linear", _dynamic_backward, setup_context=_save_dynamic, lib=_library)
 torch.library.register_autograd("plait::fake_quantize", _straight, lib=_library)
+torch.library.register_autograd("plait::fake_quantize_rows", _straight_rows, lib=_library)
 for _name, _inputs in (("quantize", 2), ("quantize_rows", 1)):
     torch.library.register_autograd(f"plait::{_name}", _no_gradient(_inputs), setup_context=_save_nothing, lib=_library)

@@ -52,6 +52,11 @@ def _fake_quantize(f: Facts, weight: Any, type: str) -> Result:
     return weight if weight.shape == QuantizedType.of(type).shape and is_row_major(weight) else None
 
 
+@rule("plait.fake_quantize_rows.default")
+def _fake_quantize_rows(f: Facts, x: Any) -> Result:
+    return x if x.rank >= 1 and is_row_major(x) else None
+
+
 @rule("plait.quantize_rows.default")
 def _quantize_rows(f: Facts, x: Any) -> Result:
     if x.rank < 1 or not is_row_major(x):

@@ -117,6 +117,7 @@ class Context:
     `calibration` are batches of the graph's inputs that a pass may run it on, `slower` measures kernels that a pass would
     bring in, `progress(done, of, what)` is told of long work, `report` takes what a pass wants to say beyond its log.
     `known` is what an earlier run of a pass, interrupted, has worked out, and `keep` takes what this one does, by key.
+    `freezes` says that inputs which are weights become constants later on.
     """
 
     at: CapturePoint = "any"
@@ -131,6 +132,7 @@ class Context:
     report: Callable[[Any], None] = _quietly
     known: Mapping[Any, Any] = field(default_factory=dict[Any, Any])
     keep: Callable[[Any, Any], None] = _quietly
+    freezes: bool = False
 
     def allowed(self, rule: str, node: Node | None = None) -> bool:
         """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`; a pass that never asks

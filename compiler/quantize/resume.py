@@ -102,7 +102,7 @@ def _mark(graph: Graph, batches: Sequence[Sequence[Any]], settings: str) -> str:
         if isinstance(x, Tensor):
             digest.update(f"{x.dtype} {list(x.shape)}".encode())
             plain = x.detach().contiguous().reshape(-1)
-            digest.update(memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else b"")
+            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
         else:
             digest.update(repr(x).encode())
     return digest.hexdigest()

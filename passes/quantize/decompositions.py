@@ -29,5 +29,6 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         plait.dequantize.default: ops.dequantize,
         plait.fake_quantize.default: ops.fake_quantize,
         plait.quantize_rows.default: ops.quantize_rows,
+        plait.fake_quantize_rows.default: ops.fake_quantize_rows,
         plait.dynamic_linear.default: dynamic_linear,
     }

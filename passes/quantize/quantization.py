@@ -85,7 +85,7 @@ def quantized(
         return Quantization(graph, ())
     everything = groups(graph, found, wanted)
     check_batches(graph, batches)
-    routes = {group: input_route(graph, group, frozenset(wanted)) for group in everything}
+    routes = {group: _route(graph, group, wanted) for group in everything}
     results: dict[Group, Found] = {}
     seen: dict[Linear, int] = {}
     interpreter = Interpreter(graph)
@@ -124,6 +124,12 @@ def quantized(
 
     walk(graph, batches, {end: visits(of) for end, of in by_end.items()}, kept_until(everything))
     return _emit(graph, formats, everything, routes, results, seen)
+
+
+def _route(graph: Graph, group: Group, wanted: Sequence[Linear]) -> Route | Reason:
+    if any(one.constant is None for one in group.linears):
+        return Reason("the weights come in at each call")
+    return input_route(graph, group, frozenset(wanted))
 
 
 def _readers(one: Linear, found: Sequence[Linear]) -> int:
@@ -243,6 +249,11 @@ def _rewritten(
             continue
         builder.loc = old.loc.by("quantize")
         x, bias = builder.resolve(one.x), builder.resolve(one.bias)
+        if one.constant is None:
+            builder.subst[old.out] = _faked(
+                builder, one, x, bias, held[one].type, formats[one].dynamic, inputs.get(one.name)
+            )
+            continue
         if one.name in inputs:
             key = x, inputs[one.name].numpy().tobytes()
             if key not in scaled:
@@ -257,6 +268,25 @@ def _rewritten(
         else:
             builder.subst[old.out] = builder.call(LINEAR, x, codes, scales, zeros, bias, str(held[one].type))
     return prune(builder.finish())
+
+
+def _faked(
+    builder: Builder, one: Linear, x: Value, bias: Value | None, kind: QuantizedType, dynamic: bool, factor: Tensor | None
+) -> Value:
+    """A layer whose weight comes in at each call, and is rounded there: gradients reach it as if it were not."""
+    weight = builder.resolve(one.weight)
+    if one.turned:
+        weight = builder.call("aten.permute.default", weight, (1, 0))
+        weight = builder.call("aten.clone.default", weight, memory_format=torch.contiguous_format)
+    if dynamic:
+        x = builder.call("plait.fake_quantize_rows.default", x)
+    scales = None if factor is None else builder.constant((1 / factor).to(weight.tensor.dtype), f"{one.name}.input_scale")
+    if scales is not None:
+        weight = builder.call("aten.mul.Tensor", weight, scales)
+    weight = builder.call("plait.fake_quantize.default", weight, str(kind))
+    if scales is not None:
+        weight = builder.call("aten.div.Tensor", weight, scales)
+    return builder.call("aten.linear.default", x, weight, bias)
 
 
 def _constants(builder: Builder, q: Quantized, name: str) -> tuple[Value | None, ...]:

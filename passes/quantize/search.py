@@ -8,7 +8,7 @@ candidate, so that the loss on the calibration data never exceeds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,8 @@ from .rounding import Ranges, clipped, compensated, cost, nearest
 from .routes import Route
 
 GRID = 20
+"""Exponents are tried at every second point of a grid of so many, then between."""
+FAMILIES = ("plain", "duo")
 _FEW_ROWS = 8
 """Rows of input that a layer must have seen for its moments to say something."""
 
@@ -181,19 +183,24 @@ class GroupSearch:
 
     def _scales(self, best: float) -> tuple[Tensor | None, float]:
         """The scales that cost less than none, and what they cost."""
+        tried: dict[tuple[str, float], float] = {}
         found: Tensor | None = None
-        ratio, family = 0.0, "plain"
-        for name, r, s in self._candidates((name, i / GRID) for name in ("plain", "duo") for i in range(1, GRID + 1)):
-            if (loss := self._with(s)) < best:
-                best, found, ratio, family = loss, s, r, name
-        if found is not None:  # between the points of the grid
-            near = ((family, ratio + step / GRID) for step in (-0.5, -0.25, 0.25, 0.5))
-            for _, _, s in self._candidates(near):
-                if (loss := self._with(s)) < best:
+
+        def look(asked: Iterable[tuple[str, float]]) -> None:
+            nonlocal found, best
+            for name, ratio, s in self._candidates(key for key in asked if key not in tried and 0 < key[1] <= 1):
+                tried[name, ratio] = loss = self._with(s)
+                if loss < best:
                     best, found = loss, s
+
+        look((name, i / GRID) for name in FAMILIES for i in range(2, GRID + 1, 2))
+        for reach in (1, 0.5):
+            for family in FAMILIES:
+                _, ratio = min((loss, r) for (name, r), loss in tried.items() if name == family)
+                look((family, ratio + step * reach / GRID) for step in (-1, 1))
         return found, best
 
-    def _candidates(self, asked: Iterator[tuple[str, float]]) -> Iterator[tuple[str, float, Tensor]]:
+    def _candidates(self, asked: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float, Tensor]]:
         x = self.magnitudes
         relative = torch.cat([_relative(w, self.kinds[one].group) for one, w in self.weights.items()]).mean(0)
         for name, ratio in asked:

@@ -72,6 +72,8 @@ class Weights(Pass):
         kind = form.type_for(one.rows, one.columns)
         if self.want == "any":
             return ""
+        if one.constant is None and not ctx.freezes:
+            return "its weight is an input: rounding it at each call makes nothing smaller or faster (freeze, or want=any)"
         size = one.rows * one.columns * one.weight.tensor.dtype.itemsize
         if kind.nbytes >= size:
             return f"{kind} takes {kind.nbytes} bytes, the weight {size}"
