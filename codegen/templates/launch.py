@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...formats.quantized import Quantized
 from . import attention
 from .attention import AttentionSpec
 from .matmul import MatmulSpec, workspace_elements
@@ -71,6 +72,26 @@ def bind_matmul(
     elements = workspace_elements(spec, sizes["M"], sizes["N"], sizes["K"], threads)
     workspace = torch.empty(int(elements), dtype=getattr(torch, spec.dtype))
     at = {"A": a, "B": b, "workspace": workspace, **buffers}
+    return bind(library, spec.name, [at[x] for x in spec.buffer_names], [sizes[x] for x in spec.size_names], threads)
+
+
+def bind_quantized(
+    library: Path,
+    spec: MatmulSpec,
+    x: torch.Tensor,
+    weight: Quantized,
+    buffers: Mapping[str, torch.Tensor],
+    *,
+    symbols: Mapping[str, int] | None = None,
+    threads: int = 1,
+) -> Callable[[], None]:
+    """A call of a built kernel of x [M, K], row-major, by a quantized weight; `buffers` holds the spec's own, by name."""
+    (m, k), n = x.shape, weight.type.rows
+    sizes = {"M": m, "N": n, "K": k, "lda": k, "ldb": 0, "slots": threads, "scale_group": weight.type.group}
+    sizes |= symbols or {}
+    workspace = torch.empty(int(workspace_elements(spec, m, n, k, threads)), dtype=getattr(torch, spec.dtype))
+    parts = {"scales": weight.scales, "zeros": weight.zeros}
+    at = {"A": x, "B": weight.codes, "workspace": workspace, **parts, **buffers}
     return bind(library, spec.name, [at[x] for x in spec.buffer_names], [sizes[x] for x in spec.size_names], threads)
 
 

@@ -87,7 +87,7 @@ PLAIT_FN reg<int32_t> with_bits(reg<int32_t> x, reg<int32_t> word, int32_t mask)
 #endif
 }
 
-// How codes of some bits are cut into planes; a step is what the words of its narrowest plane hold.
+// How codes of some bits are cut into planes; a step is what a word of the narrowest plane holds.
 template <int Bits> struct Planes {
   static constexpr int widest = Bits & 8 ? 8 : Bits & 4 ? 4 : 2, step = 32 / (Bits & -Bits), places = 16 / widest;
   static constexpr int words = step * Bits / 32;
@@ -222,7 +222,7 @@ template <class T, class U, int R, int V, bool Wide = false>
 }
 
 // The same for up to MR rows and NR columns of c, NR apart; may compute and write more rows, up to the next of 4, 6, 8, 12.
-template <class T, class U, bool Wide = false>
+template <class T, class U, bool Wide>
 static void tile_quantized(int64_t rows, const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, const float* panel,
                            const sum<T>* a, float* c, bool add) {
   const auto tile = [&](auto count, int h) {
@@ -236,6 +236,8 @@ static void tile_quantized(int64_t rows, const Parts<U>& w, int64_t k0, int64_t 
   }
 }
 
+// Whether tiles of more than two rows read codes: long steps would be too much code.
+template <class U> constexpr bool fused = Planes<Parts<U>::bits>::step <= 16;
 constexpr int64_t WIDE = 24;  // rows above which codes are widened into memory once rather than in the registers of each tile
 constexpr int64_t RUNS = 2 * THIN_BLOCKS;  // of packed A at most, each longer than half a block or a piece of a group
 
@@ -246,6 +248,7 @@ static void thin_quantized(const Driver& driver, const Parts<U>& w, const Task& 
   int64_t runs = 0;
   for (int64_t k = 0; k < w.K; k = w.end_of_run(k, KS<T>))
     driver.pack_a(t, t.m0, rows, k, w.end_of_run(k, KS<T>) - k, a + runs++ * THIN_BLOCK);
+  float* const panel = a + runs * THIN_BLOCK;
   constexpr int WIDTH = R == 1 ? 2 * NR : NR;  // so that enough sums are under way
   alignas(64) float tile[most(MR * NR, WIDTH)];
   for (int64_t n = t.n0, cols; n < t.n1; n += cols) {
@@ -254,7 +257,8 @@ static void thin_quantized(const Driver& driver, const Parts<U>& w, const Task& 
     for (int64_t k = 0; k < w.K; from += THIN_BLOCK) {
       const int64_t end = w.end_of_run(k, KS<T>);
       if constexpr (R > 2) {
-        tile_quantized<T>(rows, w, k, end, n, nullptr, from, tile, k > 0);
+        if (!fused<U>) widen_codes<T>(w, k, end, n, panel);
+        tile_quantized<T, U, !fused<U>>(rows, w, k, end, n, panel, from, tile, k > 0);
       } else {
         constexpr int V = R == 1 ? 2 * NV : NV;
         int64_t h = 0;
@@ -278,7 +282,7 @@ static void block_quantized(const Driver& driver, const Parts<U>& w, const Task&
   float* const panel = a + rows * AS;
   float* const sums = panel + KB * NR;
   alignas(64) float tile[MR * NR];
-  const bool wide = m1 - m0 > WIDE;
+  const bool wide = !fused<U> || m1 - m0 > WIDE;
   const bool one = w.end_of_run(0, KS<T>) == w.K;
   for (int64_t k = 0, end; k < w.K; k = end) {
     end = w.end_of_run(k, KS<T>);
@@ -290,7 +294,7 @@ static void block_quantized(const Driver& driver, const Parts<U>& w, const Task&
         const int64_t many = tile_rows(m1 - m), first = ceildiv(m - m0, MR) * MR;
         float* const c = one ? tile : sums + (n - n0) * rows + first * NR;
         if (wide) tile_quantized<T, U, true>(many, w, k, end, n, panel, a + first * AS, c, k > 0);
-        else tile_quantized<T>(many, w, k, end, n, panel, a + first * AS, c, k > 0);
+        else tile_quantized<T, U, !fused<U>>(many, w, k, end, n, panel, a + first * AS, c, k > 0);
         if (end == w.K) driver.finish(t, m, many, n, least(NR, n1 - n), c, NR);
       }
     }
