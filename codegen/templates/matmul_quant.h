@@ -5,7 +5,8 @@
 //
 // code - zero is exact. The order is fixed, as in matmul_tile.h: a group is cut into pieces of at most KS; the products of a
 // piece are added one after the other, starting from zero; times the scale it is added to the sum with one rounding. Where
-// the processor multiplies pairs of bfloat16, x of that type is multiplied so, since code - zero is exact in it too.
+// the processor multiplies pairs of bfloat16, x of that type is multiplied so, since code - zero is exact in it too: pairs of
+// neighbours, or, where codes are looked up, of what lies in the halves of a word.
 #pragma once
 #include "matmul_thin.h"
 
@@ -128,6 +129,48 @@ template <int Bits> struct Planes {
   }
 };
 
+// Codes of 2 and 4 bits as pairs of bfloat16 are looked up: a half of a word has one of a pair, at the same place.
+template <class T, class U>
+constexpr bool looked_up = same<T, bf16x2> && (Parts<U>::bits == 2 || Parts<U>::bits == 4);
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+alignas(64) constexpr uint16_t SMALL_NUMBERS[32] = {
+    // bfloat16 of the 5-bit integers: 0 to 15, -16 to -1
+    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+    0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+};
+
+// Pair i of a word, less `zero` in both halves.
+template <int Bits> PLAIT_FN reg<float> code_pair(reg<int32_t> word, int i, reg<int32_t> zero) {
+  using H = typename raw_of<uint16_t, 32>::type;
+  constexpr int32_t mask = ((1 << Bits) - 1) * 0x10001;
+  const int at = i * Bits;
+  H table;
+  __builtin_memcpy(&table, SMALL_NUMBERS, sizeof table);
+  const H own = at + Bits == 16 ? H(word) >> at : H(reg<int32_t>(reg<uint32_t>(word) >> at) & mask);
+  return reg<float>(__builtin_shuffle(table, H(own - H(zero))));
+}
+
+// Rows of packed A as pairs of what `code_pair` gives: the halves of each run of N numbers, interleaved.
+template <int N, int... I> PLAIT_FN void interleave(uint16_t* p, indices<I...>) {
+  typename raw_of<uint16_t, N>::type v;
+  __builtin_memcpy(&v, p, sizeof v);
+  v = __builtin_shufflevector(v, v, (I / 2 + I % 2 * N / 2)...);
+  __builtin_memcpy(p, &v, sizeof v);
+}
+#endif
+
+// Rows of A, k0 <= k < k1, as the elements that `each_code` gives meet them.
+template <class T, class U, class Driver>
+static void pack_quantized(const Driver& driver, const Task& t, int64_t m0, int64_t rows, int64_t k0, int64_t k1, sum<T>* a) {
+  driver.pack_a(t, m0, rows, k0, k1 - k0, a);
+  if constexpr (looked_up<T, U>) {
+    constexpr int N = 32 / Parts<U>::bits;
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t e = 0; e < (k1 - k0) / 2; e += N / 2) interleave<N>((uint16_t*)(a + r * AS + e), iota_of<N>{});
+  }
+}
+
 // f(e, x): the elements k0 <= k < k1 of V registers of columns n on, in order; e counts from `e`. All k lie in one group.
 template <class T, class U, int V, class F>
 PLAIT_FN void each_code(const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, int64_t e, F f) {
@@ -135,9 +178,11 @@ PLAIT_FN void each_code(const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, in
   constexpr int L = lanes<float>, D = depth<T>;
   const int32_t* from[V];
   reg<float> zero[P::places][V];
+  reg<int32_t> pair[V];  // of zero points as integers
   for (int v = 0; v < V; v++) {
     from[v] = w.words(k0, n + v * L);
     const reg<float> own = w.zero(k0 / w.group, n + v * L);
+    pair[v] = __builtin_convertvector(own, reg<int32_t>) * 0x10001;
 #pragma GCC unroll 8
     for (int p = 0; p < P::places; p++) zero[p][v] = own + P::base_value(P::place(p));
   }
@@ -152,10 +197,15 @@ PLAIT_FN void each_code(const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, in
         reg<float> x[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
-          x[v] = P::code(word[v], i) - zero[i % P::places][v];
-          if constexpr (D == 2) {
-            const reg<float> odd = P::code(word[v], i + 1) - zero[(i + 1) % P::places][v];
-            x[v] = reg<float>(with_bits(reg<int32_t>(reg<uint32_t>(x[v]) >> 16), reg<int32_t>(odd), int32_t(0xffff0000)));
+          if constexpr (looked_up<T, U>) {
+            x[v] = code_pair<Parts<U>::bits>(word[v][0], i / 2, pair[v]);
+          } else {
+            x[v] = P::code(word[v], i) - zero[i % P::places][v];
+            if constexpr (D == 2) {
+              const reg<float> odd = P::code(word[v], i + 1) - zero[(i + 1) % P::places][v];
+              const auto even = reg<int32_t>(reg<uint32_t>(x[v]) >> 16);
+              x[v] = reg<float>(with_bits(even, reg<int32_t>(odd), int32_t(0xffff0000)));
+            }
           }
         }
         f(e + i / D, x);
@@ -246,8 +296,10 @@ template <class T, class U, int R, class Driver>
 static void thin_quantized(const Driver& driver, const Parts<U>& w, const Task& t, sum<T>* a) {
   const int64_t rows = t.m1 - t.m0;
   int64_t runs = 0;
-  for (int64_t k = 0; k < w.K; k = w.end_of_run(k, KS<T>))
-    driver.pack_a(t, t.m0, rows, k, w.end_of_run(k, KS<T>) - k, a + runs++ * THIN_BLOCK);
+  for (int64_t k = 0, end; k < w.K; k = end, runs++) {
+    end = w.end_of_run(k, KS<T>);
+    pack_quantized<T, U>(driver, t, t.m0, rows, k, end, a + runs * THIN_BLOCK);
+  }
   float* const panel = a + runs * THIN_BLOCK;
   constexpr int WIDTH = R == 1 ? 2 * NR : NR;  // so that enough sums are under way
   alignas(64) float tile[most(MR * NR, WIDTH)];
@@ -287,7 +339,7 @@ static void block_quantized(const Driver& driver, const Parts<U>& w, const Task&
   for (int64_t k = 0, end; k < w.K; k = end) {
     end = w.end_of_run(k, KS<T>);
     for (int64_t m = m0; m < m1; m += tile_rows(m1 - m))
-      driver.pack_a(t, m, tile_rows(m1 - m), k, end - k, a + ceildiv(m - m0, MR) * MR * AS);
+      pack_quantized<T, U>(driver, t, m, tile_rows(m1 - m), k, end, a + ceildiv(m - m0, MR) * MR * AS);
     for (int64_t n = n0; n < n1; n += NR) {
       if (wide) widen_codes<T>(w, k, end, n, panel);
       for (int64_t m = m0; m < m1; m += tile_rows(m1 - m)) {
