@@ -43,7 +43,8 @@ class Options:
     fallback: str = option("allow", doc="allow, or error: refuse to run ops in torch that no kernel was generated for")
     strict_kernels: bool = option(False, doc="refuse to run quantized layers in torch that no kernel was generated for")
     calibration: Any = field(
-        default=(), metadata={"doc": "inputs that passes such as `awq` look at: batches, or a file; none: the example inputs"}
+        default=(),
+        metadata={"doc": "what passes such as `awq` look at: batches, or a file of them; none: the example inputs"},
     )
     freeze: bool = option(False, doc="inference only: treat parameters as constants; writes through `.data` are not seen")
     recompute: str = option(

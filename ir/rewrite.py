@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,8 @@ class Builder:
             i += 1
             name = f"{hint}_{i}"
         self.constants[name] = tensor
-        value = Value(type_of(tensor), name)
+        plain = re.sub(r"\W", "_", name)
+        value = Value(type_of(tensor), plain if plain.isidentifier() else f"c_{plain}")
         self.append(Node(op("plait.constant"), (name,), (value,), loc=self.loc))
         return value
 
