@@ -251,6 +251,14 @@ def _keep_old_values(gm: GraphModule) -> None:
 
 
 class _DerivativeCheck(Interpreter):
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
+
+    def fetch_attr(self, target: str) -> Any:
+        found = super().fetch_attr(target)  # a constant that a pass brought in
+        return self.mode.from_tensor(found) if isinstance(found, torch.Tensor) else found
+
     def run_node(self, n: FxNode) -> Any:
         result = super().run_node(n)
         for t in _tensors(result):
@@ -264,7 +272,7 @@ def _check_derivatives(gm: GraphModule, inputs: Sequence[Any]) -> None:
     mode = next((t.fake_mode for t in _tensors(fakes) if isinstance(t, FakeTensor)), None)
     if mode is not None:
         with _on_fakes(mode):
-            _DerivativeCheck(gm).run(*fakes)
+            _DerivativeCheck(gm, mode).run(*fakes)
 
 
 # -- forward and backward in one ----------------------------------------------------------------------------------------

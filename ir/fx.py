@@ -431,7 +431,8 @@ class _Exporter:
             if p.keyword_only and not (a is None and p.default is None)
         }
         call = self.fx.call_function(node.op.reference, *_call_args(node, positional, named))
-        call.meta["stack_trace"] = node.loc.stack or None
+        if node.loc.stack:  # torch joins these texts when it differentiates, and a None among them is an error there
+            call.meta["stack_trace"] = node.loc.stack
         if node.outputs:
             self.links.calls[call] = node.outputs[0]
         results = node.results
