@@ -67,11 +67,8 @@ def run(
     The program finds tensors in a safetensors file and settings as JSON, named by its first two arguments, and writes the
     same to its third and fourth. Raises NoPeer.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(installed(name, packages)),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": str(installed(name, packages)), "OMP_NUM_THREADS": threads}
     with tempfile.TemporaryDirectory(prefix="plait-peer-") as place:
         files = [Path(place, f) for f in ("in.safetensors", "in.json", "out.safetensors", "out.json")]
         save_file({k: t.detach().contiguous() for k, t in given.items()}, files[0])

@@ -1,4 +1,4 @@
-"""Quantizers to hold plait's own against, as their papers and first implementations define them, one matrix product at a time.
+"""Quantizers to hold plait's own against, as their papers and first implementations define them, one product at a time.
 
 Rounding to nearest; AWQ (Lin et al. 2024, sections 3.2 and 3.3; with `duo` as AutoAWQ scales); GPTQ (Frantar et al. 2023,
 algorithm 1). All share one quantizer, in float32 with scales that are not rounded. They know nothing of plait.
@@ -27,8 +27,9 @@ Output = Callable[[Tensor, Sequence[Tensor]], Tensor]
 class Found:
     """What a quantizer makes of weights that read the same input.
 
-    scales: [K], by which columns are multiplied before they are rounded; ones where there are none. weights: what is computed
-    with, in the original columns: rounded(clipped(weight * scales)) / scales. loss: mean squared error of the output.
+    scales: [K], by which columns are multiplied before they are rounded; ones where there are none. weights: what is
+    computed with, in the original columns: rounded(clipped(weight * scales)) / scales. loss: mean squared error of the
+    output.
     """
 
     scales: Tensor
@@ -92,10 +93,8 @@ def awq(
     chosen = [clip] * len(weights) if isinstance(clip, bool) else clip
     made = []
     for w, clipped in zip(weights, chosen, strict=True):
-        scaled = w * scales
-        made.append(
-            fake_quantized(clip_ranges(x / scales, scaled, bits, group) if clipped else scaled, bits, group) / scales
-        )
+        scaled = clip_ranges(x / scales, w * scales, bits, group) if clipped else w * scales
+        made.append(fake_quantized(scaled, bits, group) / scales)
     return _found(x, weights, scales, made, output)
 
 

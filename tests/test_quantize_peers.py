@@ -62,9 +62,8 @@ def test_gptq_leaves_exact_weights_alone() -> None:
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (3, 32)])
 def test_torchao_agrees(bits: int, group: int) -> None:
     x, weights = sample(6)
-    for found, own in zip(
-        torchao_peer.rounded(weights, bits, group), oracles.rtn(x, weights, bits, group).weights, strict=True
-    ):
+    plain = oracles.rtn(x, weights, bits, group).weights
+    for found, own in zip(torchao_peer.rounded(weights, bits, group), plain, strict=True):
         torch.testing.assert_close(found, own, atol=1e-6, rtol=0)
     found, scales = torchao_peer.awq(x, weights[:1], bits, group)
     own = oracles.awq(x, weights[:1], bits, group, clip=False)

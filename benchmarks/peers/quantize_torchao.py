@@ -6,6 +6,7 @@ Run by `benchmarks.torchao_peer`, with torchao on the path. Tensors: `w.NAME` [N
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +19,7 @@ from torchao.quantization.quant_primitives import MappingType
 def main() -> None:
     """Read the files that the arguments name, write the results."""
     source, settings_file, result = sys.argv[1:4]
-    given, settings = load_file(source), SimpleNamespace(**json.loads(open(settings_file).read()))
+    given, settings = load_file(source), SimpleNamespace(**json.loads(Path(settings_file).read_text()))
     config = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{settings.bits}"),
         granularity=PerGroup(settings.group),
