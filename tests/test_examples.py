@@ -19,6 +19,7 @@ ARGUMENTS = {
     "treebank.py": ["--trees", "128", "--epochs", "2", "--width", "16"],
     "early_exit.py": ["--sentences", "16", "--width", "32", "--layers", "4"],
     "generator.py": ["--steps", "12", "--trees", "16"],
+    "tiny_llama.py": ["--steps", "4", "--layers", "1", "--tokens", "512"],
 }
 PRINTS = {
     "treebank.py": "a batch of 64:",
@@ -28,6 +29,7 @@ PRINTS = {
     "ahead_of_time.py": "imported of plait: errors, runtime",
     "step_by_step.py": "what fold changed:",
     "find_the_culprit.py": "scale-once, rule two-scales, aten.mul.Tensor at find_the_culprit.py:",
+    "tiny_llama.py": "with outliers",
     "smollm2.py": "The capital of France is Paris.",
     "sentence_similarity.py": "Your order is on its way",
 }

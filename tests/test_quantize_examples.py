@@ -130,3 +130,68 @@ def test_smollm2_knows_english() -> None:
         whole = model(tokens[None, :16])[0]
         for i in range(16):
             torch.testing.assert_close(step(tokens[i : i + 1], torch.tensor([i]))[0], whole[i], atol=1e-3, rtol=1e-4)
+
+
+def tiny() -> Any:
+    from llama import LlamaConfig
+
+    return LlamaConfig(vocabulary=256, hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96, context=32)
+
+
+def test_outliers_change_no_result() -> None:
+    from tiny_llama import inject_outliers
+
+    model = small(vocabulary=256, hidden=64, heads=4, kv_heads=2).double()
+    changed = inject_outliers(model, fraction=0.05, factor=100.0)
+    tokens = torch.randint(256, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(changed(tokens), model(tokens), atol=1e-10, rtol=1e-10)
+    for before, after in zip(model.model.layers, changed.model.layers, strict=True):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            grown = after.get_submodule(norm).weight / before.get_submodule(norm).weight
+            assert int((grown == 100).sum()) == 3 and int((grown == 1).sum()) == 61
+        for linear in ("self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"):
+            assert not torch.equal(before.get_submodule(linear).weight, after.get_submodule(linear).weight)
+
+
+def test_training_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny_llama
+
+    text = "to be or not to be, that is the question. " * 40
+    whole = tiny_llama.train(text, tiny(), steps=60, batch=4)
+    checkpoint = tmp_path / "tiny.pt"
+    calls = 0
+
+    def stops(*args: Any, **more: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 55:
+            raise KeyboardInterrupt
+        return F.cross_entropy(*args, **more)
+
+    class Stopping:
+        cross_entropy = staticmethod(stops)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tiny_llama, "F", Stopping)
+        tiny_llama.train(text, tiny(), steps=60, batch=4, checkpoint=checkpoint)
+    resumed = tiny_llama.train(text, tiny(), steps=60, batch=4, checkpoint=checkpoint)
+    done = tiny_llama.train(text, tiny(), steps=60, batch=4, checkpoint=checkpoint)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight, atol=1e-5, rtol=1e-5)
+        assert torch.equal(done.state_dict()[name], resumed.state_dict()[name])
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.pt"]
+
+
+def test_training_learns_and_rounding_hurts() -> None:
+    from llama import perplexity
+    from tiny_llama import encode, inject_outliers, round_to_nearest, train
+
+    text = "to be or not to be, that is the question. " * 40
+    model = train(text, tiny(), steps=60, batch=4)
+    tokens = encode(text)[:640]
+    found = perplexity(model, tokens, 32)
+    assert found < 8
+    assert perplexity(inject_outliers(model), tokens, 32) == pytest.approx(found, rel=1e-4)
+    rough = perplexity(round_to_nearest(inject_outliers(model, 0.1), 3, 32), tokens, 32)
+    assert rough > perplexity(round_to_nearest(model, 3, 32), tokens, 32)

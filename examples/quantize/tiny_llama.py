@@ -80,22 +80,24 @@ def train(
     return model.eval().requires_grad_(False)
 
 
-def inject_outliers(model: Llama, fraction: float = 0.01, factor: float = 32.0, seed: int = 0) -> Llama:
+def inject_outliers(model: Llama, fraction: float = 0.02, factor: float = 32.0) -> Llama:
     """A model that computes the same, with a fraction of the channels of each activation `factor` times as large.
 
     The channels are what linears read: the results of both norms of a layer, attention's mixed values, and the product
     inside the MLP. What gives a channel is multiplied (a norm's weight, a row of v_proj or up_proj), columns that read it
-    are divided. Heads that share values share their channels.
+    are divided. Heads that share values share their channels. Those that the weights say matter most are chosen, as large
+    activations matter most in large models.
     """
-    model, random = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(model)
 
     def grow(source: Tensor, readers: list[Tensor], copies: Tensor | None = None) -> None:
-        count = max(1, round(fraction * len(source)))
-        chosen = torch.randperm(len(source), generator=random)[:count]
+        columns = torch.arange(len(source))[:, None] if copies is None else copies
+        given = source.abs() if source.dim() == 1 else source.norm(dim=1)
+        weight = given * sum(w[:, columns].pow(2).sum((0, 2)) for w in readers) ** 0.5
+        chosen = weight.topk(max(1, round(fraction * len(source)))).indices
         source[chosen] *= factor
-        columns = chosen if copies is None else copies[chosen].flatten()
-        for weight in readers:
-            weight[:, columns] /= factor
+        for w in readers:
+            w[:, columns[chosen].flatten()] /= factor
 
     size, shared = model.config.head_size, model.config.heads // model.config.kv_heads
     columns = torch.arange(model.config.heads * size).view(model.config.kv_heads, shared, size)
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--layers", type=int, default=CONFIG.layers)
-    parser.add_argument("--fraction", type=float, default=0.01, help="of the channels that become outliers")
+    parser.add_argument("--fraction", type=float, default=0.02, help="of the channels that become outliers")
     parser.add_argument("--factor", type=float, default=32.0, help="by which they grow")
     parser.add_argument("--tokens", type=int, default=16384, help="of the evaluation text")
     given = parser.parse_args()
