@@ -23,6 +23,7 @@ from . import activations, library, pointwise, special  # noqa: F401 (all but th
 from .allow import Allow, always
 from .attention import Attention, attention_of
 from .body import Body, Index, dtype_name
+from .gpu_matmul import gpu_matmul_of
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
 from .matmul import Chooser, Matmul, matmul_of, widened
@@ -82,7 +83,9 @@ class Unit:
 
 def _template(node: Node) -> Matmul | Attention | str | None:
     """A template's view of a node; a reason where the template does not take it; None for ops without one."""
-    found = matmul_of(node)
+    found = gpu_matmul_of(node)
+    if found is None:
+        found = matmul_of(node)
     return attention_of(node) if found is None else found
 
 
@@ -336,7 +339,9 @@ class Analysis:
 
     def _pack(self) -> None:
         """Lay out weights of the graph's own for the template, once and not at each call. A weight that is read otherwise
-        too is kept twice, up to some size."""
+        too is kept twice, up to some size. Templates for GPUs read weights as they are."""
+        if self.target.kind != "cpu":
+            return
         products: dict[Value, list[Unit]] = {}
         for unit in self.units.values():
             if unit.matmul is not None and unit.matmul.quantized is None:

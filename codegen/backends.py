@@ -14,6 +14,7 @@ from .kernels import current_cache, load_kernels
 from .target import Target
 from .triton.build import load as load_triton
 from .triton.printer import print_kernel as print_triton
+from .triton.source import TritonSource
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Backend:
 
 
 def _cpp(item: KernelItem) -> Iterator[Printed]:
-    text = item.source if item.source is not None else print_cpp(_tree(item))
+    text = item.source if isinstance(item.source, str) else print_cpp(_tree(item))
     yield Printed(item, KernelSpec(item.name, "cpp", hashlib.sha256(text.encode()).hexdigest()[:16], item.access), text)
 
 
@@ -45,6 +46,9 @@ def _load_cpp(plan: Plan, sources: Mapping[str, str], target: Target, device: st
 
 def _triton(item: KernelItem) -> Iterator[Printed]:
     """One launch for each nest. What the kernel as a whole only writes, its first nest that touches it only writes too."""
+    if isinstance(item.source, TritonSource):
+        yield Printed(item, item.source.spec(item.access), item.source.text)
+        return
     kernel = _tree(item)
     bound = dict(zip((b.name for b in kernel.buffers), zip(item.buffers, item.access, strict=True), strict=True))
     sizes = dict(zip((s.name for s in kernel.sizes), item.sizes, strict=True))

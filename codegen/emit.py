@@ -684,15 +684,11 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
     unit = group.matmul
     assert unit is not None and unit.matmul is not None
     made = unit.matmul
-    axes = _matmul_axes(unit, group)
-    order = Order((), (), None, axes)
-    body = GroupBody(analysis, group, stored, order, status)
-    body.body.scopes[0].axes.update((T.M, T.N, T.B0))
-    body.emit_points()
-    kernel = body.body.kernel("epilogue")
+    epilogue = emit_epilogue(analysis, group, stored, status)
+    kernel = epilogue.kernel
     panels = analysis.panels.get(analysis.memory[made.b].root)
     spec = T.MatmulSpec(
-        name="_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40],
+        name=kernel.name,
         epilogue=kernel.body,
         buffers=kernel.buffers,
         sizes=kernel.sizes,
@@ -702,16 +698,28 @@ def emit_matmul(analysis: Analysis, group: Group, stored: set[Value], status: Va
         a=made.a_layout,
         b=made.b_layout if panels is None else "packed",
         batch=0 if made.batch is None else 1,
-        origin=tuple(dict.fromkeys(_origin(u) for u in group.units)),
+        origin=kernel.origin,
     )
     name, source = matmul_source(made, spec)
-    values = {n: v for v, n in body.params.items()}
     scratch = Value(workspace(made, spec), "workspace")
     operands = (made.a, made.b if panels is None else panels[0], *made.operands[2:])
-    buffers = (*operands, *(values[b.name] for b in kernel.buffers), scratch)
+    buffers = (*operands, *epilogue.buffers, scratch)
     access = (*("read" for _ in operands), *(b.access for b in kernel.buffers), "write")
     nodes = tuple(dict.fromkeys(u.node for u in group.units))
     return KernelItem(name, buffers, access, size_arguments(made, spec), nodes, source=source)
+
+
+def emit_epilogue(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> Emitted:
+    """What a template does with a sum at a point of the result: statements without loops, under a name made of their ops."""
+    unit = group.matmul
+    assert unit is not None
+    body = GroupBody(analysis, group, stored, Order((), (), None, _matmul_axes(unit, group)), status)
+    body.body.scopes[0].axes.update((T.M, T.N, T.B0))
+    body.emit_points()
+    label = "_".join(dict.fromkeys(u.node.op.name.split(".")[1].strip("_") for u in group.units))[:40]
+    kernel = body.body.kernel(label, tuple(dict.fromkeys(_origin(u) for u in group.units)))
+    values = {name: value for value, name in body.params.items()}
+    return Emitted(kernel, tuple(values[b.name] for b in kernel.buffers), frozenset())
 
 
 def _matmul_axes(unit: Unit, group: Group) -> dict[sympy.Symbol, Any]:

@@ -10,13 +10,14 @@ from ..ir import Dim, Graph, Node, Value
 from ..runtime.panels import Panels
 from ..runtime.reordered import Reordered
 from .kernel_ir import Kernel
+from .triton.source import TritonSource
 
 
 @dataclass(frozen=True)
 class KernelItem:
     """Launch of a generated kernel. `buffers` are the values bound to its parameters, in order, `access` ("read", "write",
-    "read_write") says what it does with each. `sizes` are its size arguments, `nodes` what it computes. `source` is C++
-    text where a template made it (None: printed from `kernel`)."""
+    "read_write") says what it does with each. `sizes` are its size arguments, `nodes` what it computes. `source` is what
+    a template made, C++ text or a Triton source (None: printed from `kernel`)."""
 
     name: str
     buffers: tuple[Value, ...]
@@ -24,7 +25,7 @@ class KernelItem:
     sizes: tuple[Any, ...]
     nodes: tuple[Node, ...]
     kernel: Kernel | None = None
-    source: str | None = None
+    source: str | TritonSource | None = None
 
     @property
     def writes(self) -> tuple[Value, ...]:

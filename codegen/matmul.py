@@ -119,7 +119,7 @@ def matmul_of(node: Node) -> Matmul | str | None:
     if not isinstance(node.out.type, TensorType) or node.out.tensor.device != "cpu":
         return "not on a CPU"
     if name == "_int_mm":
-        return _from_operands(node.args[0], node.args[1], None, 1, 1)
+        return from_operands(node.args[0], node.args[1], None, 1, 1)
     if name == "_weight_int8pack_mm":
         return _scaled(node)
     if name == "quantized_linear":
@@ -138,7 +138,7 @@ def matmul_of(node: Node) -> Matmul | str | None:
         return _linear(node)
     else:
         a, b = node.args[:2]
-    return _from_operands(a, b, bias, alpha, beta)
+    return from_operands(a, b, bias, alpha, beta)
 
 
 def widened(made: Matmul, producers: Mapping[Value, Node], users: Mapping[Value, tuple[Node, ...]]) -> Node | None:
@@ -218,7 +218,7 @@ def _layout(outer: Dim, inner: Dim, inner_name: str, outer_name: str) -> tuple[s
     return None
 
 
-def _from_operands(a: Value, b: Value, bias: Value | None, alpha: Any, beta: Any) -> Matmul | str:
+def from_operands(a: Value, b: Value, bias: Value | None, alpha: Any, beta: Any) -> Matmul | str:
     left, right = a.tensor, b.tensor
     if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
         return "scale factors that are not known at compile time"

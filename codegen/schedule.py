@@ -16,6 +16,7 @@ from .attention import emit_attention
 from .convolution import NAME as CONVOLUTION
 from .convolution import reordered_call, reordered_weight
 from .emit import emit, emit_matmul
+from .emit_gpu_matmul import emit_gpu_matmul
 from .emit_ordered import emit_ordered
 from .expand import expand
 from .groups import Group, Grouping
@@ -72,7 +73,7 @@ def schedule(
                 continue  # nobody reads what it computes: only its sizes mattered
             nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
             kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
-            if item.units[0].operands:
+            if item.units[0].operands and target.kind == "cpu":
                 scratch.append(kernel.buffers[-1])
             (late if any(u.value in grouping.last for u in item.units) else items).append(kernel)
         else:
@@ -170,7 +171,8 @@ def _kernel_item(
     analysis: Analysis, group: Group, nodes: tuple[Node, ...], stored: set[Value], status: Value | None
 ) -> KernelItem:
     if group.matmul is not None:
-        return replace(emit_matmul(analysis, group, stored, status), nodes=nodes)
+        emit_template = emit_matmul if analysis.target.kind == "cpu" else emit_gpu_matmul
+        return replace(emit_template(analysis, group, stored, status), nodes=nodes)
     first = group.units[0]
     if first.attention is not None:
         return emit_attention(first.attention, first.values, stored, first.node)

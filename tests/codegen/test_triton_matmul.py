@@ -82,7 +82,7 @@ def test_recorded_text(golden) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "int16"}, "dtype is 'int16'"),
         ({"a": "n"}, "a is 'n'"),
         ({"tf32": True}, "tf32"),
         ({"epilogue": ()}, "stores nothing"),
