@@ -105,6 +105,7 @@ CUDA_LIBRARY: dict[str, str] = {
     "aten.convolution_backward.default": "cuDNN's convolution",
     **dict.fromkeys(("aten.mm.default", "aten.addmm.default", "aten.linear.default"), "cuBLAS's matmul"),
     **dict.fromkeys(("aten.bmm.default", "aten.baddbmm.default"), "cuBLAS's matmul"),
+    "aten._int_mm.default": "cuBLAS's matmul of bytes",
 }
 
 _CUDA_NAMES = {"LAPACK": "cuSOLVER", "MKL's matmul": "cuBLAS's matmul", "MKL's Fourier transform": "cuFFT"}
