@@ -13,7 +13,6 @@ from ..ir.types import Symbols
 from .analysis import Analysis
 from .body import dtype_name
 from .emit import Emitted, emit_epilogue
-from .gpu_matmul import QuantizedMatmul
 from .groups import Group
 from .items import KernelItem
 from .matmul import Matmul
@@ -43,10 +42,9 @@ def _source(made: Matmul, epilogue: Emitted, symbols: Symbols) -> TritonSource:
     """The printed kernel, whose name carries a hash of what it is printed from and of its tiles."""
     kernel, dtype, rows = epilogue.kernel, dtype_name(made.a.tensor.dtype), seen(made.m, symbols)
     parts = kernel.body, kernel.buffers, kernel.sizes
-    if isinstance(made, QuantizedMatmul):
-        assert made.kind is not None
+    if made.quantized is not None:
         few = rows_of_program(_most(made.m, symbols))
-        spec = TritonQuantized(kernel.name, dtype, made.kind, *parts, few, kernel.origin)
+        spec = TritonQuantized(kernel.name, dtype, made.quantized.type, *parts, few, kernel.origin)
         config = config_for(spec, rows)
         named = replace(spec, name=f"{spec.name}_{_digest(spec, config)}")
         return replace(print_quantized(named), config=config)

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from ..formats.quantized import QuantizedType
-from ..ir import Node, TensorType, Value
+from ..ir import Node, TensorType
 from ..ir.quantized_rules import LINEAR, quantized_type
 from ..ir.types import product
-from .matmul import Matmul, from_operands
+from .matmul import Matmul, QuantizedB, from_operands
 from .triton.quantized import unreadable
 
 _BYTES = "aten._int_mm.default"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class QuantizedMatmul(Matmul):
-    """A product whose B are the codes of a quantized weight of type `kind`, with its other parts."""
-
-    kind: QuantizedType | None = None
-    parts: tuple[Value, ...] = ()
-
-    @property
-    def operands(self) -> tuple[Value, ...]:
-        """A, and the parts of the weight."""
-        return self.a, self.b, *self.parts
 
 
 def gpu_matmul_of(node: Node) -> Matmul | str | None:
@@ -44,19 +28,20 @@ def gpu_matmul_of(node: Node) -> Matmul | str | None:
     return from_operands(a, b, None, 1, 1)
 
 
-def _quantized(node: Node) -> QuantizedMatmul | str:
+def _quantized(node: Node) -> Matmul | str:
+    """x [.., K] by codes of [N, K] in panels."""
     kind, x = quantized_type(node), node["x"].tensor
     assert kind is not None
     why = unreadable(kind)
     if why is None and x.dtype not in _FLOATS:
         why = f"the template multiplies halves and float32, not {str(x.dtype).removeprefix('torch.')}"
-    if why is None and not x.is_contiguous and not (x.rank == 2 and x.strides[1] == 1):
-        why = "an input that is not row-major"
+    parts = QuantizedB(kind, node["scales"], node["zeros"])
+    whole = all(v.tensor.is_contiguous for v in (node["codes"], parts.scales, parts.zeros) if v is not None)
+    if why is None and not (whole and (x.is_contiguous or (x.rank == 2 and x.strides[1] == 1))):
+        why = "operands that are not row-major"
     if why is not None:
         return why
-    parts = tuple(node[name] for name in ("scales", "zeros") if node[name] is not None)
     lda = kind.columns if x.is_contiguous else x.strides[0]
     m = product(x.shape[:-1])
-    return QuantizedMatmul(
-        node["x"], node["codes"], m, kind.rows, kind.columns, "k", "k", lda, 0, bias=node["bias"], kind=kind, parts=parts
-    )
+    a, b, bias = node["x"], node["codes"], node["bias"]
+    return Matmul(a, b, m, kind.rows, kind.columns, "k", "quantized", lda, 0, bias=bias, quantized=parts)

@@ -24,13 +24,16 @@ import torch
 from plait.codegen.cache import Cache
 from plait.codegen.triton.matmul import LDC, TritonMatmul, configs, linear_epilogue, print_matmul
 from plait.codegen.triton.printer import print_kernel
+from plait.codegen.triton.quantized import FEW_ROWS, TritonQuantized, print_quantized, rows_of_program
+from plait.codegen.triton.quantized import configs as quantized_configs
 from plait.compiler.api import compile as plait_compile
 from plait.compiler.source import Targets
+from plait.formats import QuantizedType, quantize
 from plait.runtime.artifact import load
 
 from tests import cuda_models
 from tests.codegen.kernels import BIAS_GELU, COLUMN_SUM, LAYER_NORM, SOFTMAX
-from tests.gpu.kit import Launcher, target
+from tests.gpu.kit import Launcher, bytes_kernel, target
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 5
@@ -49,7 +52,7 @@ def time_by_turns(runs: dict[str, Run]) -> dict[str, float]:
 
 
 def compared(what: str, runs: dict[str, Run], rtol: float, atol: float) -> dict[str, Any]:
-    """Times of `runs`, the first of which is plait, after all results agreed."""
+    """Times of `runs`, one of which is eager, after all results agreed with it."""
     results = {name: run().float() for name, run in runs.items()}
     for name, result in results.items():
         torch.testing.assert_close(result, results["eager"], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{what}, {n}: {m}")
@@ -114,6 +117,64 @@ def matmuls(cache: Cache) -> list[dict[str, Any]]:
     return done
 
 
+def quantized(cache: Cache) -> list[dict[str, Any]]:
+    """Products with quantized weights beside torch's of the same weight in bfloat16, from decoding to prefill. Few rows are
+    given to both kernels; every config is timed."""
+    done = []
+    n = k = 4096
+    epilogue, buffers = linear_epilogue("bfloat16")
+    for bits, group in ((4, 128), (3, 128), (8, 128), (4, 32)):
+        kind = QuantizedType((n, k), bits, group)
+        weight = quantize(torch.randn(n, k) / math.sqrt(k), kind)
+        assert weight.zeros is not None
+        parts = {"codes": weight.codes.cuda(), "scales": weight.scales.cuda(), "zeros": weight.zeros.cuda()}
+        w = weight.dequantize(torch.bfloat16).cuda()
+        for m in (1, 2, 4, 8, 16, 64, 512, 4096):
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+            runs: dict[str, Run] = {"eager": partial(torch.nn.functional.linear, x, w)}
+            for rows in (0, rows_of_program(m)) if m <= FEW_ROWS else (0,):
+                spec = TritonQuantized(f"quantized_{rows}", "bfloat16", kind, epilogue, buffers, (LDC,), rows)
+                source = print_quantized(spec)
+                for config in quantized_configs(spec):
+                    launcher = Launcher.of(source, cache, config)
+                    tiles = "x".join(str(size) for name, size in config.tiles if name != "GROUP")
+
+                    def plait(launcher: Launcher = launcher, x=x, out=out, parts=parts, m=m) -> torch.Tensor:
+                        launcher({"A": x, "out": out, **parts}, {"M": m, "lda": k, "ldc": n})
+                        return out
+
+                    runs[f"plait {'vector' if rows else 'tiled'} {tiles} {config.num_warps}w"] = plait
+            done.append(compared(f"{kind} by {m} rows bfloat16", runs, rtol=2e-2, atol=2e-2))
+    return done
+
+
+def bytes_products(cache: Cache) -> list[dict[str, Any]]:
+    """Products of bytes beside torch's in bfloat16 of the same numbers, and its own of bytes where it takes the rows."""
+    done = []
+    n = k = 4096
+    spec = bytes_kernel()
+    b = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
+    for m in (1, 16, 64, 512, 4096):
+        a = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
+        out = torch.empty(m, n, device="cuda", dtype=torch.int32)
+        runs: dict[str, Run] = {"eager": partial(torch.nn.functional.linear, a.bfloat16(), b.bfloat16())}
+        if m > 16:
+            runs["_int_mm"] = partial(torch._int_mm, a, b.t())
+        for config in configs(spec):
+            launcher = Launcher.of(print_matmul(spec), cache, config)
+            tiles = "x".join(str(size) for _, size in config.tiles[:3])
+
+            def plait(launcher: Launcher = launcher, a=a, out=out, m=m) -> torch.Tensor:
+                launcher({"A": a, "B": b, "out": out}, {"M": m, "N": n, "K": k, "lda": k, "ldb": k, "ldc": n})
+                return out
+
+            runs[f"plait {tiles} {config.num_warps}w"] = plait
+        # sums are of the order of 3e5, which bfloat16 rounds
+        done.append(compared(f"bytes {m}x{n}x{k}", runs, rtol=2e-2, atol=4e3))
+    return done
+
+
 def models(cache: Cache) -> list[dict[str, Any]]:
     """Transformer blocks captured on the CPU, as artifacts loaded here."""
     done = []
@@ -162,7 +223,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(folder)
         try:
-            for measure in (elementwise_and_reductions, matmuls, models):
+            for measure in (elementwise_and_reductions, matmuls, quantized, bytes_products, models):
                 report["timings"] += measure(cache)
         finally:  # what was measured before a comparison failed is still worth reading
             arguments.output.parent.mkdir(parents=True, exist_ok=True)

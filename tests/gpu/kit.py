@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from plait.codegen.cache import Cache
 from plait.codegen.triton.compile import cross_compile
+from plait.codegen.triton.matmul import LDC, TritonMatmul, linear_epilogue
 from plait.codegen.triton.source import KernelConfig, TritonSource
 from plait.runtime.cuda import CudaKernel
 
@@ -40,3 +41,8 @@ class Launcher:
 
 def on_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.cuda() for name, tensor in tensors.items()}
+
+
+def bytes_kernel(a: str = "k", b: str = "k") -> TritonMatmul:
+    """The product of bytes alone: it stores the sums, int32."""
+    return TritonMatmul("bytes", "int8", *linear_epilogue("int32"), (LDC,), a, b)

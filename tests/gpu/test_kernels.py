@@ -9,9 +9,12 @@ import torch
 from plait.codegen.cache import Cache
 from plait.codegen.triton.matmul import LDC, TritonMatmul, configs, linear_epilogue, print_matmul
 from plait.codegen.triton.printer import print_kernel
+from plait.codegen.triton.quantized import TritonQuantized, print_quantized
+from plait.codegen.triton.quantized import configs as quantized_configs
+from plait.formats import QuantizedType, quantize
 
 from tests.codegen.kernels import ADD_IN_PLACE, CASES, SOFTMAX, KernelCase
-from tests.gpu.kit import Launcher, on_device
+from tests.gpu.kit import Launcher, bytes_kernel, on_device
 
 pytestmark = pytest.mark.gpu
 
@@ -111,3 +114,42 @@ def test_every_matmul_config_gives_the_same_product(dtype: str, cache: Cache) ->
         out = torch.full_like(expected, float("nan"))
         Launcher.of(print_matmul(spec), cache, config)({"A": x, "B": w, "bias": bias, "out": out}, sizes)
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("layout", ["kn", "kk", "mn", "mk"])
+def test_products_of_bytes_are_exact_for_any_rows(layout: str, cache: Cache) -> None:
+    spec = bytes_kernel(*layout)
+    generator = torch.Generator().manual_seed(0)
+    for config in configs(spec):
+        launcher = Launcher.of(print_matmul(spec), cache, config)
+        for m, n, k in ((1, 37, 50), (129, 67, 190), (3, 4, 0)):
+            a, b = (torch.randint(-128, 128, s, generator=generator).to(torch.int8).cuda() for s in ((m, k), (k, n)))
+            stored = {
+                "A": a if layout[0] == "k" else a.t().contiguous(),
+                "B": b if layout[1] == "n" else b.t().contiguous(),
+                "out": torch.full((m, n), -1, dtype=torch.int32, device="cuda"),
+            }
+            sizes = {"M": m, "N": n, "K": k, "lda": stored["A"].shape[1], "ldb": stored["B"].shape[1], "ldc": n}
+            launcher(stored, sizes)
+            assert torch.equal(stored["out"].double(), a.double() @ b.double())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_quantized_products(bits: int, cache: Cache) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    dtype = ("float32", "bfloat16", "float16")[bits % 3]
+    epilogue, buffers = linear_epilogue(dtype, bias=dtype)
+    for (n, k, group), symmetric, scale in (((257, 576, 96), False, "f16"), ((70, 1024, 128), True, "e8m0")):
+        kind = QuantizedType((n, k), bits, group, symmetric, scale)
+        weight = quantize(torch.randn(n, k, generator=generator) / k**0.5, kind)
+        parts = {"codes": weight.codes, "scales": weight.scales} | ({} if symmetric else {"zeros": weight.zeros})
+        x, bias = (torch.randn(*s, generator=generator).to(getattr(torch, dtype)) for s in ((19, k), (n,)))
+        tensors = on_device({"A": x, "bias": bias, **parts})
+        want = (x.double() @ weight.dequantize(torch.float64).t() + bias.double()).to(x.dtype)
+        for rows in (0, 1, 4):
+            spec = TritonQuantized(f"quantized_{bits}", dtype, kind, epilogue, buffers, (LDC,), rows)
+            choices = quantized_configs(spec)
+            for config in choices if bits == 4 else choices[:1]:
+                tensors["out"] = torch.full((19, n), float("nan"), dtype=x.dtype, device="cuda")
+                Launcher.of(print_quantized(spec), cache, config)(tensors, {"M": 19, "lda": k, "ldc": n})
+                torch.testing.assert_close(tensors["out"].cpu(), want, msg=lambda m, at=(rows, config): f"{at}: {m}")
