@@ -82,8 +82,8 @@ def rows_of_program(most: int | None) -> int:
 
 
 def configs(spec: TritonQuantized) -> tuple[KernelConfig, ...]:
-    """Kernel configs worth measuring, the default first; on CUDA devices they keep to their registers, but for a word or two.
-    A tile of k lies in one group where `tl.dot` is used."""
+    """Kernel configs worth measuring, the default first; they fit the registers of CUDA devices. A tile of k lies in one
+    group where `tl.dot` is used."""
     kind = spec.weight
     if spec.rows:
         shapes = ((32, 1024, 8), (32, 512, 4), (64, 512, 8), (64, 256, 4), (32, 256, 2))
@@ -250,8 +250,8 @@ def _code_lines(kind: QuantizedType, p: _Plane) -> list[str]:
 def _vector_product(spec: TritonQuantized) -> list[str]:
     """Lines that compute `acc` [rows, BLOCK_N] and the axes of the epilogue.
 
-    Planes are summed apart, for a sum over codes is a sum over their bits; a lane has a word of each, so that the codes of a
-    word share its scale. The zero point goes off with the first plane.
+    Planes are summed apart, for a sum over codes is a sum over their bits; the codes of a word share its scale, and the zero
+    point goes off with the first plane. So for codes of several planes an infinite input gives NaN.
     """
     kind, planes, rows = spec.weight, _planes(spec.weight), range(spec.rows)
     lines = [
