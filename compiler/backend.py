@@ -71,6 +71,8 @@ class _Compilation:
         self.inputs = inputs
         if pipelines.passes("forward", self.session.options):
             gm = self.rewrite_forward(gm, inputs)
+            constants = [t for _, t in (*gm.named_parameters(), *gm.named_buffers())]  # of passes; they come first
+            self.inputs = [*constants, *inputs]
         rounding = ("plait.fake_quantize", "plait.fake_quantize_rows") if self.session.options.freeze else ()
         compiler = aot_autograd(
             fw_compiler=self.compiler("forward"),
@@ -103,7 +105,10 @@ class _Compilation:
             with capture.real_tensors():
                 if not any(isinstance(x, FakeTensor) for x in inputs):
                     self.session.calibration = (tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs),)
-                graph, _ = self.session.run(graph, "forward")
+                self.session.parameters = frozenset(i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
+                graph, steps = self.session.run(graph, "forward")
+                for step in steps:
+                    self.not_applied += dict.fromkeys(f"{step.pass_name}: {why}" for _, _, why in step.refused)
                 self.session.calibration = ()  # the compilation lives on in the backward; the batch must not
             return capture.restore_forward(graph, gm, inputs)
         except (CannotCapture, CannotImport) as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
@@ -234,6 +235,9 @@ def restore_forward(graph: Graph, gm: GraphModule, inputs: Sequence[Any]) -> Gra
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # AOTAutograd's guards speak of it
     made.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):  # AOTAutograd says what inputs are parameters only where this is there
+        names = [name for name, _ in (*made.named_parameters(), *made.named_buffers())]
+        made._param_name_to_source = {name: ConstantSource(f"plait_{name}") for name in names}  # type: ignore[assignment]
     if torch.is_grad_enabled():
         _keep_old_values(made)
         _check_derivatives(made, inputs)

@@ -29,6 +29,7 @@ from ..passes.fold import Fold
 from ..passes.layout import Layout
 from ..passes.normalise import Normalise
 from ..passes.prune import Prune
+from ..passes.quantize.pack import PackWeights
 from ..passes.quantize.weights import Weights
 from ..passes.share import Share
 from ..passes.simplify import Simplify
@@ -54,6 +55,7 @@ def ground() -> list[Pass]:
     """Passes that every compiled graph goes through."""
     return [
         Normalise(),  # one spelling for each operation, which the others match
+        PackWeights(),  # before rounded weights fold into floats
         Fold(),
         Attention(),
         Simplify(),
@@ -78,12 +80,13 @@ def passes(point: CapturePoint, options: Options) -> list[Pass]:
 class Session:
     """One compilation: its options and what watches it. `name` labels logs and dumps; with `reports` a failure is written
     down as a bundle, and its message says so. `calibration` are batches of flat inputs that passes may run a graph on; where
-    there are none, those that a stage judges numerics on."""
+    there are none, those that a stage judges numerics on. `parameters` numbers the inputs that are parameters."""
 
     name: str
     options: Options
     reports: bool = True
     calibration: tuple[tuple[Any, ...], ...] = ()
+    parameters: frozenset[int] = frozenset()
     decisions: Decisions = field(init=False)
     budget: Budget | None = field(init=False)
 
@@ -216,7 +219,10 @@ class Stage:
         if not any(isinstance(one, Weights) for one in self.chosen):
             return found
         batches = self.session.calibration or (tuple(self.inputs if self.inputs is not None else random_inputs(graph)),)
-        return dataclasses.replace(found, calibration=batches, slower=measured(), freezes=self.session.options.freeze)
+        return dataclasses.replace(
+            found, calibration=batches, slower=measured(), parameters=self.session.parameters,
+            freezes=self.session.options.freeze,
+        )  # fmt: skip
 
     @property
     def graph(self) -> Graph:

@@ -117,7 +117,7 @@ class Context:
     `calibration` are batches of the graph's inputs that a pass may run it on, `slower` measures kernels that a pass would
     bring in, `progress(done, of, what)` is told of long work, `report` takes what a pass wants to say beyond its log.
     `known` is what an earlier run of a pass, interrupted, has worked out, and `keep` takes what this one does, by key.
-    `freezes` says that inputs which are weights become constants later on.
+    `parameters` numbers inputs that are parameters; with `freezes` they become constants later on.
     """
 
     at: CapturePoint = "any"
@@ -132,6 +132,7 @@ class Context:
     report: Callable[[Any], None] = _quietly
     known: Mapping[Any, Any] = field(default_factory=dict[Any, Any])
     keep: Callable[[Any, Any], None] = _quietly
+    parameters: frozenset[int] = frozenset()
     freezes: bool = False
 
     def allowed(self, rule: str, node: Node | None = None) -> bool:

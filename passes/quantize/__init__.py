@@ -1,5 +1,5 @@
 """Low-bit rewrites: observing a graph on calibration data, transforming its constants, and the passes that quantize it."""
 
-from . import weights
+from . import pack, weights
 
-__all__ = ["weights"]
+__all__ = ["pack", "weights"]

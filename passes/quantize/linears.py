@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ...errors import NoLayerMatches
@@ -42,12 +42,25 @@ class Linear:
         return int(self.weight.tensor.shape[0 if self.turned else 1])  # type: ignore[arg-type]
 
 
-def linears(graph: Graph) -> list[Linear]:
-    """The linear layers of a graph, in order. Weights have two static sizes and are floats."""
-    return [found for node in graph.nodes if (found := _linear(graph, node)) is not None]
+def linears(graph: Graph, parameters: Collection[int] = ()) -> list[Linear]:
+    """The linear layers of a graph, in order: products with a weight that is a constant, or one of the inputs that
+    `parameters` numbers. Weights have two static sizes and are floats."""
+    inputs = frozenset(graph.inputs[i] for i in parameters)
+    return [found for node in graph.nodes if (found := _linear(graph, node, inputs)) is not None]
 
 
-def _linear(graph: Graph, node: Node) -> Linear | None:
+@dataclass(frozen=True, eq=False)
+class Product:
+    """x W^T + b as a node has it: the weight behind views that turn it, and whether it is there as [K, N]."""
+
+    x: Value
+    weight: Value
+    bias: Value | None
+    turned: bool
+
+
+def product_of(graph: Graph, node: Node) -> Product | None:
+    """What a node multiplies; None where it is no product of rows by a matrix."""
     bias: Value | None = None
     turned = False
     if node.op.name == _LINEAR:
@@ -69,13 +82,22 @@ def _linear(graph: Graph, node: Node) -> Linear | None:
     kind = weight.tensor
     if kind.rank != 2 or not kind.is_static or not kind.dtype.is_floating_point or not isinstance(x.type, TensorType):
         return None
-    constant = source.args[0] if source is not None and source.op.name == "plait.constant" else None
-    if constant is None and weight not in graph.inputs:
+    return Product(x, weight, bias, turned)
+
+
+def _linear(graph: Graph, node: Node, inputs: frozenset[Value]) -> Linear | None:
+    made = product_of(graph, node)
+    if made is None:
         return None
-    return Linear(node, x, weight, bias, constant, _name(graph, node, weight, source, constant), turned)
+    source = graph.producers.get(made.weight)
+    constant = source.args[0] if source is not None and source.op.name == "plait.constant" else None
+    if constant is None and made.weight not in inputs:
+        return None
+    name = _name(graph, node, made.weight, constant)
+    return Linear(node, made.x, made.weight, made.bias, constant, name, made.turned)
 
 
-def _name(graph: Graph, node: Node, weight: Value, source: Node | None, constant: str | None) -> str:
+def _name(graph: Graph, node: Node, weight: Value, constant: str | None) -> str:
     """What a layer is called: after the module that owns the weight, or that ran it where the weight has several readers."""
     module = re.sub(r"^L\['(self|fn|mod)'\]\.?|\._modules|\['|'\]", lambda m: "." if m[0] == "['" else "", node.loc.module)
     shared = len(graph.users.get(weight, ())) > 1

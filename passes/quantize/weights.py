@@ -42,7 +42,7 @@ class Weights(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         """The graph with quantized layers. Raises NoLayerMatches, BadCalibration, BadPassOption."""
-        found = linears(graph)
+        found = linears(graph, ctx.parameters)
         formats = self.formats(graph, found, ctx)
         if not formats:
             return graph
