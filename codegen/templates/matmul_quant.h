@@ -1,5 +1,6 @@
 // Products by a quantized weight, read as it lies in memory (formats/quantized.py, layout "panels"). Codes become numbers in
-// registers, behind the multiplications of the tile: few instructions a code. Only for many rows a block of a panel is widened first.
+// registers, behind the multiplications of the tile: few instructions a code. Only for many rows a block of a panel is
+// widened first.
 //
 //   c[m, n] = sum over groups g of scale[n, g] * (sum over k in g of a[m, k] * (code[n, k] - zero[n, g]))
 //
@@ -18,11 +19,13 @@ struct e8m0 {  // a power of two: 2^(bits - 127)
 template <int Bits, class Scale, bool Symmetric> struct Quantized {  // its words in memory
   int32_t word;
 };
-#define PLAIT_QUANTIZED(bits, scale, name)                  \
+// Their names: u4_f16 has codes of 4 bits, zero points and scales of float16, i4_f16 has no zero points.
+#define PLAIT_QUANTIZED(bits, scale, name)                \
   using u##bits##_##name = Quantized<bits, scale, false>; \
   using i##bits##_##name = Quantized<bits, scale, true>;
 #define PLAIT_QUANTIZED_BITS(bits) \
-  PLAIT_QUANTIZED(bits, f16, f16) PLAIT_QUANTIZED(bits, bf16, bf16) PLAIT_QUANTIZED(bits, float, f32) PLAIT_QUANTIZED(bits, e8m0, e8m0)
+  PLAIT_QUANTIZED(bits, f16, f16)  \
+  PLAIT_QUANTIZED(bits, bf16, bf16) PLAIT_QUANTIZED(bits, float, f32) PLAIT_QUANTIZED(bits, e8m0, e8m0)
 PLAIT_QUANTIZED_BITS(2)
 PLAIT_QUANTIZED_BITS(3)
 PLAIT_QUANTIZED_BITS(4)
@@ -58,7 +61,7 @@ template <int Bits, class S, bool Symmetric> struct Parts<Quantized<Bits, S, Sym
   PLAIT_FN reg<float> scale(int64_t g, int64_t n) const {
     const S* p = scales + place(g, n) * NR + n % NR;
     if constexpr (same<S, e8m0>) {
-      const reg<int32_t> e = (get_as<int32_t>(reinterpret_cast<const uint8_t*>(p)));
+      const reg<int32_t> e = get_as<int32_t>(reinterpret_cast<const uint8_t*>(p));
       return reg<float>(e == 0 ? reg<int32_t>{} + (1 << 22) : e << 23);  // 2^-127 has no exponent of its own
     } else {
       return get_as<float>(p);
@@ -68,7 +71,7 @@ template <int Bits, class S, bool Symmetric> struct Parts<Quantized<Bits, S, Sym
     if constexpr (Symmetric) return float(middle) - reg<float>{};
     const uint8_t* p = zeros + place(g, n) * zero_bytes;
     if constexpr (Bits > 4) return get_as<float>(p + n % NR);
-    const reg<int32_t> pair = (get_as<int32_t>(p + n % (NR / 2)));
+    const reg<int32_t> pair = get_as<int32_t>(p + n % (NR / 2));
     return __builtin_convertvector(n % NR < NR / 2 ? pair & 15 : pair >> 4, reg<float>);
   }
   // Where the piece that begins at k ends.
@@ -133,14 +136,17 @@ template <int Bits> struct Planes {
 template <class T, class U>
 constexpr bool looked_up = same<T, bf16x2> && (Parts<U>::bits == 2 || Parts<U>::bits == 4);
 
+// Pair i of a word, less `zero` in both halves.
+template <int Bits> PLAIT_FN reg<float> code_pair(reg<int32_t> word, int i, reg<int32_t> zero);
+
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
+// bfloat16 of the 5-bit integers: 0 to 15, then -16 to -1.
 alignas(64) constexpr uint16_t SMALL_NUMBERS[32] = {
-    // bfloat16 of the 5-bit integers: 0 to 15, -16 to -1
-    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
-    0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150,
+    0x4160, 0x4170, 0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0,
+    0xc080, 0xc040, 0xc000, 0xbf80,
 };
 
-// Pair i of a word, less `zero` in both halves.
 template <int Bits> PLAIT_FN reg<float> code_pair(reg<int32_t> word, int i, reg<int32_t> zero) {
   using H = typename raw_of<uint16_t, 32>::type;
   constexpr int32_t mask = ((1 << Bits) - 1) * 0x10001;
@@ -150,6 +156,7 @@ template <int Bits> PLAIT_FN reg<float> code_pair(reg<int32_t> word, int i, reg<
   const H own = at + Bits == 16 ? H(word) >> at : H(reg<int32_t>(reg<uint32_t>(word) >> at) & mask);
   return reg<float>(__builtin_shuffle(table, H(own - H(zero))));
 }
+#endif
 
 // Rows of packed A as pairs of what `code_pair` gives: the halves of each run of N numbers, interleaved.
 template <int N, int... I> PLAIT_FN void interleave(uint16_t* p, indices<I...>) {
@@ -158,11 +165,11 @@ template <int N, int... I> PLAIT_FN void interleave(uint16_t* p, indices<I...>) 
   v = __builtin_shufflevector(v, v, (I / 2 + I % 2 * N / 2)...);
   __builtin_memcpy(p, &v, sizeof v);
 }
-#endif
 
 // Rows of A, k0 <= k < k1, as the elements that `each_code` gives meet them.
 template <class T, class U, class Driver>
-static void pack_quantized(const Driver& driver, const Task& t, int64_t m0, int64_t rows, int64_t k0, int64_t k1, sum<T>* a) {
+static void pack_quantized(const Driver& driver, const Task& t, int64_t m0, int64_t rows, int64_t k0, int64_t k1,
+                           sum<T>* a) {
   driver.pack_a(t, m0, rows, k0, k1 - k0, a);
   if constexpr (looked_up<T, U>) {
     constexpr int N = 32 / Parts<U>::bits;
@@ -230,8 +237,8 @@ template <class T, class U>
   }
 }
 
-// c[r][0:V * lanes] = (add ? c : 0) + the sum over k0 <= k < k1, for R rows of a (AS apart, from k0 on) and of c (`step` apart),
-// and columns n on. k0 and k1 are ends of pieces. Wide: `panel` has the elements of these columns, else codes are read.
+// c[r][0:V * lanes] = (add ? c : 0) + the sum over k0 <= k < k1, for R rows of a (AS apart, from k0 on) and of c (`step`
+// apart), and columns n on. k0 and k1 are ends of pieces. Wide: `panel` has the elements of these columns, else codes are read.
 template <class T, class U, int R, int V, bool Wide = false>
 [[gnu::noinline]] static void micro_quantized(const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, const float* panel,
                                               const sum<T>* a, float* c, int64_t step, bool add) {
@@ -271,7 +278,7 @@ template <class T, class U, int R, int V, bool Wide = false>
   }
 }
 
-// The same for up to MR rows and NR columns of c, NR apart; may compute and write more rows, up to the next of 4, 6, 8, 12.
+// The same for up to MR rows of c, NR apart, and NR columns; may compute and write more rows: to the next of 4, 6, 8, 12.
 template <class T, class U, bool Wide>
 static void tile_quantized(int64_t rows, const Parts<U>& w, int64_t k0, int64_t k1, int64_t n, const float* panel,
                            const sum<T>* a, float* c, bool add) {
@@ -301,8 +308,9 @@ static void thin_quantized(const Driver& driver, const Parts<U>& w, const Task& 
     pack_quantized<T, U>(driver, t, t.m0, rows, k, end, a + runs * THIN_BLOCK);
   }
   float* const panel = a + runs * THIN_BLOCK;
-  constexpr int WIDTH = R == 1 ? 2 * NR : NR;  // so that enough sums are under way
-  alignas(64) float tile[most(MR * NR, WIDTH)];
+  constexpr bool twice = R == 1 && Planes<Parts<U>::bits>::step <= 8;  // so that enough sums are under way
+  constexpr int WIDTH = twice ? 2 * NR : NR;
+  alignas(64) float tile[MR * NR];
   for (int64_t n = t.n0, cols; n < t.n1; n += cols) {
     cols = least(t.n1 - n > NR ? WIDTH : NR, t.n1 - n);
     const sum<T>* from = a;
@@ -312,7 +320,7 @@ static void thin_quantized(const Driver& driver, const Parts<U>& w, const Task& 
         if (!fused<U>) widen_codes<T>(w, k, end, n, panel);
         tile_quantized<T, U, !fused<U>>(rows, w, k, end, n, panel, from, tile, k > 0);
       } else {
-        constexpr int V = R == 1 ? 2 * NV : NV;
+        constexpr int V = twice ? 2 * NV : NV;
         int64_t h = 0;
         for (; h + V * lanes<float> <= ceildiv(cols, NR) * NR; h += V * lanes<float>)
           micro_quantized<T, U, R, V>(w, k, end, n + h, nullptr, from, tile + h, WIDTH, k > 0);
