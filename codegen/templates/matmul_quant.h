@@ -136,8 +136,9 @@ template <int Bits> struct Planes {
 template <class T, class U>
 constexpr bool looked_up = same<T, bf16x2> && (Parts<U>::bits == 2 || Parts<U>::bits == 4);
 
-// Pair i of a word, less `zero` in both halves.
+// Declared for all instruction sets: templates name them where they are never called.
 template <int Bits> PLAIT_FN reg<float> code_pair(reg<int32_t> word, int i, reg<int32_t> zero);
+template <int N, int... I> PLAIT_FN void interleave(uint16_t* p, indices<I...>);
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 // bfloat16 of the 5-bit integers: 0 to 15, then -16 to -1.
