@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -215,9 +216,10 @@ def manifest(model: Ready, devices: Mapping[str, CompiledGraph]) -> dict[str, An
 
 
 def _step(step: Step) -> dict[str, Any]:
+    bound = step.numerics.bound
     return {
         "name": step.pass_name,
         "options": {k: v if isinstance(v, str | int | float | bool | None) else str(v) for k, v in step.options.items()},
-        "numerics": {"kind": step.numerics.kind, "bound": step.numerics.bound},
+        "numerics": {"kind": step.numerics.kind, "bound": bound if math.isfinite(bound) else None},
         "fired": dict(step.fired),
     }
