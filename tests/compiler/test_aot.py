@@ -63,7 +63,7 @@ print(json.dumps({"act": out["act"].tolist(), "modules": modules}))
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["act"] == expected(torch.arange(8.0).reshape(2, 4))["act"].tolist()
-    assert found["modules"] == ["errors", "runtime"]
+    assert found["modules"] == ["errors", "formats", "runtime"]
 
 
 def test_kernels_travel_as_source_and_as_binaries(artifact: Path) -> None:
