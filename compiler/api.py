@@ -28,9 +28,9 @@ from ..errors import WrongCapturePoint
 from ..ir import Graph
 from ..passes.base import Step
 from ..runtime.executor import Executable
-from ..runtime.plan import Launch
 from ..runtime.structure import Structure
 from .backend import plait
+from .chosen import Kernel, kernels_of
 from .debugging.history import find_step, step_diff
 from .debugging.interpret import check_inputs, random_inputs
 from .debugging.ledger import Entry, ledger
@@ -115,15 +115,6 @@ def _checking(compiled: CompiledGraph) -> Run:
     return compiled.executable_checking().run
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A generated kernel: its source text, which names the ops and lines that it computes, and its launches in a call."""
-
-    name: str
-    source: str
-    launches: int
-
-
 class CompiledModel:
     """A compiled model. Call it like the original; calls may overlap in threads where it has no state.
 
@@ -187,9 +178,9 @@ class CompiledModel:
 
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
-        """The generated kernels in the order of their first launch."""
-        steps = [s.kernel for s in self.compiled.plan.steps if isinstance(s, Launch)]
-        return tuple(Kernel(k, self.compiled.sources[k], steps.count(k)) for k in dict.fromkeys(steps))
+        """What runs, in the order of first launches: generated kernels and calls, what decided, and which implementations of
+        matrix products lost."""
+        return kernels_of(self.compiled)
 
     def __str__(self) -> str:
         now = [self.record.plan] if self.record.plan else []
