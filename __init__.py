@@ -16,6 +16,7 @@ _FACE = {
     "bisect": "compiler.debugging.front",
     "first_bad_node": "compiler.debugging.front",
     "quantize": "compiler.quantize.api",
+    "what_if": "compiler.quantize.api",
     "QuantizedModel": "compiler.quantize.result",
     "QuantizedLinear": "compiler.quantize.modules",
     "load_quantized": "compiler.quantize.loading",

@@ -1009,7 +1009,10 @@ class CannotResume(PlaitError):
 
     code = "P0906"
     message = "the folder {folder} cannot be used to resume: {why}"
-    fix = "name an empty folder on a disk with room, or leave resume out"
+    fix = (
+        "go on with the call that it belongs to, remove it, name another on a disk with room (resume=, --resume), or do "
+        "without one (resume=None, --no-resume)"
+    )
 
 
 class BudgetCannotBeMet(PlaitError):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -33,6 +33,9 @@ from .cache import compile_cached
 from .options import Options
 from .plans import check_fallbacks
 from .source import CPU_ISAS, Source, Targets, parse_targets
+
+if TYPE_CHECKING:
+    from .api import CompiledModel
 
 ALL_CPUS = Targets(isas=CPU_ISAS)
 """What an artifact carries binaries for unless it is told otherwise."""
@@ -74,6 +77,11 @@ def compile_source(source: Source, options: Mapping[str, Any], path: str | Path 
 
     start = time.perf_counter()
     model = prepare(source.model, source.inputs, dynamic_shapes=source.dynamic_shapes, options=options)
+    return finish(model, path, targets, start)
+
+
+def finish(model: CompiledModel, path: str | Path | None, targets: Targets, start: float) -> Done:
+    """Write a model that `prepare` gave, begun at `start`, as an artifact `path`; see `compile_source`."""
     devices = device_graphs(model.ready(), targets)
     seconds = {"compile": time.perf_counter() - start}
     if path is not None:

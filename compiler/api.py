@@ -35,7 +35,7 @@ from .debugging.history import find_step, step_diff
 from .debugging.interpret import check_inputs, random_inputs
 from .debugging.ledger import Entry, ledger
 from .debugging.walk import Walk
-from .export import Exported, capture_model, name_of
+from .export import Exported, argument_names, capture_model, name_of
 from .observe import KERNELS, Record, active, observe
 from .options import Options
 from .pipelines import Run, Session
@@ -86,9 +86,10 @@ def prepare(
 def _compile(model: Any, example_inputs: Any, dynamic_shapes: Any, chosen: Options, *, build: bool) -> CompiledModel:
     for_inference(chosen)
     exported = capture_model(model, example_inputs, dynamic_shapes, training=chosen.training)
-    batches = (
-        flat_batches(calibration_batches(chosen.calibration), exported.in_tree, exported.held) if chosen.calibration else ()
-    )
+    batches = ()
+    if chosen.calibration:
+        found = calibration_batches(chosen.calibration, argument_names(model), example_inputs)
+        batches = flat_batches(found, exported.in_tree, exported.held)
     session, started = Session(name_of(model), chosen, calibration=batches), time.perf_counter()
     walk = Walk(exported.graph, "forward", exported.inputs, session)
     graph = walk.finish()

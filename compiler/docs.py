@@ -34,6 +34,8 @@ _GROUPS = {
     "P05": "Running plans and artifacts",
     "P06": "Settings",
     "P07": "The command line",
+    "P08": "Programs for one instance, run as batches",
+    "P09": "Quantization",
 }
 
 

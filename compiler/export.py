@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,16 @@ def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     return (example_inputs,), {}
+
+
+def argument_names(model: Any) -> tuple[str, ...]:
+    """What the arguments of a module, a function or an exported program are called; none where that is not known."""
+    if isinstance(model, ExportedProgram):
+        signature = model.module_call_graph[0].signature if model.module_call_graph else None
+        return tuple((signature.forward_arg_names if signature is not None else None) or ())
+    if not callable(model):
+        return ()
+    return tuple(inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model).parameters)
 
 
 class _Function(torch.nn.Module):

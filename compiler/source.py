@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from ..codegen.cpp.build import ISAS
 from ..errors import BadShape, BadSource, BadTarget
+from .export import argument_names
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def load(src: str, shapes: Sequence[str] = (), dynamic: Sequence[str] = (), *, s
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], torch.nn.Module):
         raise BadSource(src=src, why=f"the factory returned {_kind(found)}")
     model = parts[0].eval()
-    names = _parameters(model)
+    names = argument_names(model)
     inputs = _as_tuple(parts[1]) if len(parts) > 1 else ()
     if shapes:
         inputs = random_inputs(parse_shapes(shapes), names, seed)
@@ -81,9 +81,7 @@ def _exported(src: str, shapes: Sequence[str], dynamic: Sequence[str]) -> Source
     args, kwargs = program.example_inputs
     if kwargs:
         raise BadSource(src=src, why=f"it takes keyword arguments ({', '.join(kwargs)}); export it with positional ones")
-    signature = program.module_call_graph[0].signature if program.module_call_graph else None
-    names = tuple((signature.forward_arg_names if signature is not None else None) or ())
-    return Source(src, program, tuple(args), None, names[: len(args)])
+    return Source(src, program, tuple(args), None, argument_names(program)[: len(args)])
 
 
 def _call_factory(src: str) -> Any:
@@ -115,10 +113,6 @@ def _kind(value: Any) -> str:
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-
-
-def _parameters(model: torch.nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(model.forward).parameters)
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------

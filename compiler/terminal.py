@@ -61,13 +61,35 @@ def size(count: int) -> str:
 @contextmanager
 def progress(what: str) -> Iterator[None]:
     """Show that something takes a while, on stderr, where that is a terminal."""
-    if not sys.stderr.isatty() or os.environ.get("CI"):
+    if not _watched():
         yield
         return
     from rich.console import Console
 
     with Console(stderr=True).status(what):
         yield
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how far something is, on stderr, where that is a terminal: what is given takes (done, of, name of the last)."""
+    if not _watched():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[last]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None, last="")
+        yield lambda done, of, last: shown.update(task, completed=done, total=of, last=last)
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty() and not os.environ.get("CI")
 
 
 def coverage_text(coverage: Mapping[str, Any]) -> str:

@@ -19,15 +19,15 @@ EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "the command worked and the answer is no: results or files differ, cache entries were damaged, a failure shows again "
     "or there is none to look into",
-    2: "wrong use: an option, SRC, a pass or its option",
-    3: "the model could not be compiled",
-    4: "an artifact or a bundle could not be loaded, or does not take these inputs",
+    2: "wrong use: an option, SRC, a pass or its option; calibration data, a scheme or a budget that does not fit",
+    3: "the model could not be compiled or quantized",
+    4: "an artifact, a bundle or a checkpoint could not be loaded, or does not take these inputs",
     5: "the model's own code, or plait itself, raised an error that is not in the catalogue",
     6: "the program fails otherwise than its bundle says",
     130: "interrupted",
 }
-_USAGE = ("P020", "P040", "P06", "P07")
-_ARTIFACT = ("P050", "P051", "P052", "P054", "P0631", "P0632", "P0633")
+_USAGE = ("P020", "P040", "P06", "P07", "P0903", "P0904", "P0905", "P0906", "P0907", "P0912")
+_ARTIFACT = ("P050", "P051", "P052", "P054", "P0631", "P0632", "P0633", "P0910", "P0911", "P0913")
 _NOTHING, _OTHER = "P0611", "P0642"
 # Codes of the group P040 that are about the model, not about how the command was called.
 _MODEL = ("P0404", "P0405", "P0406", "P0407", "P0408", "P0709")

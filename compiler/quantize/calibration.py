@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,34 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of one call of the model."""
 
 
-def batches(calib: Any, names: tuple[str, ...] = ()) -> list[Batch]:
+def batches(calib: Any, names: tuple[str, ...] = (), examples: Any = None, samples: int | None = None) -> list[Batch]:
     """What `plait.quantize` takes as batches: an iterable of inputs (a tensor, a tuple or a dict of keywords), or a file.
 
     Files: .pt, as torch.save writes such a list; .safetensors or .npz with a tensor for each input by the names of the
-    model's arguments, whose first axis counts samples; .npy with the only input. Samples become batches of one. Raises
-    BadCalibration.
+    model's arguments, whose first axis counts samples; .npy with the only input. So many samples become a batch as the first
+    axes of `examples` count, where they are given and agree, else one; what does not fill a batch is left out. `samples`
+    takes the first ones of a file, or the first batches, only. Raises BadCalibration.
     """
     if isinstance(calib, str | os.PathLike):
-        return _of_file(Path(calib), names)
+        return _of_file(Path(calib), names, _batch_size(examples), samples)
     if isinstance(calib, Tensor | Mapping) or not isinstance(calib, Iterable):
         raise BadCalibration(why=f"it is a {type(calib).__name__}, not a list of batches")
-    found = [as_arguments(batch) for batch in calib]
+    found = [as_arguments(batch) for batch in islice(calib, samples)]
     if not found:
         raise BadCalibration(why="there is no batch")
     return found
 
 
-def _of_file(path: Path, names: tuple[str, ...]) -> list[Batch]:
+def _batch_size(examples: Any) -> int:
+    """How many samples the example inputs of a model hold; 1 where they do not say."""
+    found = {x.shape[0] if x.ndim else 0 for x in pytree.tree_leaves(examples) if isinstance(x, Tensor)}
+    return max(1, found.pop()) if len(found) == 1 else 1
+
+
+def _of_file(path: Path, names: tuple[str, ...], size: int, samples: int | None) -> list[Batch]:
     try:
         if path.suffix == ".pt":
-            return batches(torch.load(path, weights_only=True))
+            return batches(torch.load(path, weights_only=True), samples=samples)
         if path.suffix == ".safetensors":
             tensors = safetensors.torch.load_file(path)
         elif path.suffix == ".npz":
@@ -65,7 +73,10 @@ def _of_file(path: Path, names: tuple[str, ...]) -> list[Batch]:
     order = [n for n in names if n in tensors] if len(tensors) > 1 else list(tensors)
     if len(order) != len(tensors):
         raise BadCalibration(why=f"{path} has tensors {sorted(tensors)}, and the model takes {', '.join(names)}")
-    return [(tuple(tensors[n][i : i + 1] for n in order), {}) for i in range(counts.pop())]
+    many = next(iter(counts)) if samples is None else min(samples, *counts)
+    if many < size:
+        raise BadCalibration(why=f"{path} gives {many} samples, and the model is captured on batches of {size}")
+    return [(tuple(tensors[n][i : i + size] for n in order), {}) for i in range(0, many - size + 1, size)]
 
 
 def flat_batches(calib: Iterable[Batch], in_tree: Any, held: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:

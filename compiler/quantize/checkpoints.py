@@ -62,7 +62,7 @@ class Checkpoint:
                     raise CannotWriteCheckpoint(
                         format="quantized",
                         why=f"{name} multiplies its input by a scale, which checkpoints do not hold",
-                        way="fold the scale into the layer that comes before, or into the weight, and write again",
+                        way=f"quantize {name} without scales (rtn or gptq), or leave it float (ignore), and write again",
                     )
                 bias = None if module.bias is None else module.bias.detach()
                 quantized[name] = QuantizedWeight(module.parts, bias, module.activations)

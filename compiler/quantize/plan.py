@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,11 @@ class Option:
     seconds: Mapping[int, float]
     why_not: str = ""
 
+    @property
+    def error(self) -> float:
+        """Root mean square, relative to what the group gives."""
+        return math.sqrt(self.loss)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -90,17 +96,66 @@ class Plan:
     step: Step
     done: Quantization
 
+    @property
+    def table(self) -> WhatIf:
+        """What could have been chosen."""
+        return WhatIf(self.options, self.formats)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"budget": str(self.budget), "error": self.error, "options": self.table.as_json()}
+
     def __str__(self) -> str:
-        return what_if(self.options, self.formats)
+        return str(self.table)
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Options of each layer, and the format that was chosen for each where that was done. Prints as a table."""
+
+    options: tuple[Option, ...]
+    chosen: Mapping[str, Format] = field(default_factory=dict[str, Format])
+
+    def by_layer(self) -> dict[str, list[Option]]:
+        """The options of each layer, in order."""
+        found: dict[str, list[Option]] = {}
+        for option in self.options:
+            found.setdefault(option.layer, []).append(option)
+        return found
+
+    def is_chosen(self, option: Option) -> bool:
+        """Whether a layer got this format."""
+        return self.chosen.get(option.layer) == option.format
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Plain data: microseconds by rows of input."""
+        return [
+            {
+                "layer": o.layer,
+                "format": str(o.format),
+                "error": o.error,
+                "bytes": o.nbytes,
+                "microseconds": {str(n): 1e6 * t for n, t in o.seconds.items()},
+                "why_not": o.why_not,
+                **({"chosen": self.is_chosen(o)} if self.chosen else {}),
+            }
+            for o in self.options
+        ]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                "*" if self.is_chosen(o) else "", o.layer, str(o.format), f"{o.error:.2e}", o.nbytes,
+                ", ".join(f"{1e6 * t:.0f} ({n})" for n, t in o.seconds.items()), o.why_not,
+            )
+            for o in self.options
+        ]  # fmt: skip
+        return table(("", "layer", "format", "error", "bytes", "µs (rows)", ""), rows)
 
 
 def planned(graph: Graph, one: Weights, ctx: Context, budget: Budget, formats: Sequence[str], timed: Timed) -> Plan:
     """The best choice within a budget, and the graph that it gives. Raises BudgetCannotBeMet, BadScheme, BadCalibration."""
-    found = linears(graph)
-    wanted = chosen(found, one.targets, one.ignore)
-    check_batches(graph, ctx.calibration)
-    forms = list(dict.fromkeys((*map(Format.of, formats), FLOAT)))
-    by_group = table_of(graph, found, wanted, forms, one, ctx, timed)
+    by_group = table_of(graph, one, ctx, formats, timed)
     items = [_Item(tuple(o for o in options), _choices(options)) for options in by_group]
     if budget.what == "bytes":
         total = sum(o.nbytes for item in items for o in item.options if o.format.float)
@@ -111,16 +166,25 @@ def planned(graph: Graph, one: Weights, ctx: Context, budget: Budget, formats: S
     return _within_error(graph, one, ctx, budget, items)
 
 
-def table_of(
-    graph: Graph,
-    found: Sequence[Linear],
-    wanted: Sequence[Linear],
-    forms: Sequence[Format],
-    one: Weights,
-    ctx: Context,
-    timed: Timed,
-) -> list[list[Option]]:
-    """Options of each group's layers, format after format."""
+def tabled(graph: Graph, one: Weights, ctx: Context, formats: Sequence[str], timed: Timed) -> WhatIf:
+    """The table alone. Raises BadScheme, BadCalibration, NoLayerMatches."""
+    by_group = table_of(graph, one, ctx, formats, timed)
+    return WhatIf(_in_order(by_group))
+
+
+def _in_order(by_group: Sequence[Sequence[Option]]) -> tuple[Option, ...]:
+    """Options layer after layer, the formats of each in order."""
+    every = [o for options in by_group for o in options]
+    place = {name: i for i, name in enumerate(dict.fromkeys(o.layer for o in every))}
+    return tuple(sorted(every, key=lambda o: place[o.layer]))
+
+
+def table_of(graph: Graph, one: Weights, ctx: Context, formats: Sequence[str], timed: Timed) -> list[list[Option]]:
+    """Options of each group's layers, format after format; float is always one. Raises as `tabled` does."""
+    forms = list(dict.fromkeys((*map(Format.of, formats), FLOAT)))
+    found = linears(graph)
+    wanted = chosen(found, one.targets, one.ignore)
+    check_batches(graph, ctx.calibration)
     everything = groups(graph, found, wanted)
     interpreter = Interpreter(graph)
     made: dict[Group, list[Option]] = {}
@@ -152,18 +216,6 @@ def table_of(
 
     walk(graph, ctx.calibration, dict.fromkeys(visits, all_of), kept_until(everything))
     return [made[group] for group in everything]
-
-
-def what_if(options: Iterable[Option], chosen: Mapping[str, Format]) -> str:
-    """The table as text; `*` marks what was chosen."""
-    rows = [
-        (
-            "*" if chosen.get(o.layer) == o.format else "", o.layer, str(o.format), f"{math.sqrt(o.loss):.2e}", o.nbytes,
-            ", ".join(f"{1e6 * t:.0f} ({n})" for n, t in o.seconds.items()), o.why_not,
-        )
-        for o in options
-    ]  # fmt: skip
-    return table(("", "layer", "format", "error", "bytes", "µs (rows)", ""), rows)
 
 
 def error_of(step: Step, batches: Batches) -> float:
@@ -290,7 +342,7 @@ def _named(items: Sequence[_Item], at: Sequence[int]) -> dict[str, Format]:
 
 
 def _all(items: Sequence[_Item]) -> tuple[Option, ...]:
-    return tuple(o for item in items for o in item.options)
+    return _in_order([item.options for item in items])
 
 
 def _run(graph: Graph, one: Weights, ctx: Context, formats: Mapping[str, Format]) -> tuple[Step, Quantization]:

@@ -36,12 +36,13 @@ class Kept:
         path = self.folder / "call.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.exists() and json.loads(path.read_text()).get("mark") != mark:
+            begun = bool(finished(self.folder)) and path.exists()
+            if begun and json.loads(path.read_text()).get("mark") != mark:
                 raise CannotResume(folder=folder, why="it was begun for another model, other data or another scheme")
             path.write_text(json.dumps({"mark": mark}))
         except (OSError, ValueError) as error:
             raise CannotResume(folder=folder, why=str(error)) from error
-        for file in sorted(self.folder.glob("group-*.safetensors")):
+        for file in finished(self.folder):
             found = _read(file)
             if found is not None:
                 self.known[found[0]] = found[1]
@@ -71,6 +72,25 @@ class Kept:
         except (OSError, safetensors.SafetensorError) as error:  # pyright: ignore[reportAttributeAccessIssue]
             aside.unlink(missing_ok=True)
             raise CannotResume(folder=self.folder, why=str(error)) from error
+
+
+def beside(path: str | Path) -> Path:
+    """Where finished groups are kept until the artifact `path` is written."""
+    return Path(f"{path}.partial")
+
+
+def finished(folder: str | Path) -> list[Path]:
+    """The files of finished groups in a folder."""
+    return sorted(Path(folder).glob("group-*.safetensors"))
+
+
+def remove(folder: str | Path) -> None:
+    """Remove what `Kept` has written to a folder, and the folder where nothing else is in it."""
+    path = Path(folder)
+    for file in (*finished(path), path / "call.json"):
+        file.unlink(missing_ok=True)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
 
 
 def _read(path: Path) -> tuple[Names, Found] | None:

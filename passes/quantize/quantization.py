@@ -8,7 +8,7 @@ its producer's kernel does on the side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -98,7 +98,7 @@ def quantized(
             route = routes[group]
             names = tuple(one.name for one in kinds)
             made = known.get(names)
-            if made is None:
+            if made is None or any(_without_scale(made.held[one.name].type) != _without_scale(kinds[one]) for one in kinds):
                 hunt = GroupSearch(group, kinds, dynamic, values, interpreter, route if isinstance(route, Route) else None)
                 alone = all(_readers(one, found) == 1 for one in kinds)
                 made = hunt.run(method if alone else Method())  # a weight of several layers is rounded once, for all
@@ -130,6 +130,11 @@ def _route(graph: Graph, group: Group, wanted: Sequence[Linear]) -> Route | Reas
     if any(one.constant is None for one in group.linears):
         return Reason("the weights come in at each call")
     return input_route(graph, group, frozenset(wanted))
+
+
+def _without_scale(kind: QuantizedType) -> QuantizedType:
+    """A type as it was asked for: what its scales are held as depends on the weight."""
+    return replace(kind, scale="f16")
 
 
 def _readers(one: Linear, found: Sequence[Linear]) -> int:

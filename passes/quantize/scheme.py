@@ -81,5 +81,10 @@ class Scheme:
             raise BadScheme(text=text, why=f"it begins with one of {', '.join(METHODS)} and a dash, or is w8a8")
         return Scheme(method, Format.of(rest))
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the result depends on calibration data; rounding to nearest only reports its loss on them."""
+        return self.method != "rtn"
+
     def __str__(self) -> str:
         return str(self.format) if self.format.dynamic and self.method == "rtn" else f"{self.method}-{self.format}"
