@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -169,30 +168,18 @@ def quantize(
         if keep is not None and finished(keep) and not isinstance(error, CannotResume):
             click.echo(f"finished layers are kept in {keep}: the same command goes on from there", err=True)
         raise
-    model, done = made.model, made.done
-    data = {
-        "source": src,
-        "scheme": scheme,
-        "calibration": calib,
-        "batches": len(model.batches),
-        "artifact": path,
-        "artifact_bytes": Path(path).stat().st_size,
-        "checkpoints": [folder for folder in (export_awq, export_compressed) if folder],
-        "report": page,
-        "error": made.error,
-        **model.as_json(),
-        "seconds": {k: round(v, 3) for k, v in made.seconds.items()},
-        "coverage": asdict(done.coverage),
-        "device_coverage": {name: asdict(found) for name, found in done.device_coverage.items()},
-    }
+    files = {"artifact": path, "checkpoints": [f for f in (export_awq, export_compressed) if f], "report": page}
+    data = {"source": src, "scheme": scheme, "budget": budget, "calibration": calib, **files, **made.as_json()}
+    data["artifact_bytes"] = Path(path).stat().st_size
 
     def render() -> str:
-        seen = f"{len(model.batches)} batch{'es' * (len(model.batches) != 1)} of {calib or 'the example inputs'}"
-        error = f"error of the results: {made.error:.3g} (relative, root mean square, on {seen}){f'; budget {budget}' if budget else ''}"
-        parts = [f"{model}\n{error}", coverage_text(data["coverage"])]
+        seen = f"{data['batches']} batch{'es' * (data['batches'] != 1)} of {calib or 'the example inputs'}"
+        error = f"error of the results: {made.error:.3g} (relative, root mean square, on {seen})"
+        chosen = f"; chosen for {budget}" if budget else ""
+        parts = [f"{made.model}\n{error}{chosen}", coverage_text(data["coverage"])]
         parts += [f"{name}: {coverage_text(found)}" for name, found in data["device_coverage"].items()]
         spent = ", ".join(f"{what} {milliseconds(t)}" for what, t in made.seconds.items())
-        wrote = [f"wrote {path} ({size(data['artifact_bytes'])})", *data["checkpoints"], *([page] if page else [])]
+        wrote = [f"wrote {path} ({size(data['artifact_bytes'])})", *files["checkpoints"], *([page] if page else [])]
         return "\n\n".join([*parts, f"{spent}\n{', '.join(wrote)}"])
 
     emit(data, as_json, render)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,17 @@ class Made:
     done: Done
     error: float
     seconds: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: the report, the error, what runs where, and times."""
+        return {
+            "error": self.error,
+            "batches": len(self.model.batches),
+            **self.model.as_json(),
+            "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
+            "coverage": asdict(self.done.coverage),
+            "device_coverage": {name: asdict(found) for name, found in self.done.device_coverage.items()},
+        }
 
 
 def quantize_source(source: Source, calib: Any, outputs: Outputs, keep: str | Path | None, **how: Any) -> Made:

@@ -221,7 +221,7 @@ def report(layers: Iterable[Layer], skipped: Iterable[Skipped]) -> str:
     """Layers with their losses, round-to-nearest -> result, then those that stay float."""
     rows = [
         (
-            layer.name, str(layer.type).partition("[")[0], f"{layer.nearest_loss:.2e}", f"{layer.loss:.2e}", _how(layer),
+            layer.name, str(layer.type).partition("[")[0], f"{layer.nearest_loss:.2e}", f"{layer.loss:.2e}", layer.how,
             size(layer.nbytes), layer.note,
         )
         for layer in layers
@@ -229,12 +229,6 @@ def report(layers: Iterable[Layer], skipped: Iterable[Skipped]) -> str:
     parts = [table(("layer", "held as", "nearest", "loss", "by", "size", ""), rows)] if rows else ["no layer is quantized"]
     left = [(one.name, one.why) for one in skipped]
     return "\n\n".join([*parts, *([table(("stays float", "why"), left)] if left else [])])
-
-
-def _how(layer: Layer) -> str:
-    """What was done besides rounding to nearest."""
-    scaled = "scaled" if layer.route == "constants" else "scaled at run time" if layer.route else ""
-    return ", ".join(filter(None, (scaled, "clipped" * layer.clipped, "compensated" * layer.compensated)))
 
 
 def _kept(graph: Graph) -> tuple[Kept, ...]:

@@ -52,6 +52,12 @@ class Layer:
         """Bytes of the quantized weight."""
         return self.type.nbytes
 
+    @property
+    def how(self) -> str:
+        """What was done besides rounding to nearest."""
+        scaled = "scaled" if self.route == "constants" else "scaled at run time" if self.route else ""
+        return ", ".join(filter(None, (scaled, "clipped" * self.clipped, "compensated" * self.compensated)))
+
 
 @dataclass(frozen=True)
 class Quantization:
