@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 
 from ...ir import Graph, Node, TensorType, Value
 from .linears import Linear
@@ -22,7 +23,6 @@ _SAME = frozenset(
                  "detach.default", "contiguous.default", "type_as.default", "unsqueeze.default", "squeeze.dim",
                  "squeeze.dims", "slice.Tensor", "lift_fresh_copy.default", "expand.default", "dropout.default")
 )  # fmt: skip
-_ROWS = ("aten.index.Tensor", "aten.index_select.default")
 _SMALL = 256
 """Nodes between a group and its join; beyond, a group is judged at its own results."""
 
@@ -60,9 +60,16 @@ def keeps_channels(node: Node) -> bool:
     source, out = node.inputs[0].type, node.out.type
     if not isinstance(source, TensorType) or not source.rank or not out.rank or source.shape[-1] != out.shape[-1]:
         return False
-    if node.op.name in _ROWS:
-        return source.rank == 2 or node.get("dim") == 0
+    if node.op.name == "aten.index.Tensor":
+        return sum(map(_axes, node["indices"])) < source.rank
+    if node.op.name == "aten.index_select.default":
+        return node["dim"] % source.rank != source.rank - 1
     return node.op.name in _SAME and source.dtype == out.dtype
+
+
+def _axes(index: Value | None) -> int:
+    """How many axes of a tensor one of its indices takes."""
+    return index.tensor.rank if index is not None and index.tensor.dtype in (torch.bool, torch.uint8) else 1
 
 
 def groups(graph: Graph, found: Sequence[Linear], wanted: Sequence[Linear]) -> list[Group]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -33,7 +34,11 @@ _PLAIN = frozenset(
 """Ops that a positive factor for each channel passes through: f(c x) = c f(x)."""
 _NORMS = {"aten.layer_norm.default": ("weight", "bias"), "aten.native_layer_norm.default": ("weight", "bias"),
           "aten.rms_norm.default": ("weight",), "aten._fused_rms_norm.default": ("weight",)}  # fmt: skip
-_PRODUCTS = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.matmul.default")
+_PRODUCTS = ("aten.linear.default", "aten.mm.default", "aten.addmm.default", "aten.matmul.default", "aten.bmm.default")
+_CONSTANT = "plait.constant"
+_COPIES = ("aten.alias.default", "aten.detach.default", "aten._to_copy.default", "aten.to.dtype", "aten.type_as.default")
+_TURNS = ("aten.t.default", "aten.permute.default", "aten.transpose.int")
+_CUTS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
 NONE = -1
 """The label of elements that no factor touches."""
 
@@ -82,7 +87,7 @@ def input_route(graph: Graph, group: Group, held: frozenset[Linear]) -> Route | 
     """How the values that a group reads can be divided by a factor for each channel. All that reads them must be the group,
     whose layers are in `held`, and so get weights of their own, or have weights that nobody else reads."""
     for one in group.linears:
-        if one not in held and (one.constant is None or len(graph.users.get(one.weight, ())) != 1):
+        if one not in held and (one.constant is None or not _alone(graph, one)):
             return Reason(f"{one.name} reads {group.x.hint} too, with a weight that is not its own")
     if group.others:
         return Reason(f"{group.others[0].op.name} reads {group.x.hint} too")
@@ -96,6 +101,16 @@ def input_route(graph: Graph, group: Group, held: frozenset[Linear]) -> Route | 
     labels = torch.arange(channels).reshape(*[1] * (group.x.tensor.rank - 1), channels)
     why = finder.up(group.x, labels, frozenset(readers))
     return why if why is not None else finder.route()
+
+
+def _alone(graph: Graph, one: Linear) -> bool:
+    """Whether nothing but a layer reads its weight."""
+    value = one.weight
+    while value not in graph.results and len(users := graph.users.get(value, ())) == 1:
+        if users[0] is one.node:
+            return True
+        value = users[0].out
+    return False
 
 
 class _Finder:
@@ -128,12 +143,18 @@ class _Finder:
         """Move the factors `labels` (broadcastable to the value) of a value that only `readers` read further up; why not."""
         if value in self.graph.results:
             return Reason(f"{value.hint} is a result of the graph")
+        if not value.tensor.dtype.is_floating_point:
+            return Reason(f"{value.hint} holds no floats")
         for user in self.graph.users.get(value, ()):
+            if user in readers and sum(v is value for v in user.inputs) > 1:
+                return Reason(f"{user.op.name} reads {value.hint} twice")
             if user not in readers and user.results and not self.apart(user, value, labels):
                 return Reason(f"{user.op.name} reads {value.hint} too")
         node = self.graph.producers.get(value)
         if node is None:
             return Reason(f"{value.hint} is an input of the graph")
+        if value is not node.results[0] and node.op.name not in _CUTS:
+            return Reason(f"{value.hint} is not the first result of {node.op.name}")
         name, only = node.op.name, frozenset((node,))
         if name in _PLAIN:
             return self.up(node.inputs[0], labels, only)
@@ -144,20 +165,22 @@ class _Finder:
         if name in _VIEWS:
             found = _reshaped(labels, value.tensor, node.inputs[0].tensor)
             return found if isinstance(found, Reason) else self.up(node.inputs[0], found, only)
-        if name in ("aten.permute.default", "aten.transpose.int"):
+        if name in _TURNS:
             return self.up(node.inputs[0], _permuted(node, labels), only)
         if name == "aten.expand.default":
             return self.expand(node, labels)
+        if name == "aten.repeat_interleave.self_int":
+            return self.repeat(node, labels)
         if name == "aten.slice.Tensor":
             return self.cut(node, labels, node["dim"], node["start"] or 0)
-        if name in ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"):
+        if name in _CUTS:
             before = sum(int(v.tensor.shape[node["dim"]]) for v in node.results[: node.results.index(value)])  # type: ignore[arg-type]
             return self.cut(node, labels, node["dim"], before)
         if name == "aten.mul.Tensor":
             return self.mul(node, labels)
         if name == "aten.div.Tensor":
-            return self.up(node.args[0], labels, only) if isinstance(node.args[0], Value) else Reason("a number by a value")
-        if name == "aten.add.Tensor" and node["alpha"] == 1 and all(isinstance(a, Value) for a in node.args[:2]):
+            return self.operand(node, node.args[0], labels) if _is_tensor(node.args[0]) else Reason("a number by a value")
+        if name == "aten.add.Tensor" and node["alpha"] == 1 and all(map(_is_tensor, node.args[:2])):
             return self.both(node, labels)
         if name == "aten.scaled_dot_product_attention.default":
             return self.attention(node, labels)
@@ -189,7 +212,7 @@ class _Finder:
         shape = list(labels.shape)
         shape[dim] = size
         whole = torch.full(shape, NONE)
-        start = start + size if start < 0 else start
+        start = max(0, start + size) if start < 0 else start
         whole.narrow(dim, start, length).copy_(labels)
         return self.up(node.inputs[0], whole, frozenset((node,)))
 
@@ -204,21 +227,30 @@ class _Finder:
                 labels = joined
         return self.up(node.inputs[0], labels.reshape(labels.shape[out.rank - source.rank :]), frozenset((node,)))
 
+    def repeat(self, node: Node, labels: Tensor) -> Reason | None:
+        """Elements of an axis, each repeated so many times in a row."""
+        dim, times = node["dim"], node["repeats"]
+        if dim is None or not isinstance(times, int):
+            return Reason("a repetition of all elements, or of so many that a size says")
+        dim %= labels.ndim
+        if labels.shape[dim] != 1:
+            joined = self.join(labels.unflatten(dim, (-1, times)), dim + 1)
+            if isinstance(joined, Reason):
+                return joined
+            labels = joined.squeeze(dim + 1)
+        return self.up(node.inputs[0], labels, frozenset((node,)))
+
     def mul(self, node: Node, labels: Tensor) -> Reason | None:
         """One of the factors takes it: a constant first, then what leads to a layer."""
         whys: list[Reason] = []
-        for operand in sorted((a for a in node.args[:2] if isinstance(a, Value)), key=lambda v: not self.is_constant(v)):
-            if sum(a is operand for a in node.args[:2]) == 2:
-                return Reason("a square")
+        for operand in sorted(filter(_is_tensor, node.args[:2]), key=lambda v: not self.is_constant(v)):
             kept, parents = list(self.edits), list(self.parent)
             found = self.operand(node, operand, labels)
             if found is None:
                 return None
             self.edits, self.parent = kept, parents
             whys.append(found)
-        if len(whys) == 1 and isinstance(node.args[0], Value):  # a number times a value
-            return whys[0]
-        return whys[-1] if whys else Reason("a product of numbers")
+        return Reason(", and ".join(dict.fromkeys(reason.why for reason in whys)))
 
     def both(self, node: Node, labels: Tensor) -> Reason | None:
         """Both summands take it."""
@@ -229,13 +261,12 @@ class _Finder:
         return None
 
     def operand(self, node: Node, operand: Value, labels: Tensor) -> Reason | None:
-        """Move factors of a result into an operand that may be broadcast; the op works element by element."""
-        source, rank = operand.tensor, node.out.tensor.rank
-        lead = rank - source.rank
-        for dim in range(rank):
-            if labels.shape[dim] != 1 and (dim < lead or source.shape[dim - lead] != labels.shape[dim]):
-                return Reason(f"{operand.hint} is broadcast along the channels")
-        part = labels.reshape(labels.shape[lead:])
+        """Move factors, as they are wanted of an operand, into it; where it is broadcast they must be the same."""
+        source, lead = operand.tensor, labels.ndim - operand.tensor.rank
+        for dim, n in enumerate(labels.shape):
+            if n != 1 and (dim < lead or source.shape[dim - lead] != n):
+                return Reason(f"{operand.hint} is broadcast along an axis whose factors differ")
+        part = labels.reshape([1] * max(0, -lead) + list(labels.shape[max(0, lead) :]))
         if self.is_constant(operand):
             return self.constant(operand, part, frozenset((node,)))
         return self.up(operand, part, frozenset((node,)))
@@ -244,16 +275,26 @@ class _Finder:
         node = self.graph.producers.get(value)
         if node is None:
             return False
-        return node.op.name == "plait.constant" or (bool(node.inputs) and all(self.is_constant(v) for v in node.inputs))
+        read = node.inputs[:1] if node.op.name in _COPIES else node.inputs  # type_as reads the dtype of another value
+        return node.op.name == _CONSTANT or (bool(read) and all(map(self.is_constant, read)))
 
     def constant(self, value: Value, labels: Tensor, readers: frozenset[Node]) -> Reason | None:
         """A constant, or a constant plus a number, takes the factors."""
-        node = self.graph.producers[value]
         offset = 0.0
-        while node.op.name != "plait.constant":
-            if any(u not in readers and u.results for u in self.graph.users.get(value, ())):
-                return Reason(f"the constant {value.hint} is read elsewhere too")
-            readers = frozenset((node,))
+        while True:
+            node = self.graph.producers[value]
+            what = f"the constant {node.args[0] if node.op.name == _CONSTANT else value.hint}"
+            for user in self.graph.users.get(value, ()):
+                if user in readers and sum(v is value for v in user.inputs) > 1:
+                    return Reason(f"{user.op.name} reads {what} twice")
+                if user not in readers and user.results:
+                    return Reason(f"{what} is read elsewhere too")
+            if value in self.graph.results:
+                return Reason(f"{what} is a result of the graph")
+            if not value.tensor.dtype.is_floating_point:
+                return Reason(f"{what} holds no floats")
+            if node.op.name == _CONSTANT:
+                break
             if node.op.name == "aten.add.Tensor" and isinstance(node.args[1], int | float) and node["alpha"] == 1:
                 offset += node.args[1]
             elif node.op.name in _VIEWS:
@@ -261,14 +302,13 @@ class _Finder:
                 if isinstance(found, Reason):
                     return found
                 labels = found
-            elif node.op.name not in ("aten.alias.default", "aten.detach.default", "aten._to_copy.default", "aten.to.dtype"):
+            elif node.op.name in _TURNS:
+                labels = _permuted(node, labels)
+            elif node.op.name not in _COPIES:
                 return Reason(f"a constant behind {node.op.name}")
-            value = node.inputs[0]
-            node = self.graph.producers[value]
-        if any(u not in readers and u.results for u in self.graph.users.get(value, ())):
-            return Reason(f"the constant {node.args[0]} is read elsewhere too")
-        if value in self.graph.results:
-            return Reason(f"the constant {node.args[0]} is a result of the graph")
+            value, readers = node.inputs[0], frozenset((node,))
+        if any(_overlap(labels, edit.labels) for edit in self.edits if edit.constant == node.args[0]):
+            return Reason(f"{what} would be scaled twice")
         self.edits.append(Edit(node.args[0], labels, offset))
         return None
 
@@ -288,9 +328,7 @@ class _Finder:
         return None
 
     def product(self, node: Node, labels: Tensor) -> Reason | None:
-        """A linear layer: rows of its weight, and its bias, take the factors."""
-        if math.prod(labels.shape[:-1]) != 1:
-            return Reason("factors that vary between rows of a product")
+        """A linear layer, or a product with something else: columns of the second factor, and the bias, take the factors."""
         bias, weight = None, node.args[1]
         if node.op.name == "aten.linear.default":
             bias = node.args[2]
@@ -298,33 +336,28 @@ class _Finder:
             bias, weight = node.args[0], node.args[2]
             if node["beta"] != 1:
                 return Reason("a scaled bias")
-        turned = node.op.name != "aten.linear.default"
-        source = self.graph.producers.get(weight)
-        readers = frozenset((node,))
-        if (
-            turned
-            and source is not None
-            and source.op.name in ("aten.t.default", "aten.permute.default", "aten.transpose.int")
-        ):
-            if any(u not in readers and u.results for u in self.graph.users.get(weight, ())):
-                return Reason("the weight is read elsewhere too")
-            weight, turned, readers = source.inputs[0], False, frozenset((source,))
-        flat = labels.reshape(-1)
-        for operand, part in ((weight, flat if turned else flat[:, None]), (bias, flat)):
-            if operand is None:
-                continue
-            if not self.is_constant(operand):
-                return Reason(f"{operand.hint} is no constant")
-            found = self.constant(operand, part, readers if operand is weight else frozenset((node,)))
-            if found is not None:
-                return found
-        return None
+        rank = weight.tensor.rank
+        if rank < 2:
+            return Reason("a product with a vector")
+        part = labels if node.args[0].tensor.rank > 1 else labels.unsqueeze(-2)
+        if node.op.name == "aten.linear.default":
+            if math.prod(labels.shape[:-1]) != 1:
+                return Reason("factors that vary between rows of a product")
+            part = labels.reshape(-1, 1)
+        elif part.shape[-2] != 1:
+            return Reason("factors that vary between rows of a product")
+        found = self.operand(node, weight, part)
+        return found if found is not None or bias is None else self.operand(node, bias, labels)
 
     def attention(self, node: Node, labels: Tensor) -> Reason | None:
         """Attention is linear in its values, for each head and channel; heads may share theirs."""
         value = node["value"]
         if labels.shape[-2] != 1:
             return Reason("factors that vary along attention's rows")
+        if value.tensor.rank != labels.ndim or any(
+            n not in (1, m) for n, m in zip(labels.shape[:-3], value.tensor.shape, strict=False)
+        ):
+            return Reason("values are broadcast to batches")
         heads, own = labels.shape[-3] if labels.ndim > 2 else 1, value.tensor.shape[-3] if value.tensor.rank > 2 else 1
         if heads != 1 and heads != own:
             if not node.get("enable_gqa", False) or not isinstance(own, int):
@@ -333,9 +366,16 @@ class _Finder:
             if isinstance(joined, Reason):
                 return joined
             labels = joined.squeeze(labels.ndim - 2)
-        if value is node["query"] or value is node["key"]:
-            return Reason("the values are queries or keys too")
         return self.up(value, labels, frozenset((node,)))
+
+
+def _is_tensor(arg: Any) -> TypeGuard[Value]:
+    return isinstance(arg, Value) and isinstance(arg.type, TensorType)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two edits' labels of one constant name factors for the same element."""
+    return bool(((a != NONE) & (b != NONE)).any())
 
 
 def _whole(node: Node) -> bool:
@@ -347,7 +387,9 @@ def _permuted(node: Node, labels: Tensor) -> Tensor:
     """Labels of a permutation's input."""
     rank = node.out.tensor.rank
     order = list(range(rank))
-    if node.op.name == "aten.transpose.int":
+    if node.op.name == "aten.t.default":
+        order.reverse()
+    elif node.op.name == "aten.transpose.int":
         i, j = node["dim0"] % rank, node["dim1"] % rank
         order[i], order[j] = order[j], order[i]
     else:
@@ -358,28 +400,22 @@ def _permuted(node: Node, labels: Tensor) -> Tensor:
 def _reshaped(labels: Tensor, out: TensorType, source: TensorType) -> Tensor | Reason:
     """Labels of a reshape's input from those of its result: axes that are cut or merged are matched by their sizes."""
     made: list[int] = []
+    runs: list[tuple[range, range]] = []  # from the right: runs of axes with equal products
     i, j = len(out.shape), len(source.shape)
-    # from the right: runs of axes with equal products
-    runs: list[tuple[range, range]] = []
     while i or j:
         i0, j0 = i, j
-        left = right = 1
-        while True:
-            if i and (i == i0 or (isinstance(left, int) and isinstance(right, int) and left < right)):
+        left: Any = 1
+        right: Any = 1
+        while (i, j) == (i0, j0) or left != right:
+            if i and (i == i0 or _less(left, right)):
                 i -= 1
-                left = left * out.shape[i]  # type: ignore[operator]
-            elif j and (j == j0 or (isinstance(left, int) and isinstance(right, int) and right < left)):
+                left = left * out.shape[i]
+            elif j and (j == j0 or _less(right, left)):
                 j -= 1
-                right = right * source.shape[j]  # type: ignore[operator]
-            elif left == right:
+                right = right * source.shape[j]
+            else:  # sizes that cannot be told apart: what is left of both
+                i = j = 0
                 break
-            elif i and j0 - j and not (isinstance(left, int) and isinstance(right, int)):
-                i, j = 0, 0  # sizes that cannot be told apart: what is left of both
-                break
-            elif not i and not j:
-                break
-            else:
-                return Reason("a reshape whose axes cannot be matched")
         runs.append((range(i, i0), range(j, j0)))
     for of_out, of_source in runs:
         varies = [labels.shape[d] for d in of_out]
@@ -399,3 +435,8 @@ def _reshaped(labels: Tensor, out: TensorType, source: TensorType) -> Tensor | R
                 labels = labels.narrow(dim, 0, 1)
         made[:0] = [labels.shape[of_out.start + at] for at in range(len(target))]
     return labels.reshape(made)
+
+
+def _less(a: Any, b: Any) -> bool:
+    """Whether a product of sizes is known to have to grow to reach another."""
+    return a < b if isinstance(a, int) and isinstance(b, int) else a == 1 != b
