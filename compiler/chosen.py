@@ -21,9 +21,9 @@ UNMEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Kernel:
-    """What runs some nodes. `runs` is "kernel", "library" or "fallback"; `source` the text of a generated kernel, which names
-    the ops and lines that it computes, else "". `ops` are those in it, `launches` how often it runs in a call, `why` what
-    decided, and `lost` other implementations of its product, each with the reason."""
+    """What runs some nodes. `runs` is "kernel", "library" or "fallback"; `source` the text of a generated kernel, which
+    names the ops and lines that it computes, else "". `ops` are those in it, `launches` how often it runs in a call, `why`
+    what decided, and `lost` other implementations of its product, each with the reason."""
 
     name: str
     source: str
@@ -34,10 +34,8 @@ class Kernel:
     lost: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        more = [f"  {self.why}"] if self.why else []
-        return "\n".join(
-            [f"{self.name} x{self.launches}: {', '.join(self.ops)}", *more, *(f"  not {n}: {w}" for n, w in self.lost)]
-        )
+        lines = [f"{self.name} x{self.launches}: {', '.join(self.ops)}", *([f"  {self.why}"] if self.why else [])]
+        return "\n".join([*lines, *(f"  not {name}: {why}" for name, why in self.lost)])
 
 
 def kernels_of(compiled: CompiledGraph) -> tuple[Kernel, ...]:
@@ -99,14 +97,11 @@ def _quantized(made: Matmul, symbols: Symbols, table: Table) -> tuple[str, tuple
     if not known:
         return f"codes of {name}", ((FLOAT, UNMEASURED), (BYTES, UNMEASURED))
     text = ", ".join(f"{times[QUANTIZED]:.0f} µs for {m} rows" for m, times in known.items())
-    lost = tuple(
-        (
-            other,
-            ", ".join(f"{times[other]:.0f} µs for {m} rows" for m, times in known.items() if other in times) or UNMEASURED,
-        )
-        for other in (FLOAT, BYTES)
-    )
-    return f"codes of {name}: {text}", lost
+    lost: list[tuple[str, str]] = []
+    for other in (FLOAT, BYTES):
+        took = [f"{times[other]:.0f} µs for {m} rows" for m, times in known.items() if other in times]
+        lost.append((other, ", ".join(took) or UNMEASURED))
+    return f"codes of {name}: {text}", tuple(lost)
 
 
 def _times(m: int, made: Matmul, dtype: str, table: Table) -> dict[str, float]:

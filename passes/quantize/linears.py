@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import NoLayerMatches
 from ...ir import Graph, Node, TensorType, Value
@@ -44,9 +44,18 @@ class Linear:
 
 def linears(graph: Graph, parameters: Collection[int] = ()) -> list[Linear]:
     """The linear layers of a graph, in order: products with a weight that is a constant, or one of the inputs that
-    `parameters` numbers. Weights have two static sizes and are floats."""
+    `parameters` numbers. Weights have two static sizes and are floats. Names tell weights apart."""
     inputs = frozenset(graph.inputs[i] for i in parameters)
-    return [found for node in graph.nodes if (found := _linear(graph, node, inputs)) is not None]
+    found = [one for node in graph.nodes if (one := _linear(graph, node, inputs)) is not None]
+    weights: dict[str, set[Value]] = {}
+    for one in found:
+        weights.setdefault(one.name, set()).add(one.weight)
+    return [one if len(weights[one.name]) == 1 else replace(one, name=_longer(one)) for one in found]
+
+
+def _longer(one: Linear) -> str:
+    """The name of a layer whose module has several weights."""
+    return f"{one.name}.{(one.constant or one.weight.hint or 'weight').rpartition('.')[2]}"
 
 
 @dataclass(frozen=True, eq=False)
