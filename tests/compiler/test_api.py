@@ -192,7 +192,7 @@ def test_history_diff_and_kernels(compiled: plait.CompiledModel) -> None:
     for kernel in compiled.kernels:
         assert kernel.launches >= 1 and kernel.name in kernel.source
     assert "generated kernels" in str(compiled)
-    with pytest.raises(errors.UnknownStep, match="4 simplify"):
+    with pytest.raises(errors.UnknownStep, match="5 simplify"):
         compiled.diff("simplfy")
     with pytest.raises(errors.UnknownStep):
         compiled.step(99)

@@ -45,7 +45,7 @@ def test_passes_run_one_by_one(dbg: Debugger) -> None:
     assert dbg.next == "lower" and dbg.history == () and "after 0 steps" in repr(dbg)
     assert dbg.step().pass_name == "lower" and dbg.next == "normalise"
     assert dbg.until("simplify").fired["mul-one"] == 1
-    assert [s.pass_name for s in dbg.history] == ["lower", "normalise", "fold", "attention", "simplify"]
+    assert [s.pass_name for s in dbg.history] == ["lower", "normalise", "pack-weights", "fold", "attention", "simplify"]
     assert dbg.ahead == ["share", "channels-last", "layout", "prune"] and dbg.graph is dbg.history[-1].after
     with pytest.raises(errors.NothingAhead, match="no pass 'fold' is ahead"):
         dbg.until("fold")
@@ -196,7 +196,7 @@ def test_an_edited_text_is_compiled(dbg: Debugger, net: nn.Module) -> None:
     y = net.b(torch.sin(h)) * 2 - 0.5  # type: ignore[operator]
     torch.testing.assert_close(model(X)["p"], torch.softmax(y, -1))
     torch.testing.assert_close(dbg.run(), model(X))
-    assert [s.pass_name for s in dbg.history][3] == "edit" and "aten.sin" in dbg.diff("edit")
+    assert [s.pass_name for s in dbg.history][4] == "edit" and "aten.sin" in dbg.diff("edit")
     assert dbg.source("tanh").rules == ("edit",) and dbg.source("tanh").line == dbg.source(before).line
     assert dbg.kernel(before).name == dbg.kernel("tanh").name
     rows = [r for r in dbg.ledger() if r.pass_name == "edit"]

@@ -148,7 +148,7 @@ def test_logs_and_traces_show_every_pass(tmp_path: Path) -> None:
     assert "0_0_inference after simplify:" in done.stderr and "aten.relu.default(" in done.stderr
     artifacts = traced(tmp_path / "trace")
     names = [n.removeprefix("plait_0_0_inference_") for n in artifacts if n.startswith("plait_0_0_inference_")]
-    order = ("captured", "normalise", "fold", "attention", "simplify", "share", "channels-last", "layout", "prune")
+    order = ("captured", "normalise", "pack-weights", "fold", "attention", "simplify", "share", "channels-last", "layout", "prune")
     passes = [f"{i:03d}_{name}" for i, name in enumerate(order)]
     assert names == [*passes, "coverage"]
     assert "def inference(" in artifacts["plait_0_0_inference_004_simplify"]
