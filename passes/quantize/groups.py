@@ -2,8 +2,9 @@
 
     x = norm(h); q = linear(x, Wq); k = linear(x, Wk); v = linear(x, Wv); a = attention(q, k, v)
 
-q, k and v are a group: they read x. Their *join* is a, the first value that everything that follows passes through; what
-quantizing the group does is judged there.
+q, k and v are a group: they read x. Their *join* is a, the first value that everything that follows passes through. What
+quantizing the group does is judged there, or, where only one linear layer reads a, at that layer's result: it knows which
+parts of a matter.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _SAME = frozenset(
                  "detach.default", "contiguous.default", "type_as.default", "unsqueeze.default", "squeeze.dim",
                  "squeeze.dims", "slice.Tensor", "lift_fresh_copy.default", "expand.default", "dropout.default")
 )  # fmt: skip
+_VIEWS_BETWEEN = 8
 _SMALL = 256
 """Nodes between a group and its join; beyond, a group is judged at its own results."""
 
@@ -110,7 +112,27 @@ def _group(graph: Graph, base: Value, by_node: dict[Node, Linear], after: dict[N
             elif user.results:  # an assertion about shapes reads no numbers
                 others.append(user)
     nodes, join = _between(graph, [one.node for one in members], after)
+    if len(members) > 1 and join is not None:
+        more = _onward(graph, join, by_node)
+        nodes, join = (*nodes, *more), more[-1].out if more else join
     return Group(base, tuple(members), tuple(carriers), tuple(others), nodes, join)
+
+
+def _onward(graph: Graph, value: Value, by_node: dict[Node, Linear]) -> tuple[Node, ...]:
+    """The nodes from a value to the result of the linear layer that alone reads it, through views; none if there is none."""
+    nodes: list[Node] = []
+    while value not in graph.results and len(nodes) < _VIEWS_BETWEEN:
+        users = [user for user in graph.users.get(value, ()) if user.results]
+        if len(users) != 1 or len(users[0].results) != 1:
+            return ()
+        nodes.append(users[0])
+        one = by_node.get(users[0])
+        if one is not None:
+            return tuple(nodes) if one.x is value else ()
+        if not (users[0].op.has("view") or users[0].op.name in _SAME):
+            return ()
+        value = users[0].out
+    return ()
 
 
 _END = "end"

@@ -148,10 +148,11 @@ def test_logs_and_traces_show_every_pass(tmp_path: Path) -> None:
     assert "0_0_inference after simplify:" in done.stderr and "aten.relu.default(" in done.stderr
     artifacts = traced(tmp_path / "trace")
     names = [n.removeprefix("plait_0_0_inference_") for n in artifacts if n.startswith("plait_0_0_inference_")]
-    order = ("captured", "normalise", "pack-weights", "fold", "attention", "simplify", "share", "channels-last", "layout", "prune")
+    order = ("captured", "normalise", "pack-weights", "fold", "attention", "simplify", "share", "channels-last", "layout",
+             "prune")  # fmt: skip
     passes = [f"{i:03d}_{name}" for i, name in enumerate(order)]
     assert names == [*passes, "coverage"]
-    assert "def inference(" in artifacts["plait_0_0_inference_004_simplify"]
+    assert "def inference(" in artifacts["plait_0_0_inference_005_simplify"]
     assert json.loads(artifacts["plait_0_0_inference_coverage"])["generated"] > 0
 
 
@@ -165,7 +166,7 @@ def test_tlparse_shows_the_artifacts(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     index = (tmp_path / "shown" / "index.html").read_text()
-    (graph,) = (tmp_path / "shown").glob("*/plait_0_0_inference_004_simplify_*.txt")
+    (graph,) = (tmp_path / "shown").glob("*/plait_0_0_inference_005_simplify_*.txt")
     (coverage,) = (tmp_path / "shown").glob("*/plait_0_0_inference_coverage_*.json")
     assert graph.name in index and coverage.name in index
     assert "def inference(" in graph.read_text()
