@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadOption
-from ...passes.base import Context, Step, run_pipeline
+from ...passes.base import Context, Step
 from ...passes.quantize.observe import Batches
 from ...passes.quantize.quantization import Quantization
 from ...passes.quantize.scheme import Scheme
@@ -27,7 +26,7 @@ from ..export import Exported, argument_names, as_arguments, capture_model, expo
 from ..options import Options
 from . import calibration
 from .measure import ROWS, measured, microseconds
-from .plan import Budget, Plan, WhatIf, planned, tabled
+from .plan import Budget, Plan, WhatIf, planned, run_pass, tabled
 from .result import QuantizedModel, Skipped
 from .resume import Kept
 
@@ -86,7 +85,7 @@ def quantize(
     if limit is not None:
         plan = planned(exported.graph, one, ctx, limit, formats, microseconds(rows))
         return _finished(model, exported, plan.step, plan.done, chosen, flat, plan)
-    step, done = run_pass(exported, one, ctx)
+    step, done = run_pass(exported.graph, one, ctx)
     return _finished(model, exported, step, done, chosen, flat)
 
 
@@ -140,13 +139,6 @@ def pass_of(asked: Scheme, targets: Iterable[str], ignore: Iterable[str], want: 
         return W8a8(compensate=makeup, **common)
     cls = Awq if "awq" in asked.method else Rtn
     return cls(bits=form.bits, group=form.group, symmetric=form.symmetric, compensate=makeup, **common)
-
-
-def run_pass(exported: Exported, one: Weights, ctx: Context) -> tuple[Step, Quantization]:
-    """One of the passes on a captured graph: its step, and what it says of the layers."""
-    said: list[Quantization] = []
-    _, steps = run_pipeline(exported.graph, [one], replace(ctx, report=said.append))
-    return steps[0], said[0] if said else Quantization(exported.graph, ())
 
 
 def _finished(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BadOption, BudgetCannotBeMet
+from ...errors import BadOption, BudgetCannotBeMet, PassFailed, PlaitError
 from ...formats import QuantizedType
 from ...formats.quantized import rounded
 from ...ir import Graph, Node, TensorType
@@ -346,10 +346,19 @@ def _all(items: Sequence[_Item]) -> tuple[Option, ...]:
 
 
 def _run(graph: Graph, one: Weights, ctx: Context, formats: Mapping[str, Format]) -> tuple[Step, Quantization]:
-    said: list[Quantization] = []
     layers = tuple(f"{name}={form}" for name, form in formats.items())
-    planned_pass = dataclasses.replace(one, layers=layers, want="any")
-    _, steps = run_pipeline(graph, [planned_pass], dataclasses.replace(ctx, report=said.append))
+    return run_pass(graph, dataclasses.replace(one, layers=layers, want="any"), ctx)
+
+
+def run_pass(graph: Graph, one: Weights, ctx: Context) -> tuple[Step, Quantization]:
+    """One of the passes on a graph: its step, and what it says of the layers. Raises what the pass raises."""
+    said: list[Quantization] = []
+    try:
+        _, steps = run_pipeline(graph, [one], dataclasses.replace(ctx, report=said.append))
+    except PassFailed as error:
+        if isinstance(error.__cause__, PlaitError):  # about what the caller asked for, not a failure of the pass
+            raise error.__cause__ from None
+        raise
     return steps[0], said[0] if said else Quantization(graph, ())
 
 
