@@ -1,0 +1,1 @@
+"""Letters of the suite `quantize`: accuracy, speed, bytes, properties and gradients of low-bit weights."""
