@@ -16,6 +16,7 @@ BITS, GROUPS = (4, 3), (128, 32)
 GOALS = {4: 0.5, 3: 0.35}
 LOGITS = 1e-3
 METHODS = ("rtn", "awq", "awq+gptq")
+SAMPLED = r"re:model\.layers\.[34]\."
 LOSSLESS = (
     "the weights were rounded in groups of 32 with float offsets: such a format would lose nothing here, "
     "and this one has integer zero points"
@@ -52,41 +53,51 @@ def subjects(run: Run) -> Iterable[Subject]:
 
 
 def _sample(run: Run) -> Outcome | None:
+    """Two layers, measured anew."""
     if not TINY.exists():
         run.notes.append("the small Llama is not trained yet: a full run of letter a does that")
         return None
-    subject = small(outliers=True, calibration=4, evaluation=16)
-    row = perplexities(subject, BITS, (128,), METHODS[:2], run, kept="sample ")
+    subject, found = small(outliers=True, calibration=4, evaluation=16), {}
+    exact = subject.perplexity(subject.model)
+    for bits in BITS:
+        schemes = {m: f"{m}-w{bits}g128" for m in METHODS[:2]}
+        found[f"w{bits}g128"] = _shares(
+            {m: _perplexity(replace(subject, name="sample"), s, run, targets=[SAMPLED]) for m, s in schemes.items()}, exact
+        )
+    row = {"float": round(exact, 4), "schemes": found}
     return Outcome({f"W{bits}: gap closed": _percent(row, bits) for bits in BITS}, closed(row), row)
 
 
 def perplexities(
-    subject: Subject, bits: Iterable[int], groups: Iterable[int], methods: Iterable[str], run: Run, kept: str = ""
+    subject: Subject, bits: Iterable[int], groups: Iterable[int], methods: Iterable[str], run: Run
 ) -> dict[str, Any]:
     """Perplexity of the float model and of each scheme, and the share of what rounding costs that others take back."""
-    label = f"{kept}{subject.name}"
 
     def of(scheme: str) -> float:
-        def compute() -> float:
-            made = quantized(replace(subject, name=label), scheme, run)
-            return subject.perplexity(floats(made.module()))
-
         run.say(f"{subject.name}: {scheme}")
-        return remembered(label, scheme, compute)
+        return remembered(subject.name, scheme, lambda: _perplexity(subject, scheme, run))
 
-    exact = remembered(label, "float", lambda: subject.perplexity(subject.model))
+    exact = remembered(subject.name, "float", lambda: subject.perplexity(subject.model))
     tokens = len(subject.evaluation) // subject.window * subject.window
     found: dict[str, Any] = {"float": round(exact, 4), "tokens": tokens, "schemes": {}}
     for b in bits:
         for g in groups:
-            row: dict[str, Any] = {m: of(f"{m}-w{b}g{g}") for m in methods}
-            gap = row["rtn"] - exact
-            shares = {f"{m} closes": round((row["rtn"] - row[m]) / gap, 3) for m in row if m != "rtn"}
-            row = {m: round(p, 4) for m, p in row.items()} | shares
+            row = _shares({m: of(f"{m}-w{b}g{g}") for m in methods}, exact)
             if (subject.name, b, g) == ("SmolLM2", 4, 32):
                 row["note"] = LOSSLESS
             found["schemes"][f"w{b}g{g}"] = row
     return found
+
+
+def _perplexity(subject: Subject, scheme: str, run: Run, **more: Any) -> float:
+    return subject.perplexity(floats(quantized(subject, scheme, run, **more).module()))
+
+
+def _shares(row: dict[str, float], exact: float) -> dict[str, Any]:
+    """Perplexities by method, and what the others take back of what rounding to nearest costs."""
+    gap = row["rtn"] - exact
+    shares = {f"{m} closes": round((row["rtn"] - p) / gap, 3) for m, p in row.items() if m != "rtn"}
+    return {m: round(p, 4) for m, p in row.items()} | shares
 
 
 def _closed(row: dict[str, Any], bits: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Letter d: packing loses nothing, rounding stays within its bounds, factors move through generated models without a trace."""
+"""Letter d: packing loses nothing, rounding stays within its bounds, moved factors keep what generated models compute."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def measure(run: Run) -> Outcome:
     return Outcome(figure, not (lossy or beyond or wrong) and bool(moved), detail)
 
 
-# -- packing ----------------------------------------------------------------------------------------------------------------
+# -- packing ------------------------------------------------------------------------------------------------------------
 
 
 def random_type(rng: random.Random) -> QuantizedType:
@@ -146,7 +146,7 @@ def _of_bound(weight: Tensor, q: Quantized) -> float:
     return float(((error - slack) / bound).max())
 
 
-# -- moving factors -----------------------------------------------------------------------------------------------------------
+# -- moving factors -----------------------------------------------------------------------------------------------------
 
 
 class GemmaNorm(nn.Module):

@@ -158,8 +158,8 @@ def code_folder() -> Path:
 
 
 def rounded_model(model: nn.Module, formats: dict[str, str]) -> nn.Module:
-    """A copy that shares what stays float, with linear layers rounded to nearest: the format of the first part of a name that
-    a layer's name contains."""
+    """A copy that shares what stays float, with linear layers rounded to nearest, in the format of the first key that a
+    layer's name contains."""
     made = shared_copy(model)
     for name, layer in list(made.named_modules()):
         form = next((f for part, f in formats.items() if part in name), None)

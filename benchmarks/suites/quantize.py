@@ -13,11 +13,11 @@ SUITE = Suite(
             "a",
             "perplexity of SmolLM2 and the small Llama, rounded and by AWQ, W4 and W3 in groups of 128 and 32; sentence "
             "embeddings; losses of layers beside AutoAWQ's algorithm and torchao",
-            "AWQ closes 50 % (W4) and 35 % (W3) of each gap of rounding to nearest; MiniLM keeps a cosine of 0.995 at W4; no "
-            "loss above a peer's",
+            "AWQ closes 50 % (W4) and 35 % (W3) of each gap of rounding to nearest; MiniLM keeps a cosine of 0.995 at W4; "
+            "no loss above a peer's",
             accuracy.measure,
-            sample="the small Llama with outliers, groups of 128, less text",
-            seconds=22.0,
+            sample="two layers of the small Llama with outliers, groups of 128, less text",
+            seconds=14.0,
         ),
         Letter(
             "b",
