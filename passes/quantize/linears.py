@@ -14,6 +14,7 @@ _LINEAR, _TURNS = (
     ("aten.t.default", "aten.permute.default", "aten.transpose.int", "aten.numpy_T.default"),
 )
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.matmul.default")
+_STACKED = ("aten.bmm", "aten.baddbmm", "grouped_mm", "aten.matmul")
 CLASSES = ("Linear",)
 """What targets call all linear layers."""
 
@@ -51,6 +52,22 @@ def linears(graph: Graph, parameters: Collection[int] = ()) -> list[Linear]:
     for one in found:
         weights.setdefault(one.name, set()).add(one.weight)
     return [one if len(weights[one.name]) == 1 else replace(one, name=_longer(one)) for one in found]
+
+
+def stacks(graph: Graph) -> list[tuple[Node, Value]]:
+    """Products with a constant of several matrices, such as the experts of a mixture in one tensor: (node, constant)."""
+    found: list[tuple[Node, Value]] = []
+    for node in graph.nodes:
+        if not any(part in node.op.name for part in _STACKED):
+            continue
+        for value in node.inputs:
+            source = graph.producers.get(value)
+            while source is not None and source.op.name in _TURNS:
+                value = source.inputs[0]
+                source = graph.producers.get(value)
+            if source is not None and source.op.name == "plait.constant" and value.tensor.rank == 3:
+                found.append((node, value))
+    return found
 
 
 def _longer(one: Linear) -> str:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ...errors import BadPassOption, BadScheme
 from ...ir import Graph, Reason
 from ..base import CapturePoint, Context, Numerics, Pass, approximate, option, register
-from .linears import Linear, chosen, linears, matches
+from .linears import Linear, chosen, linears, matches, stacks
 from .quantization import quantized
 from .scheme import Format
 from .search import Method
@@ -43,6 +43,10 @@ class Weights(Pass):
     def run(self, graph: Graph, ctx: Context) -> Graph:
         """The graph with quantized layers. Raises NoLayerMatches, BadCalibration, BadPassOption."""
         found = linears(graph, ctx.parameters)
+        for node, stack in stacks(graph):
+            ctx.log.refuse(
+                "stack", node, Reason(f"{stack.hint}: it is a stack of matrices, which no kernel holds as codes", stack)
+            )
         formats = self.formats(graph, found, ctx)
         if not formats:
             return graph
