@@ -63,13 +63,13 @@ def test_layers_that_read_one_value_meet_in_attention() -> None:
     net = Net(run, n=nn.LayerNorm(C), q=linear(), k=linear(), v=linear(), o=linear())
     first, second = grouped(graph_of(net))
     assert names(first.linears) == ["q", "k", "v"] and names(second.linears) == ["o"]
-    assert ops(first.nodes) == ["linear", "linear", "linear", "scaled_dot_product_attention"]
+    assert ops(first.nodes) == ["linear", "linear", "linear", "scaled_dot_product_attention", "linear"]
     assert first.join is first.nodes[-1].out and first.results == (first.join,) and first.end is first.nodes[-1]
     assert second.join is second.linears[0].node.out and second.nodes == (second.linears[0].node,)
     assert not first.others and not first.carriers
 
 
-def test_gate_and_up_meet_in_their_product_and_others_read_on() -> None:
+def test_gate_and_up_are_judged_behind_their_product_and_others_read_on() -> None:
     net = Net(
         lambda m, x: (lambda y: m.d(F.silu(m.g(y)) * m.u(y)) + y)(m.n(x)),
         n=nn.LayerNorm(C),
@@ -78,7 +78,7 @@ def test_gate_and_up_meet_in_their_product_and_others_read_on() -> None:
         d=linear(),
     )
     first, _ = grouped(graph_of(net))
-    assert names(first.linears) == ["g", "u"] and ops(first.nodes) == ["linear", "silu", "linear", "mul"]
+    assert names(first.linears) == ["g", "u"] and ops(first.nodes) == ["linear", "silu", "linear", "mul", "linear"]
     assert ops(first.others) == ["add"]
 
 
