@@ -281,9 +281,13 @@ def quantize(weight: Tensor, kind: QuantizedType, low: Tensor | None = None, hig
 
 def scale_for(weight: Tensor, kind: QuantizedType) -> QuantizedType:
     """The type with scales that hold this weight's range: float32 where halves overflow, or lose digits below 2^-14."""
+    return kind if kind.scale != "f16" else type_for(scales_of(weight.detach().float(), replace(kind, scale="f32"))[0], kind)
+
+
+def type_for(scales: Tensor, kind: QuantizedType) -> QuantizedType:
+    """The type that holds these scales: the type itself, or one with scales of float32."""
     if kind.scale != "f16":
         return kind
-    scales, _ = scales_of(weight.detach().float(), replace(kind, scale="f32"))
     used = scales[scales > torch.finfo(torch.float32).tiny]
     fits = used.numel() == 0 or bool(used.amax() <= 65504 and used.amin() >= 2**-14)
     return kind if fits else replace(kind, scale="f32")

@@ -76,7 +76,10 @@ def _of_file(path: Path, names: tuple[str, ...], size: int, samples: int | None)
     many = next(iter(counts)) if samples is None else min(samples, *counts)
     if many < size:
         raise BadCalibration(why=f"{path} gives {many} samples, and the model is captured on batches of {size}")
-    return [(tuple(tensors[n][i : i + size] for n in order), {}) for i in range(0, many - size + 1, size)]
+    cut = ({n: tensors[n][i : i + size] for n in order} for i in range(0, many - size + 1, size))
+    if len(order) == 1 or tuple(order) == names[: len(order)]:
+        return [(tuple(batch.values()), {}) for batch in cut]
+    return [((), batch) for batch in cut]
 
 
 def flat_batches(calib: Iterable[Batch], in_tree: Any, held: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:

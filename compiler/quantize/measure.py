@@ -41,6 +41,8 @@ def measured(rows: tuple[int, ...] = ROWS) -> Slower:
     """What passes ask, for these numbers of rows: a reason where the layer has no kernel, or takes longer at one of them."""
 
     def slower(x: TensorType, kind: QuantizedType, dynamic: bool) -> str:
+        if x.device == "cpu" and x.dtype not in _DTYPES:
+            return f"no kernel multiplies quantized weights by {dtype_text(x.dtype)}"
         for m, times in layer_seconds(x, kind, rows, dynamic).items():
             if "mine" not in times:
                 held = str(kind).partition("[")[0]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ...errors import CannotReplace
 from ...ir import Graph
 from ...ir.quantized_rules import DYNAMIC, LINEAR
 from ...passes.base import Step
@@ -130,6 +131,9 @@ class QuantizedModel:
         Raises CannotReplace where a layer is no module of the model.
         """
         model = self._model.module() if isinstance(self._model, ExportedProgram) else self._model
+        if not isinstance(model, nn.Module):
+            names = ", ".join(self._done.held)
+            raise CannotReplace(name=names, why="the model is a function, which has no modules")
         layers = dict(model.named_modules(remove_duplicate=False))
         weights = [m.weight for name in self._done.held if isinstance(m := layers.get(name), nn.Linear)]
         counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

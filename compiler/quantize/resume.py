@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Kept:
             "clipped": sorted(found.clipped),
             "compensated": sorted(found.compensated),
             "why": found.why,
+            "digest": _digest(tensors),
         }
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
         path = self.folder / f"group-{digest}.safetensors"
@@ -99,6 +100,8 @@ def _read(path: Path) -> tuple[Names, Found] | None:
         with safetensors.safe_open(path, "pt") as file:  # pyright: ignore[reportAttributeAccessIssue]
             about = json.loads(file.metadata()["about"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["digest"] != _digest(tensors):
+            return None
         held: dict[str, Quantized] = {}
         for i, (name, text) in enumerate(zip(about["names"], about["types"], strict=True)):
             kind = QuantizedType.of(text)
@@ -114,15 +117,26 @@ def _read(path: Path) -> tuple[Names, Found] | None:
     )
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """What tells tensors from damaged ones."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode() + _bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _bytes(x: Tensor) -> bytes:
+    plain = x.detach().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
 def _mark(graph: Graph, batches: Sequence[Sequence[Any]], settings: str) -> str:
     """What tells calls apart: the graph, its constants, the batches and the settings."""
     digest = hashlib.sha256(f"{settings}\n{graph}".encode())
     tensors = [graph.constants[name] for name in sorted(graph.constants)]
     for x in (*tensors, *(x for batch in batches for x in batch)):
         if isinstance(x, Tensor):
-            digest.update(f"{x.dtype} {list(x.shape)}".encode())
-            plain = x.detach().contiguous().reshape(-1)
-            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+            digest.update(f"{x.dtype} {list(x.shape)}".encode() + _bytes(x))
         else:
             digest.update(repr(x).encode())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadCalibration
-from ...ir import Graph, Node, TensorType, Value, map_arg
+from ...ir import Graph, Node, ScalarType, TensorType, Value, map_arg
 
 Batches = Sequence[Sequence[Any]]
 """Calibration batches: flat inputs of a graph, each."""
@@ -26,9 +26,11 @@ class Batch:
     """One batch on its way: what it has computed so far, by value, and what the graph's sizes are for it."""
 
     values: dict[Value, Any]
-    sizes: Mapping[sympy.Symbol, int]
+    sizes: dict[sympy.Symbol, int]
 
 
+Instead = Callable[[Mapping[Value, Any]], Any]
+"""What a node's result is, of the values before it."""
 Visit = Callable[[Node, Sequence[Batch]], None]
 
 
@@ -44,8 +46,7 @@ class Interpreter:
         """A batch that has computed nothing yet."""
         sizes: dict[sympy.Symbol, int] = {}
         for v, x in zip(self.graph.inputs, batch, strict=True):
-            if isinstance(v.type, TensorType):
-                sizes.update({d: n for d, n in zip(v.type.shape, x.shape, strict=True) if isinstance(d, sympy.Symbol)})
+            sizes.update(_sizes(v, x))
         return Batch(dict(zip(self.graph.inputs, batch, strict=True)), sizes)
 
     def apply(self, node: Node, batch: Batch) -> None:
@@ -67,7 +68,9 @@ class Interpreter:
         named = {p.name: a for a, p in zip(args, node.op.params, strict=True) if p.keyword_only}
         found = node.op.reference(*positional, **named)
         results = tuple(found) if isinstance(found, list | tuple) and node.op.returns != 1 else (found,)
-        values.update(zip(node.results, results, strict=False))
+        for v, x in zip(node.results, results, strict=False):
+            values[v] = x
+            batch.sizes.update(_sizes(v, x))  # sizes that depend on data become known here
 
 
 def walk(graph: Graph, batches: Batches, visits: Mapping[Node, Visit], keep: Mapping[Value, Node] | None = None) -> None:
@@ -91,12 +94,15 @@ def walk(graph: Graph, batches: Batches, visits: Mapping[Node, Visit], keep: Map
                     batch.values.pop(v, None)
 
 
-def run(nodes: Iterable[Node], batch: Batch, interpreter: Interpreter, instead: Mapping[Value, Any] | None = None) -> Batch:
-    """Run some nodes on values that are there already, `instead` in place of some; the batch with what the nodes give."""
-    found = Batch({**batch.values, **(instead or {})}, batch.sizes)
+def run(nodes: Iterable[Node], batch: Batch, interpreter: Interpreter, instead: Mapping[Node, Instead]) -> Batch:
+    """Run some nodes on values that are there already, some by what stands `instead` of them; the batch with their results."""
+    found = Batch(dict(batch.values), dict(batch.sizes))
     with torch.no_grad():
         for node in nodes:
-            interpreter.apply(node, found)
+            if node in instead:
+                found.values[node.out] = instead[node](found.values)
+            else:
+                interpreter.apply(node, found)
     return found
 
 
@@ -107,6 +113,7 @@ def check_batches(graph: Graph, batches: Batches) -> None:
     for i, batch in enumerate(batches):
         if len(batch) != len(graph.inputs):
             raise BadCalibration(why=f"batch {i} has {len(batch)} inputs, and the model takes {len(graph.inputs)}")
+        sizes: dict[sympy.Symbol, int] = {}
         for v, x in zip(graph.inputs, batch, strict=True):
             if not isinstance(v.type, TensorType):
                 continue
@@ -116,10 +123,21 @@ def check_batches(graph: Graph, batches: Batches) -> None:
             static = [(n, m) for n, m in zip(v.type.shape, x.shape, strict=False) if isinstance(n, int)]
             if x.ndim != v.type.rank or x.dtype != v.type.dtype or any(n != m for n, m in static):
                 raise BadCalibration(why=f"batch {i} holds {x.dtype} {list(x.shape)}, and {wanted}")
+            for d, n in _sizes(v, x).items():
+                if sizes.setdefault(d, n) != n:
+                    raise BadCalibration(why=f"batch {i} has sizes of {sizes[d]} and {n}, which must be one: {wanted}")
             if x.numel() == 0:
                 raise BadCalibration(why=f"batch {i} is empty: {list(x.shape)}")
             if x.is_floating_point() and not bool(x.isfinite().all()):
                 raise BadCalibration(why=f"batch {i} holds NaN or infinite numbers")
+
+
+def _sizes(value: Value, x: Any) -> dict[sympy.Symbol, int]:
+    """What a value says of the symbols in its type."""
+    if isinstance(value.type, TensorType):
+        return {d: n for d, n in zip(value.type.shape, x.shape, strict=True) if isinstance(d, sympy.Symbol)}
+    expr = value.type.expr if isinstance(value.type, ScalarType) else None
+    return {expr: int(x)} if isinstance(expr, sympy.Symbol) else {}
 
 
 def rows_of(x: Tensor) -> Tensor:

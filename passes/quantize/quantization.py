@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...formats import Quantized, QuantizedType
+from ...formats.quantized import type_for
 from ...ir import Builder, Graph, Node, Reason, Value, prune
 from ...ir.quantized_rules import DYNAMIC, LINEAR
 from .groups import Group, groups
@@ -102,7 +103,7 @@ def quantized(
             kinds = {one: kind for one, kind in kinds.items() if not formats[one].float}
             dynamic = frozenset(one for one in kinds if formats[one].dynamic)
             route = routes[group]
-            names = tuple(one.name for one in kinds)
+            names = tuple(dict.fromkeys(one.name for one in kinds))
             made = known.get(names)
             if made is None or any(_without_scale(made.held[one.name].type) != _without_scale(kinds[one]) for one in kinds):
                 hunt = GroupSearch(group, kinds, dynamic, values, interpreter, route if isinstance(route, Route) else None)
@@ -152,12 +153,14 @@ def kept_until(everything: Sequence[Group]) -> dict[Value, Node]:
     """Values that must be there when a group is searched, with the node of the last such group."""
     found: dict[Value, Node] = {}
     for group in everything:
-        inside = {v for node in group.nodes for v in node.outputs} - set(group.results)
+        read = {one.x for one in group.linears}  # a layer may read what another of its group leads to, as experts do
+        inside = {v for node in group.nodes for v in node.outputs} - {*group.results, *read}
         for v in (
             group.x,
             *group.results,
             *(v for node in group.nodes for v in node.inputs),
             *(one.weight for one in group.linears),
+            *read,
         ):
             if v not in inside:
                 found[v] = group.end
@@ -217,7 +220,8 @@ def _columns(group: Group, found: Found) -> list[Edit]:
 def _with_rows(q: Quantized, factor: Tensor) -> Quantized:
     """A quantized weight whose rows are multiplied: its scales are."""
     codes, scales, zeros = q.type.unpack(q.codes, q.scales, q.zeros)
-    return q.type.pack(codes, scales * factor[:, None], None if q.type.symmetric else zeros)
+    scales = scales * factor[:, None]
+    return type_for(scales, q.type).pack(codes, scales, None if q.type.symmetric else zeros)
 
 
 def _layer(one: Linear, form: Format, q: Quantized, group: Group, route: Route | Reason, found: Found, seen: int) -> Layer:
@@ -251,7 +255,7 @@ def _rewritten(
     builder.constants.update(changed)
     by_node = {one.node: one for one in held}
     scaled: dict[tuple[Value, bytes], Value] = {}
-    parts: dict[str, tuple[Value | None, ...]] = {}
+    parts: dict[tuple[str, str], tuple[Value | None, ...]] = {}  # by weight and type: a weight of two layers is held once
     for old in graph.nodes:
         node = builder.resolved(old)
         one = by_node.get(old)
@@ -271,9 +275,10 @@ def _rewritten(
                 factor = builder.constant(inputs[one.name].to(one.x.tensor.dtype), f"{one.name}.input_scale")
                 scaled[key] = builder.call("aten.mul.Tensor", x, factor, hint=one.x.hint)
             x = scaled[key]
-        if one.name not in parts:
-            parts[one.name] = _constants(builder, held[one], one.name)
-        codes, scales, zeros = parts[one.name]
+        what = one.constant, str(held[one].type)
+        if what not in parts:
+            parts[what] = _constants(builder, held[one], one.name)
+        codes, scales, zeros = parts[what]
         if formats[one].dynamic:
             builder.subst[old.out] = builder.call(DYNAMIC, x, codes, scales, bias)
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,8 +79,6 @@ class GroupSearch:
         self.wanted = tuple(one for one in group.linears if one in kinds)
         self.weights = {one: _weight(one, batches[0]) for one in self.wanted}
         self.kinds = {one: scale_for(self.weights[one], kinds[one]) for one in self.wanted}
-        mine = {one.node for one in self.wanted}
-        self.rest = tuple(node for node in group.nodes if node not in mine)
 
     # -- what is known of the inputs -------------------------------------------------------------------------------------
 
@@ -125,14 +124,17 @@ class GroupSearch:
         return total / self.reference if self.reference > 0 else total
 
     def _run(self, batch: Batch, weights: Mapping[Linear, Tensor]) -> Batch:
-        outs: dict[Value, Tensor] = {}
-        for one in self.wanted:
-            x, bias = batch.values[one.x], None if one.bias is None else batch.values[one.bias]
-            if one in self.dynamic:
-                codes, scales = quantize_rows(x)
-                x = (codes.float() * scales).to(x.dtype)
-            outs[one.node.out] = torch.nn.functional.linear(x, weights[one].to(x.dtype), bias)
-        return run(self.rest, batch, self.interpreter, outs)
+        def layer(one: Linear) -> Callable[[Mapping[Value, Any]], Tensor]:
+            def product(values: Mapping[Value, Any]) -> Tensor:
+                x, bias = values[one.x], None if one.bias is None else values[one.bias]
+                if one in self.dynamic:
+                    codes, scales = quantize_rows(x)
+                    x = (codes.float() * scales).to(x.dtype)
+                return torch.nn.functional.linear(x, weights[one].to(x.dtype), bias)
+
+            return product
+
+        return run(self.group.nodes, batch, self.interpreter, {one.node: layer(one) for one in self.wanted})
 
     def _mean(self, of: Callable[[Batch, Value], Tensor]) -> float:
         total, count = 0.0, 0

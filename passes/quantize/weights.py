@@ -26,7 +26,7 @@ class Weights(Pass):
     targets: tuple[str, ...] = option(("Linear",), doc="layers: Linear for all, names or their last parts, re:EXPRESSION")
     ignore: tuple[str, ...] = option((), doc="layers to leave as they are, written like targets")
     want: str = option("faster", doc="faster or smaller: leave a layer that would not become so; any: take all")
-    layers: tuple[str, ...] = option((), doc="formats of single layers, name=w8g64; the first that matches holds")
+    layers: tuple[str, ...] = option((), doc="formats of single layers, name=w8g64; a whole name holds, then the first that matches")
 
     def numerics(self) -> Numerics:
         """What rounding costs depends on the model: the error budget measures it."""
@@ -63,7 +63,8 @@ class Weights(Pass):
         own = [_own(self.name, text) for text in self.layers]
         wanted: dict[Linear, Format] = {}
         for one in chosen(found, self.targets, self.ignore):
-            form = next((form for pattern, form in own if matches(one.name, (pattern,))), self.format())
+            exact = (form for pattern, form in own if pattern == one.name)
+            form = next(exact, None) or next((form for pattern, form in own if matches(one.name, (pattern,))), self.format())
             why = "it stays float as planned" if form.float else self.why_not(graph, one, form, found, ctx)
             if why:
                 ctx.log.refuse(str(form), one.node, Reason(f"{one.name}: {why}", one.weight))
