@@ -26,6 +26,8 @@ WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float
         torch.complex64: torch.complex128, torch.complex32: torch.complex128}  # fmt: skip
 #: Ops whose dtypes are their meaning: what they make of a float is kept, not computed anew in float64.
 QUANTIZED = ("quantized", "quantized_decomposed", "torchao", "_quantized")
+#: Operands of plait's own ops on quantized weights that are kept; the others are floats like any.
+PARTS = ("codes", "scales", "zeros")
 
 Watch = Callable[[Value, Any], None]
 
@@ -151,7 +153,7 @@ class _Interpreter(Interpreter):
         self.watch = watch
 
     def run_node(self, n: FxNode) -> Any:
-        result = self._quantized(n) if self.wide and _is_quantized(n.target) else super().run_node(n)
+        result = self._quantized(n) if self.wide and _holds_codes(n.target) else super().run_node(n)
         if self.watch is not None and n in self.links.values:
             self.watch(self.links.values[n], result)
         return result
@@ -168,19 +170,26 @@ class _Interpreter(Interpreter):
         return super().call_function(target, map_aggregate(args, _wide_dtype), map_aggregate(kwargs, _wide_dtype))  # type: ignore[arg-type]
 
     def _quantized(self, n: FxNode) -> Any:
-        """A quantized op on operands of the dtypes that the graph gives it."""
+        """A quantized op on operands of the dtypes that the graph gives it; of plait's own, on parts of weights that are."""
+        assert isinstance(n.target, OpOverload)
+        own = n.target.namespace == "plait"
+        named = (*zip((a.name for a in n.target._schema.arguments), n.args, strict=False), *n.kwargs.items())
+        parts = [arg for name, arg in named if name in PARTS]
 
         def narrow(arg: FxNode) -> Any:
+            if own and arg not in parts:
+                return self.env[arg]
             x, kind = self.env[arg], self.links.values[arg].type if arg in self.links.values else None
             return x.to(kind.dtype) if isinstance(x, torch.Tensor) and isinstance(kind, TensorType) else x
 
         args, kwargs = map_arg((n.args, n.kwargs), narrow)
-        assert callable(n.target)
+        if own:
+            args, kwargs = map_aggregate(args, _wide_dtype), map_aggregate(kwargs, _wide_dtype)
         return tree_map(widen, n.target(*args, **kwargs))
 
 
-def _is_quantized(target: Any) -> bool:
-    return isinstance(target, OpOverload) and target.namespace in QUANTIZED
+def _holds_codes(target: Any) -> bool:
+    return isinstance(target, OpOverload) and target.namespace in (*QUANTIZED, "plait")
 
 
 def _widen_module(gm: GraphModule) -> None:

@@ -37,7 +37,7 @@ Timed = Callable[[TensorType, QuantizedType | None, bool, int, int], Mapping[int
 where it has no kernel."""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-_BUDGET = re.compile(r"(?P<what>error|bytes)=(?P<number>[\d.]+(e[+-]?\d+)?)(?P<unit>%|[kmg]?i?b?)", re.IGNORECASE)
+_BUDGET = re.compile(r"(?P<what>error|bytes)=(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)(?P<unit>%|[kmg]?i?b?)", re.IGNORECASE)
 _ROUNDS = 5
 
 

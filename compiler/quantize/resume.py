@@ -37,7 +37,7 @@ class Kept:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             begun = bool(finished(self.folder)) and path.exists()
-            if begun and json.loads(path.read_text()).get("mark") != mark:
+            if begun and json.loads(path.read_text()) != {"mark": mark}:
                 raise CannotResume(folder=folder, why="it was begun for another model, other data or another scheme")
             path.write_text(json.dumps({"mark": mark}))
         except (OSError, ValueError) as error:

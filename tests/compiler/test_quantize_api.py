@@ -219,6 +219,7 @@ def test_damaged_files_are_done_again(damage: str, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"mark": 1}'])
 def test_a_damaged_mark_is_refused(content: str, tmp_path: Path) -> None:
+    quantize(seeded(), data(), resume=tmp_path)
     (tmp_path / "call.json").write_text(content)
     with pytest.raises(CannotResume):
         quantize(seeded(), data(), resume=tmp_path)
@@ -239,8 +240,8 @@ def test_a_plan_resumes(tmp_path: Path) -> None:
     again = quantize(model, calib, resume=tmp_path, **how)
     assert same(first, whole) and same(again, whole)
     assert relative(plain(again, calib[0]), model(calib[0])) ** 0.5 < 0.04
-    other = quantize(model, calib, resume=tmp_path, **{**how, "formats": ("w8g32",)})
-    assert {layer.format.bits for layer in other.layers} <= {8}
+    with pytest.raises(CannotResume):
+        quantize(model, calib, resume=tmp_path, **{**how, "formats": ("w8g32",)})
 
 
 # -- dtypes, sizes, sources, state ----------------------------------------------------------------------------------------
@@ -267,20 +268,6 @@ def test_symbolic_sizes() -> None:
         (x,) = data(2, *shape, batches=1)
         torch.testing.assert_close(q(x), plain(q, x), rtol=1e-3, atol=1e-4)
         assert relative(q(x), model(x)) < 0.03
-
-
-def test_sizes_that_are_multiples_of_a_symbol() -> None:
-    class Pairs(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(K, K)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x.reshape(x.shape[0] // 2, 2, K).sum(1))
-
-    model, calib = seeded(0, Pairs), [*data(0, 16, K), *data(1, 20, K)]
-    q = quantize(model, calib, dynamic_shapes={"x": {0: 2 * torch.export.Dim("half")}})
-    assert q.layers[0].rows_seen == 16 + 20 and relative(plain(q, data(2, 6, K)[0]), model(data(2, 6, K)[0])) < 0.03
 
 
 class Counter(nn.Module):
@@ -319,7 +306,7 @@ def test_sources(how: str, tmp_path: Path) -> None:
     elif how == "function":
         source = lambda x: model(x)  # noqa: E731
     q = quantize(source, calib)
-    assert [(layer.name, layer.loss) for layer in q.layers] == [(layer.name, layer.loss) for layer in expected.layers]
+    assert [layer.loss for layer in q.layers] == [layer.loss for layer in expected.layers]
     torch.testing.assert_close(q(calib[0]), expected(calib[0]), rtol=1e-4, atol=1e-5)
     with pytest.raises(CannotReplace):
         q.module()
@@ -385,7 +372,8 @@ def test_an_artifact_gives_the_same_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["awq", "compressed"])
 def test_checkpoints_round_trip(kind: str, tmp_path: Path) -> None:
     model, calib = seeded(), data()
-    q = quantize(model, calib, "awq-w4g32")
+    q = quantize(model, calib, "awq-w4g32", ignore=["head"])
+    assert any(layer.route == "constants" for layer in q.layers)
     (q.save_awq if kind == "awq" else q.save_compressed)(tmp_path / "out")
     other = seeded(5)
     plait.load_quantized(other, tmp_path / "out")
@@ -444,8 +432,13 @@ def test_missing_kernels_may_be_refused() -> None:
     assert relative(q(calib[0]), model(calib[0])) < 0.03
 
 
+def near(build: Any, x: Tensor, want: Tensor) -> bool:
+    return relative(build(x), want) < 1e-3
+
+
 def test_bisection_finds_the_pass() -> None:
     model, calib = seeded(), data()
     one = ["rtn:bits=2,group=32,want=any"]
-    found = plait.bisect(model, calib[0], passes=one, max_rel_err=1e-3)
+    want = model(calib[0])
+    found = plait.bisect(model, calib[0], passes=one, options={"calibration": calib}, check=lambda build: near(build, calib[0], want))
     assert "rtn" in str(found)

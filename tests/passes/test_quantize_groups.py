@@ -55,7 +55,7 @@ def ops(nodes: Any) -> list[str]:
 # -- groups and joins ---------------------------------------------------------------------------------------------------
 
 
-def test_layers_that_read_one_value_meet_in_attention() -> None:
+def test_layers_that_read_one_value_meet_in_attention_and_are_judged_behind_what_reads_it() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.n(x)
         return m.o(F.scaled_dot_product_attention(m.q(y), m.k(y), m.v(y))) + x
@@ -107,6 +107,12 @@ def test_what_moves_channels_carries_none(how: str) -> None:
     assert [names(group.linears) for group in found] in ([["a"], ["b"]], [["b"], ["a"]])
     (of_a,) = [group for group in found if names(group.linears) == ["a"]]
     assert of_a.others
+
+
+def test_a_join_that_something_else_reads_is_judged_itself() -> None:
+    net = Net(lambda m, x: (lambda y: m.d(y) + y)(m.g(x) * m.u(x)), g=linear(), u=linear(), d=linear())
+    first, _ = grouped(graph_of(net))
+    assert names(first.linears) == ["g", "u"] and ops(first.nodes)[-1] == "mul"
 
 
 def test_layers_without_a_join_are_judged_at_their_own_results() -> None:
