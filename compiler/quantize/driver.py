@@ -11,7 +11,7 @@ from typing import Any
 from ..aot import ALL_CPUS, Done, finish
 from ..source import Source, Targets
 from . import resume
-from .api import quantize
+from .api import Progress, quantize
 from .result import QuantizedModel
 
 
@@ -48,20 +48,25 @@ class Made:
         }
 
 
-def quantize_source(source: Source, calib: Any, outputs: Outputs, keep: str | Path | None, **how: Any) -> Made:
+def quantize_source(
+    source: Source, calib: Any, outputs: Outputs, keep: str | Path | None, progress: Progress, **how: Any
+) -> Made:
     """Quantize a model of the command line and write what is asked for.
 
     calib: a file, or batches. keep: the folder where finished layers are kept; the one beside the artifact (`resume.beside`)
-    is removed when all is written, and no folder is left where nothing was finished. how: arguments of `quantize`. Raises
-    what `quantize`, `save`, `save_awq` and `save_compressed` raise.
+    is removed when all is written, and no folder is left where nothing was finished. progress, how: arguments of `quantize`.
+    Raises what `quantize`, `save`, `save_awq` and `save_compressed` raise.
     """
     start = time.perf_counter()
     try:
         model = quantize(
-            source.model, calib, examples=source.inputs, dynamic_shapes=source.dynamic_shapes, resume=keep, **how
-        )
+            source.model, calib, examples=source.inputs, dynamic_shapes=source.dynamic_shapes, resume=keep,
+            progress=progress, **how,
+        )  # fmt: skip
+        progress(1, 1, "building the artifact")
         compiling = time.perf_counter()
         done = finish(model.prepare(), outputs.artifact, outputs.targets, compiling)
+        progress(1, 1, "measuring the error of the results")
         measuring = time.perf_counter()
         error = model.error
         seconds = {"quantize": compiling - start, **done.seconds, "measure": time.perf_counter() - measuring}
