@@ -11,7 +11,7 @@ import torch
 from plait.compiler.export import argument_names, capture_model
 from plait.compiler.quantize.plan import run_pass
 from plait.compiler.quantize.resume import Kept
-from plait.errors import BadOption, CannotResume
+from plait.errors import BadOption, CannotReplace, CannotResume
 from plait.passes.base import Context
 from plait.passes.quantize.weights import Rtn
 from safetensors.torch import save_file
@@ -51,9 +51,8 @@ def test_files_go_by_the_names_of_arguments(tmp_path: Path) -> None:
     by_list = plait.quantize(model, batches(), scheme="awq-w4g32", want="any")
     assert [one.loss for one in by_file.layers] == [one.loss for one in by_list.layers]
     assert by_file.error == pytest.approx(by_list.error) and by_file.error > 0
-    few = plait.quantize(
-        model, path, scheme="awq-w4g32", want="any", samples=3, examples=tuple(torch.ones(3, n) for n in (32, 64))
-    )
+    three = torch.ones(3, 32), torch.ones(3, 64)
+    few = plait.quantize(model, path, scheme="awq-w4g32", want="any", samples=3, examples=three)
     assert len(few.batches) == 1 and few.layers[0].rows_seen == 3
     compiled = plait.compile(model, batches()[0], passes=["awq:want=any,group=32"], options={"calibration": path})
     assert "quantized_linear" in str(compiled.graph)
@@ -65,7 +64,10 @@ def test_a_function_and_a_program_file_have_names(tmp_path: Path) -> None:
     assert argument_names(program) == ("x", "y") == argument_names(lambda x, y: x @ y)
     save_file(inputs(12), tmp_path / "both.safetensors")
     done = plait.quantize(str(tmp_path / "pair.pt2"), str(tmp_path / "both.safetensors"), scheme="rtn-w8g32", want="any")
-    assert isinstance(done.module().get_submodule("left"), plait.QuantizedLinear)
+    assert [one.name for one in done.layers] == ["left", "right"]
+    torch.testing.assert_close(done(*batches()[0]), Pair()(*batches()[0]), rtol=0, atol=0.05)
+    with pytest.raises(CannotReplace):
+        done.module()
 
 
 def test_what_if_changes_nothing() -> None:
