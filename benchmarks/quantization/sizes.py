@@ -28,8 +28,8 @@ LENGTH = 64
 def measure(run: Run) -> Outcome:
     """SmolLM2 at W4 in groups of 128; a quick run takes one layer of its sizes."""
     if run.quick:
-        layer = nn.Sequential(nn.Linear(576, 1536, bias=False)).eval()
-        row = _measured(layer, torch.randn(LENGTH, 576), ())
+        layer = nn.Sequential(nn.Linear(1536, 576, bias=False)).eval()
+        row = _measured(layer, torch.randn(LENGTH, 1536), ())
         return Outcome(_figure(row), _holds(row), row)
     try:
         model, _ = smollm2()
