@@ -26,7 +26,9 @@ class Weights(Pass):
     targets: tuple[str, ...] = option(("Linear",), doc="layers: Linear for all, names or their last parts, re:EXPRESSION")
     ignore: tuple[str, ...] = option((), doc="layers to leave as they are, written like targets")
     want: str = option("faster", doc="faster or smaller: leave a layer that would not become so; any: take all")
-    layers: tuple[str, ...] = option((), doc="formats of single layers, name=w8g64; a whole name holds, then the first that matches")
+    layers: tuple[str, ...] = option(
+        (), doc="formats of single layers, name=w8g64; a whole name holds, then the first that matches"
+    )
 
     def numerics(self) -> Numerics:
         """What rounding costs depends on the model: the error budget measures it."""

@@ -85,7 +85,9 @@ def test_a_budget_of_bytes_is_kept(budget: str) -> None:
 
 def test_more_bytes_never_cost_more_error() -> None:
     model, calib = seeded(), data()
-    errors = [quantize(model, calib, "rtn-w4g32", budget=f"bytes={n}KB", formats=FORMATS).plan.error for n in (9, 14, 20, 90)]  # type: ignore[union-attr]
+    errors = [
+        quantize(model, calib, "rtn-w4g32", budget=f"bytes={n}KB", formats=FORMATS).plan.error for n in (9, 14, 20, 90)
+    ]  # type: ignore[union-attr]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0
 
 
@@ -106,7 +108,9 @@ def test_budgets_that_cannot_be_met() -> None:
         quantize(seeded(), data(), budget="bytes=1KB", formats=FORMATS)
 
 
-@pytest.mark.parametrize("text", ["", "error", "error=", "error=1MB", "bytes=x", "time=3", "bytes=-3", "error=0.1.2", "error=5%"])
+@pytest.mark.parametrize(
+    "text", ["", "error", "error=", "error=1MB", "bytes=x", "time=3", "bytes=-3", "error=0.1.2", "error=5%"]
+)
 def test_budgets_that_are_not_written_as_such(text: str) -> None:
     with pytest.raises(BadOption):
         Budget.of(text)
@@ -395,7 +399,9 @@ def test_the_report_as_data() -> None:
 def test_passes_in_compile_and_the_debugging_api() -> None:
     model, calib = seeded(), data()
     compiled = plait.compile(model, calib[0], passes=["rtn:bits=4,group=32,want=any"], options={"calibration": calib})
-    torch.testing.assert_close(compiled(calib[0]), plain(quantize(model, calib, "rtn-w4g32"), calib[0]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        compiled(calib[0]), plain(quantize(model, calib, "rtn-w4g32"), calib[0]), rtol=1e-3, atol=1e-4
+    )
     step = compiled.step("rtn")
     assert step.changed and step.fired == {"w4g32": 4} and step.numerics.kind == "approximate"
     assert "quantized_linear" in compiled.diff("rtn")
@@ -440,5 +446,7 @@ def test_bisection_finds_the_pass() -> None:
     model, calib = seeded(), data()
     one = ["rtn:bits=2,group=32,want=any"]
     want = model(calib[0])
-    found = plait.bisect(model, calib[0], passes=one, options={"calibration": calib}, check=lambda build: near(build, calib[0], want))
+    found = plait.bisect(
+        model, calib[0], passes=one, options={"calibration": calib}, check=lambda build: near(build, calib[0], want)
+    )
     assert "rtn" in str(found)

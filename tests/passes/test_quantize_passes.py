@@ -64,7 +64,9 @@ def seeded(seed: int, make: Callable[..., nn.Module] = Mlp, **how: Any) -> nn.Mo
     return make(**how).eval()
 
 
-def data(seed: int, *shape: int, batches: int = 3, outliers: bool = False, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def data(
+    seed: int, *shape: int, batches: int = 3, outliers: bool = False, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
     shape = shape or (2, 16, K)
     scale = torch.ones(shape[-1])
@@ -133,11 +135,16 @@ def test_awq_helps_where_channels_stand_out() -> None:
 def test_bytes_by_bytes(compensate: bool) -> None:
     for seed in range(3):
         model, calib = seeded(seed, Attention), data(seed)
-        step_of = plait.compile(model, calib[0], passes=[f"w8a8:want=any,compensate={compensate}"], options={"calibration": calib})
+        step_of = plait.compile(
+            model, calib[0], passes=[f"w8a8:want=any,compensate={compensate}"], options={"calibration": calib}
+        )
         got, want = step_of(calib[0]), model(calib[0])
         assert relative(got, want) < 1e-3, f"seed {seed}"
     q = quantize(seeded(0, Attention), data(0), "w8a8")
-    assert all(str(layer.format) == "w8a8" and layer.type.layout == "bytes" and layer.loss <= layer.nearest_loss for layer in q.layers)
+    assert all(
+        str(layer.format) == "w8a8" and layer.type.layout == "bytes" and layer.loss <= layer.nearest_loss
+        for layer in q.layers
+    )
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------
@@ -204,13 +211,17 @@ def test_a_group_that_does_not_divide_is_no_type() -> None:
         QuantizedType((8, 96), 4, 40, layout="rows")
 
 
-@pytest.mark.parametrize("what", [{"bits": 1}, {"bits": 9}, {"shape": (4,)}, {"scale": "f8"}, {"layout": "tiles"}, {"shape": (0, 32)}])
+@pytest.mark.parametrize(
+    "what", [{"bits": 1}, {"bits": 9}, {"shape": (4,)}, {"scale": "f8"}, {"layout": "tiles"}, {"shape": (0, 32)}]
+)
 def test_types_that_do_not_exist(what: dict[str, Any]) -> None:
     with pytest.raises(BadQuantizedType):
         QuantizedType(**{"shape": (8, 32), "group": 32, **what})
 
 
-@pytest.mark.parametrize("text", ["", "awq", "awq-", "awq-w1", "awq-w9g128", "int4", "awq-w4g128-asym", "w4g128", "spin-w4g128", "w8a8-sym"])
+@pytest.mark.parametrize(
+    "text", ["", "awq", "awq-", "awq-w1", "awq-w9g128", "int4", "awq-w4g128-asym", "w4g128", "spin-w4g128", "w8a8-sym"]
+)
 def test_schemes_that_do_not_exist(text: str) -> None:
     with pytest.raises(BadScheme):
         Scheme.of(text)
@@ -252,7 +263,11 @@ def test_formats_of_single_layers_that_are_not_written_as_such(text: str) -> Non
 
 def test_targets_and_ignore() -> None:
     model, calib = seeded(0, Attention), data(0)
-    assert {layer.name for layer in quantize(model, calib, targets=["re:[qkv]$", "o"], ignore=["k"]).layers} == {"q", "v", "o"}
+    assert {layer.name for layer in quantize(model, calib, targets=["re:[qkv]$", "o"], ignore=["k"]).layers} == {
+        "q",
+        "v",
+        "o",
+    }
     with pytest.raises(NoLayerMatches):
         quantize(model, calib, targets=["lm_head"])
 
