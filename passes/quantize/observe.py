@@ -95,7 +95,7 @@ def walk(graph: Graph, batches: Batches, visits: Mapping[Node, Visit], keep: Map
 
 
 def run(nodes: Iterable[Node], batch: Batch, interpreter: Interpreter, instead: Mapping[Node, Instead]) -> Batch:
-    """Run some nodes on values that are there already, some by what stands `instead` of them; the batch with their results."""
+    """Run some nodes on values that are there already, some by what stands `instead` of them; the batch after that."""
     found = Batch(dict(batch.values), dict(batch.sizes))
     with torch.no_grad():
         for node in nodes:

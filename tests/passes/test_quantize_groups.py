@@ -1,4 +1,4 @@
-"""Linear layers and the groups that they form: who reads one value, where that comes together again, and what they are called."""
+"""Linear layers and the groups that they form: who reads one value, where that comes together, and what they are called."""
 
 from __future__ import annotations
 

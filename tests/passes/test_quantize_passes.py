@@ -401,7 +401,7 @@ def nan() -> Tensor:
 
 
 BAD: dict[str, Callable[[], Any]] = {
-    "none": lambda: [],
+    "none": list,
     "a tensor": lambda: data(0)[0],
     "a dict": lambda: {"x": data(0)[0]},
     "nothing": lambda: None,

@@ -191,9 +191,14 @@ MOVES: dict[str, tuple[Callable[[], nn.Module], Mapping[str, set[str]]]] = {
         lambda: Net(lambda m, x: (lambda y: m.a(y) * m.b(y))(m.n(x)), n=nn.LayerNorm(C), **two()),
         {"a": {"n.weight", "n.bias"}, "b": {"n.weight", "n.bias"}},
     ),
-    "layer norm without bias": (lambda: Net(lambda m, x: m.a(m.n(x)), n=nn.LayerNorm(C, bias=False), a=linear()), {"a": {"n.weight"}}),
+    "layer norm without bias": (
+        lambda: Net(lambda m, x: m.a(m.n(x)), n=nn.LayerNorm(C, bias=False), a=linear()),
+        {"a": {"n.weight"}},
+    ),
     "native layer norm": (
-        lambda: Net(lambda m, x: m.a(torch.native_layer_norm(x, [C], m.g, m.h, 1e-5)[0]), g=parameter(C), h=parameter(C), a=linear()),
+        lambda: Net(
+            lambda m, x: m.a(torch.native_layer_norm(x, [C], m.g, m.h, 1e-5)[0]), g=parameter(C), h=parameter(C), a=linear()
+        ),
         {"a": {"g", "h"}},
     ),
     "rms norm": (lambda: Net(lambda m, x: m.a(m.n(x)), n=nn.RMSNorm(C), a=linear()), {"a": {"n.weight"}}),
@@ -212,10 +217,12 @@ MOVES: dict[str, tuple[Callable[[], nn.Module], Mapping[str, set[str]]]] = {
         {"v": {"w"}},
     ),
     "matmul of batched weights": (
-        lambda: Net(lambda m, x: m.a(x @ m.w), w=nn.Parameter(torch.randn(1, C, C)), a=linear()), {"a": {"w"}},
+        lambda: Net(lambda m, x: m.a(x @ m.w), w=nn.Parameter(torch.randn(1, C, C)), a=linear()),
+        {"a": {"w"}},
     ),
     "matmul of permuted weights": (
-        lambda: Net(lambda m, x: m.a(x[:, None] @ m.w.permute(1, 2, 0)), w=nn.Parameter(torch.randn(C, C, C)), a=linear()), {"a": {"w"}},
+        lambda: Net(lambda m, x: m.a(x[:, None] @ m.w.permute(1, 2, 0)), w=nn.Parameter(torch.randn(C, C, C)), a=linear()),
+        {"a": {"w"}},
     ),
     "split": (lambda: fused("split"), {"o": {"qkv.weight", "qkv.bias"}}),
     "chunk": (lambda: fused("chunk"), {"o": {"qkv.weight", "qkv.bias"}}),
@@ -231,7 +238,9 @@ MOVES: dict[str, tuple[Callable[[], nn.Module], Mapping[str, set[str]]]] = {
         {"d": {"u.weight", "u.bias"}},
     ),
     "gate and up, fused": (
-        lambda: Net(lambda m, x: (lambda g, u: m.d(F.silu(g) * u))(*m.gu(x).chunk(2, -1)), gu=linear(C, 24), d=linear(12, C)),
+        lambda: Net(
+            lambda m, x: (lambda g, u: m.d(F.silu(g) * u))(*m.gu(x).chunk(2, -1)), gu=linear(C, 24), d=linear(12, C)
+        ),
         {"d": {"gu.weight", "gu.bias"}},
     ),
     "relu": (lambda: Net(lambda m, x: m.b(F.relu(-m.a(x))), **two()), {"b": {"a.weight", "a.bias"}}),
@@ -244,33 +253,49 @@ MOVES: dict[str, tuple[Callable[[], nn.Module], Mapping[str, set[str]]]] = {
         {"b": {"a.weight", "a.bias"}},
     ),
     "quotient": (
-        lambda: Net(lambda m, x: m.b(m.a(x) / (1 + x.abs().sum(-1, keepdim=True)) / 3), **two()), {"b": {"a.weight", "a.bias"}},
+        lambda: Net(lambda m, x: m.b(m.a(x) / (1 + x.abs().sum(-1, keepdim=True)) / 3), **two()),
+        {"b": {"a.weight", "a.bias"}},
     ),
     "constant by a value": (lambda: Net(lambda m, x: m.a(m.g / (1 + x.abs())), g=parameter(C), a=linear()), {"a": {"g"}}),
     "product with a constant": (lambda: Net(lambda m, x: m.a(x.tanh() * m.g), g=parameter(C), a=linear()), {"a": {"g"}}),
     "views that merge and cut axes": (
-        lambda: Net(lambda m, x: m.b(m.a(x).view(2, 5, 3, 4).view(10, 3, 2, 2).transpose(1, 2).flatten(1)), a=linear(C, 12), b=linear(12, C)),
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).view(2, 5, 3, 4).view(10, 3, 2, 2).transpose(1, 2).flatten(1)),
+            a=linear(C, 12),
+            b=linear(12, C),
+        ),
         {"b": {"a.weight", "a.bias"}},
     ),
-    "casts": (lambda: Net(lambda m, x: m.b(m.a(x).to(torch.float64).contiguous().clone()), **two()), {"b": {"a.weight", "a.bias"}}),
-    "dropout": (lambda: Net(lambda m, x: m.b(F.dropout(m.a(x), 0.5, training=False)), **two()), {"b": {"a.weight", "a.bias"}}),
+    "casts": (
+        lambda: Net(lambda m, x: m.b(m.a(x).to(torch.float64).contiguous().clone()), **two()),
+        {"b": {"a.weight", "a.bias"}},
+    ),
+    "dropout": (
+        lambda: Net(lambda m, x: m.b(F.dropout(m.a(x), 0.5, training=False)), **two()),
+        {"b": {"a.weight", "a.bias"}},
+    ),
     "merged rows": (
-        lambda: Net(lambda m, x: m.b(m.a(x.view(-1, C)).view(*x.shape[:2], 2, 4).flatten(0, 1).flatten(1)), **two()), {"b": {"a.weight", "a.bias"}},
+        lambda: Net(lambda m, x: m.b(m.a(x.view(-1, C)).view(*x.shape[:2], 2, 4).flatten(0, 1).flatten(1)), **two()),
+        {"b": {"a.weight", "a.bias"}},
     ),
     "repeat_interleave": (lambda: grouped(4, 2, "repeat"), {"o": {"v.weight", "v.bias"}}),
     "attention written out": (lambda: grouped(4, 2, "written"), {"o": {"v.weight", "v.bias"}}),
     "a product of batches": (
-        lambda: Net(lambda m, x: m.b(torch.bmm(x.softmax(1).transpose(1, 2), m.a(x))), **two()), {"b": {"a.weight", "a.bias"}},
+        lambda: Net(lambda m, x: m.b(torch.bmm(x.softmax(1).transpose(1, 2), m.a(x))), **two()),
+        {"b": {"a.weight", "a.bias"}},
     ),
     "a product with a row": (lambda: Net(lambda m, x: m.a(x[0, 0] @ m.w), w=parameter(C, C), a=linear()), {"a": {"w"}}),
     "rows by index": (
-        lambda: Net(lambda m, x: m.b(m.a(x).view(-1, C)[torch.tensor([3, 0, 3])]), **two()), {"b": {"a.weight", "a.bias"}},
+        lambda: Net(lambda m, x: m.b(m.a(x).view(-1, C)[torch.tensor([3, 0, 3])]), **two()),
+        {"b": {"a.weight", "a.bias"}},
     ),
     "bias of every row": (
-        lambda: Net(lambda m, x: m.a(torch.addmm(m.h, x.view(-1, C), m.w)), h=parameter(10, C), w=parameter(C, C), a=linear()),
+        lambda: Net(
+            lambda m, x: m.a(torch.addmm(m.h, x.view(-1, C), m.w)), h=parameter(10, C), w=parameter(C, C), a=linear()
+        ),
         {"a": {"h", "w"}},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -297,124 +322,224 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "an input": (lambda: Net(lambda m, x: m.a(x), a=linear()), "a", "is an input of the graph"),
     "a result": (lambda: Net(lambda m, x: (lambda y: (m.b(y), y))(m.a(x)), **two()), "b", "is a result of the graph"),
     "a view of it is a result": (
-        lambda: Net(lambda m, x: (lambda y: (m.b(y), y))(m.a(x).view(-1, C)), **two()), "b", "is a result of the graph",
+        lambda: Net(lambda m, x: (lambda y: (m.b(y), y))(m.a(x).view(-1, C)), **two()),
+        "b",
+        "is a result of the graph",
     ),
     "a result further up": (
-        lambda: Net(lambda m, x: (lambda y: (m.b(y.relu()), y))(m.a(x)), **two()), "b", "is a result of the graph",
+        lambda: Net(lambda m, x: (lambda y: (m.b(y.relu()), y))(m.a(x)), **two()),
+        "b",
+        "is a result of the graph",
     ),
-    "something else reads it": (lambda: Net(lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), **two()), "b", "aten.add.Tensor reads"),
+    "something else reads it": (
+        lambda: Net(lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), **two()),
+        "b",
+        "aten.add.Tensor reads",
+    ),
     "something else reads it further up": (
-        lambda: Net(lambda m, x: (lambda y: m.b(y.relu()) + y)(m.a(x)), **two()), "b", "aten.add.Tensor reads",
+        lambda: Net(lambda m, x: (lambda y: m.b(y.relu()) + y)(m.a(x)), **two()),
+        "b",
+        "aten.add.Tensor reads",
     ),
     "a norm used twice": (shared_norm, "a", "is read elsewhere too"),
     "a norm's weight read elsewhere": (
-        lambda: Net(lambda m, x: m.a(m.n(x)) * m.n.weight, n=nn.LayerNorm(C), a=linear()), "a", "is read elsewhere too",
+        lambda: Net(lambda m, x: m.a(m.n(x)) * m.n.weight, n=nn.LayerNorm(C), a=linear()),
+        "a",
+        "is read elsewhere too",
     ),
     "a norm's weight is a result": (
-        lambda: Net(lambda m, x: (m.a(F.rms_norm(x, [C]) * m.g), m.g), g=torch.rand(C), a=linear()), "a", "is a result",
+        lambda: Net(lambda m, x: (m.a(F.rms_norm(x, [C]) * m.g), m.g), g=torch.rand(C), a=linear()),
+        "a",
+        "is a result",
     ),
     "1 + w is a result": (
-        lambda: Net(lambda m, x: (lambda g: (m.a(F.rms_norm(x, [C]) * g), g))(1 + m.g), g=torch.rand(C), a=linear()), "a", "is a result",
+        lambda: Net(lambda m, x: (lambda g: (m.a(F.rms_norm(x, [C]) * g), g))(1 + m.g), g=torch.rand(C), a=linear()),
+        "a",
+        "is a result",
     ),
     "1 + w is read elsewhere": (
-        lambda: Net(lambda m, x: (lambda g: m.a(F.rms_norm(x, [C]) * g) * g)(1 + m.g), g=torch.rand(C), a=linear()), "a", "is read elsewhere too",
+        lambda: Net(lambda m, x: (lambda g: m.a(F.rms_norm(x, [C]) * g) * g)(1 + m.g), g=torch.rand(C), a=linear()),
+        "a",
+        "is read elsewhere too",
     ),
     "a weight tied to an embedding": (embedding_tied, "b", "is read elsewhere too"),
     "a weight used twice": (
-        lambda: Net(lambda m, x: m.b(m.a(x)) + m.a(x + 1), **two()), "b", "is read elsewhere too",
+        lambda: Net(lambda m, x: m.b(m.a(x)) + m.a(x + 1), **two()),
+        "b",
+        "is read elsewhere too",
     ),
     "weight and bias of a norm are one": (
-        lambda: Net(lambda m, x: m.a(F.layer_norm(x, [C], m.g, m.g)), g=parameter(C), a=linear()), "a", "twice",
+        lambda: Net(lambda m, x: m.a(F.layer_norm(x, [C], m.g, m.g)), g=parameter(C), a=linear()),
+        "a",
+        "twice",
     ),
-    "a norm without a weight": (lambda: Net(lambda m, x: m.a(F.layer_norm(x, [C])), a=linear()), "a", "has no weight for each channel"),
+    "a norm without a weight": (
+        lambda: Net(lambda m, x: m.a(F.layer_norm(x, [C])), a=linear()),
+        "a",
+        "has no weight for each channel",
+    ),
     "a norm over two axes": (
-        lambda: Net(lambda m, x: m.a(m.n(x)), n=nn.LayerNorm([5, C]), a=linear()), "a", "has no weight for each channel",
+        lambda: Net(lambda m, x: m.a(m.n(x)), n=nn.LayerNorm([5, C]), a=linear()),
+        "a",
+        "has no weight for each channel",
     ),
-    "a norm's weight comes in": (lambda: Net(lambda m, x: m.a(F.rms_norm(x, [C], x[0, 0].abs())), a=linear()), "a", "is no constant"),
+    "a norm's weight comes in": (
+        lambda: Net(lambda m, x: m.a(F.rms_norm(x, [C], x[0, 0].abs())), a=linear()),
+        "a",
+        "is no constant",
+    ),
     "the mean of a norm": (
-        lambda: Net(lambda m, x: m.a(torch.native_layer_norm(x, [C], m.g, m.g, 1e-5)[1].expand(-1, -1, C)), g=parameter(C), a=linear()),
-        "a", "not the first result",
+        lambda: Net(
+            lambda m, x: m.a(torch.native_layer_norm(x, [C], m.g, m.g, 1e-5)[1].expand(-1, -1, C)),
+            g=parameter(C),
+            a=linear(),
+        ),
+        "a",
+        "not the first result",
     ),
     "channels of a norm are rows": (
-        lambda: Net(lambda m, x: m.a(m.n(x).transpose(1, 2)), n=nn.LayerNorm(C), a=linear(5)), "a", "vary between rows of a norm",
+        lambda: Net(lambda m, x: m.a(m.n(x).transpose(1, 2)), n=nn.LayerNorm(C), a=linear(5)),
+        "a",
+        "vary between rows of a norm",
     ),
     "channels of a product are rows": (
-        lambda: Net(lambda m, x: m.b(m.a(x).transpose(1, 2)), a=linear(), b=linear(5)), "b", "vary between rows of a product",
+        lambda: Net(lambda m, x: m.b(m.a(x).transpose(1, 2)), a=linear(), b=linear(5)),
+        "b",
+        "vary between rows of a product",
     ),
     "a product with a vector": (
-        lambda: Net(lambda m, x: m.a(x.reshape(10, C)[:C] @ m.w), w=parameter(C), a=linear()), "a", "a product with a vector",
+        lambda: Net(lambda m, x: m.a(x.reshape(10, C)[:C] @ m.w), w=parameter(C), a=linear()),
+        "a",
+        "a product with a vector",
     ),
     "a layer with one result": (
-        lambda: Net(lambda m, x: m.a(F.linear(x.reshape(10, C)[:C], m.w)), w=parameter(C), a=linear()), "a", "a product with a vector",
+        lambda: Net(lambda m, x: m.a(F.linear(x.reshape(10, C)[:C], m.w)), w=parameter(C), a=linear()),
+        "a",
+        "a product with a vector",
     ),
     "a weight that is computed": (
-        lambda: Net(lambda m, x: m.a(x.view(-1, C) @ m.w.tanh()), w=parameter(C, C), a=linear()), "a", "a constant behind aten.tanh",
+        lambda: Net(lambda m, x: m.a(x.view(-1, C) @ m.w.tanh()), w=parameter(C, C), a=linear()),
+        "a",
+        "a constant behind aten.tanh",
     ),
     "a weight from outside": (lambda: Net(lambda m, x: m.a(F.linear(x, x[0, 0].diag())), a=linear()), "a", "aten.diag"),
     "values that differ between batches": (
-        lambda: Net(lambda m, x: m.b((x @ m.a(x.view(-1, C)[:C])).transpose(0, 1).flatten(1)), a=linear(C, 6), b=linear(12)), "b", "is broadcast",
+        lambda: Net(lambda m, x: m.b((x @ m.a(x.view(-1, C)[:C])).transpose(0, 1).flatten(1)), a=linear(C, 6), b=linear(12)),
+        "b",
+        "is broadcast",
     ),
     "repetition along the channels": (
-        lambda: Net(lambda m, x: m.b(m.a(x).repeat_interleave(2)[:C]), **two()), "b", "a repetition",
+        lambda: Net(lambda m, x: m.b(m.a(x).repeat_interleave(2)[:C]), **two()),
+        "b",
+        "a repetition",
     ),
     "a scaled bias": (
-        lambda: Net(lambda m, x: m.a(torch.addmm(m.h, x.view(-1, C), m.w, beta=2)), h=parameter(C), w=parameter(C, C), a=linear()), "a", "a scaled bias",
+        lambda: Net(
+            lambda m, x: m.a(torch.addmm(m.h, x.view(-1, C), m.w, beta=2)), h=parameter(C), w=parameter(C, C), a=linear()
+        ),
+        "a",
+        "a scaled bias",
     ),
     "a bias that is broadcast": (
-        lambda: Net(lambda m, x: m.a(torch.addmm(m.h, x.view(-1, C), m.w)), h=parameter(1), w=parameter(C, C), a=linear()), "a", "is broadcast along an axis",
+        lambda: Net(lambda m, x: m.a(torch.addmm(m.h, x.view(-1, C), m.w)), h=parameter(1), w=parameter(C, C), a=linear()),
+        "a",
+        "is broadcast along an axis",
     ),
-    "a function that is not homogeneous": (lambda: Net(lambda m, x: m.b(m.a(x).tanh()), **two()), "b", "aten.tanh.default does not pass on"),
+    "a function that is not homogeneous": (
+        lambda: Net(lambda m, x: m.b(m.a(x).tanh()), **two()),
+        "b",
+        "aten.tanh.default does not pass on",
+    ),
     "a square": (lambda: Net(lambda m, x: (lambda y: m.b(y * y))(m.a(x)), **two()), "b", "twice"),
     "a value by itself": (lambda: Net(lambda m, x: (lambda y: m.b(y / y))(m.a(x)), **two()), "b", "twice"),
     "a value and itself": (lambda: Net(lambda m, x: (lambda y: m.b(torch.add(y, y)))(m.a(x)), **two()), "b", "twice"),
     "a number by a value": (lambda: Net(lambda m, x: m.b(2 / m.a(x)), **two()), "b", "does not pass on"),
     "a broadcast value by another": (
-        lambda: Net(lambda m, x: m.b(m.a(x)[..., :1] / (1 + x.abs())), **two()), "b", "is broadcast along an axis",
+        lambda: Net(lambda m, x: m.b(m.a(x)[..., :1] / (1 + x.abs())), **two()),
+        "b",
+        "is broadcast along an axis",
     ),
     "a factor that is broadcast": (
-        lambda: Net(lambda m, x: m.a(x.tanh() * m.g), g=parameter(1), a=linear()), "a", "does not pass on",
+        lambda: Net(lambda m, x: m.a(x.tanh() * m.g), g=parameter(1), a=linear()),
+        "a",
+        "does not pass on",
     ),
     "a residual": (lambda: Net(lambda m, x: m.b(m.a(x.tanh()) + x.tanh()), **two()), "b", "aten.tanh"),
-    "a weighted sum": (lambda: Net(lambda m, x: m.c(torch.add(m.a(x), m.b(x), alpha=2)), c=linear(), **two()), "c", "aten.add.Tensor does not pass on"),
+    "a weighted sum": (
+        lambda: Net(lambda m, x: m.c(torch.add(m.a(x), m.b(x), alpha=2)), c=linear(), **two()),
+        "c",
+        "aten.add.Tensor does not pass on",
+    ),
     "a sum with a number": (lambda: Net(lambda m, x: m.b(m.a(x) + 1), **two()), "b", "aten.add.Tensor does not pass on"),
     "a stride": (lambda: Net(lambda m, x: m.b(m.a(x)[..., ::2]), a=linear(C, 12), b=linear(6)), "b", "a stride"),
     "a piece along another axis": (
-        lambda: Net(lambda m, x: (lambda y: m.b(y[:, :3].tanh()) + m.c(y[:, 2:].relu()))(m.a(x)), c=linear(), **two()), "c", "a piece of the axis 1",
+        lambda: Net(lambda m, x: (lambda y: m.b(y[:, :3].tanh()) + m.c(y[:, 2:].relu()))(m.a(x)), c=linear(), **two()),
+        "c",
+        "a piece of the axis 1",
     ),
     "a piece of an axis along which factors are the same": (
-        lambda: Net(lambda m, x: m.b(m.a(x)[:, :3].relu()), **two()), "b", "along which factors are the same",
+        lambda: Net(lambda m, x: m.b(m.a(x)[:, :3].relu()), **two()),
+        "b",
+        "along which factors are the same",
     ),
     "scaled channels meet others": (
-        lambda: Net(lambda m, x: m.b((lambda y: torch.cat([y, x], -1))(m.a(x))), a=linear(), b=linear(2 * C)), "b", "aten.cat.default does not pass on",
+        lambda: Net(lambda m, x: m.b((lambda y: torch.cat([y, x], -1))(m.a(x))), a=linear(), b=linear(2 * C)),
+        "b",
+        "aten.cat.default does not pass on",
     ),
     "columns by index": (
-        lambda: Net(lambda m, x: m.b(m.n(x).view(-1, C)[:, torch.arange(C).flip(0)]), n=nn.LayerNorm(C), b=linear()), "b", "aten.index",
+        lambda: Net(lambda m, x: m.b(m.n(x).view(-1, C)[:, torch.arange(C).flip(0)]), n=nn.LayerNorm(C), b=linear()),
+        "b",
+        "aten.index",
     ),
     "columns by index_select": (
-        lambda: Net(lambda m, x: m.b(m.n(x).view(-1, C).index_select(1, torch.arange(C).flip(0))), n=nn.LayerNorm(C), b=linear()), "b", "aten.index",
+        lambda: Net(
+            lambda m, x: m.b(m.n(x).view(-1, C).index_select(1, torch.arange(C).flip(0))), n=nn.LayerNorm(C), b=linear()
+        ),
+        "b",
+        "aten.index",
     ),
     "elements by index": (
-        lambda: Net(lambda m, x: m.b(m.n(x).view(-1, C)[torch.arange(C), torch.arange(C).flip(0)]), n=nn.LayerNorm(C), b=linear()), "b", "aten.index",
+        lambda: Net(
+            lambda m, x: m.b(m.n(x).view(-1, C)[torch.arange(C), torch.arange(C).flip(0)]), n=nn.LayerNorm(C), b=linear()
+        ),
+        "b",
+        "aten.index",
     ),
     "a cast to integers": (
-        lambda: Net(lambda m, x: m.b((m.a(x) * 10).to(torch.int64).to(torch.float64)), **two()), "b", "holds no floats",
+        lambda: Net(lambda m, x: m.b((m.a(x) * 10).to(torch.int64).to(torch.float64)), **two()),
+        "b",
+        "holds no floats",
     ),
     "values that are queries too": (
-        lambda: Net(lambda m, x: (lambda y: m.b(F.scaled_dot_product_attention(y, x, y)))(m.a(x)), **two()), "b", "twice",
+        lambda: Net(lambda m, x: (lambda y: m.b(F.scaled_dot_product_attention(y, x, y)))(m.a(x)), **two()),
+        "b",
+        "twice",
     ),
     "values broadcast to heads": (
         lambda: Net(
-            lambda m, x: m.b(F.scaled_dot_product_attention(x[:, None].expand(-1, 2, -1, -1), x[:, None], m.a(x)[:, None]).transpose(1, 2).flatten(2)),
-            a=linear(), b=linear(2 * C),
-        ), "b", "",
+            lambda m, x: m.b(
+                F.scaled_dot_product_attention(x[:, None].expand(-1, 2, -1, -1), x[:, None], m.a(x)[:, None])
+                .transpose(1, 2)
+                .flatten(2)
+            ),
+            a=linear(),
+            b=linear(2 * C),
+        ),
+        "b",
+        "",
     ),
     "attention whose rows are channels": (
-        lambda: Net(lambda m, x: m.b(F.scaled_dot_product_attention(x, x, m.a(x)).transpose(1, 2)), a=linear(), b=linear(5)), "b", "vary along attention's rows",
+        lambda: Net(lambda m, x: m.b(F.scaled_dot_product_attention(x, x, m.a(x)).transpose(1, 2)), a=linear(), b=linear(5)),
+        "b",
+        "vary along attention's rows",
     ),
     "an input that is its own bias": (
-        lambda: Net(lambda m, x: (lambda y: F.linear(y, m.b.weight, y))(m.a(x[0, 0])), **two()), "b", "twice",
+        lambda: Net(lambda m, x: (lambda y: F.linear(y, m.b.weight, y))(m.a(x[0, 0])), **two()),
+        "b",
+        "twice",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", STAYS)
