@@ -468,6 +468,18 @@ def test_weights_of_zeros_and_of_very_different_sizes() -> None:
         assert relative(plain(q, calib[0]), model(calib[0])) < 0.05, scheme
 
 
+def test_scales_that_leave_the_range_of_halves_on_a_route_are_held_wider() -> None:
+    """A channel that is large by its bias alone: its row, with small weights, is divided by a large factor."""
+    torch.manual_seed(0)
+    model, calib = nn.Sequential(nn.Linear(K, K), nn.Linear(K, 32)).eval(), data(0)
+    with torch.no_grad():
+        model[0].bias[0] = 1e6
+    q = quantize(model, calib, "awq-w4g32")
+    first, second = q.layers
+    assert second.route == "constants" and first.type.scale == "f32"
+    assert relative(plain(q, calib[0]), model(calib[0])) < 1e-2
+
+
 # -- files of calibration -------------------------------------------------------------------------------------------------
 
 
