@@ -161,7 +161,7 @@ def quantize(
         with progress_bar("quantizing") as told:
             made = driver.quantize_source(
                 source, calib or [source.inputs], driver.Outputs(path, built_for, export_awq, export_compressed, page), keep,
-                told, scheme=scheme, budget=budget, layers=layers,
+                told, scheme=scheme, budget=budget, layers=layers, constants_only=bool(export_awq or export_compressed),
                 options=options_of(passes, disabled, settings), **how,
             )  # fmt: skip
     except (PlaitError, KeyboardInterrupt) as error:

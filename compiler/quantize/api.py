@@ -44,6 +44,7 @@ def quantize(
     ignore: Iterable[str] = (),
     want: str = "faster",
     layers: Iterable[str] = (),
+    constants_only: bool = False,
     budget: str | None = None,
     formats: Iterable[str] = FORMATS,
     rows: Iterable[int] = ROWS,
@@ -62,7 +63,8 @@ def quantize(
     targets, ignore: layers by name or last parts of names, `re:` and an expression, or `Linear` for all. want: "faster"
     leaves layers float that would be slower than now for any of `rows` of input, measured on this machine, or larger;
     "smaller" only those that would be larger; "any" takes all.
-    layers: formats of single layers, `lm_head=w8g64`, where there is no budget. budget: `error=0.05` (relative, of the
+    layers: formats of single layers, `lm_head=w8g64`, where there is no budget. constants_only: scale inputs only where
+    constants take the factors, which is what checkpoints in other people's formats hold. budget: `error=0.05` (relative, of the
     model's results) or `bytes=40MB`: formats are chosen from `formats` for each layer, see `plan`. resume: a folder where
     finished layers are kept, so that an interrupted call goes on. progress(done, of, layer) is called on the way.
 
@@ -74,7 +76,7 @@ def quantize(
     layers = tuple(layers)
     if limit is not None and layers:
         raise BadOption(name="layers", expected="left out where a budget chooses", value=", ".join(layers))
-    one = pass_of(Scheme.of(scheme), targets, ignore, want, layers)
+    one = pass_of(Scheme.of(scheme), targets, ignore, want, layers, constants_only)
     model = _loaded(model)
     exported, flat = _captured(model, calib, examples, samples, dynamic_shapes)
     kept = Kept(resume, exported.graph, flat, f"{one}, budget {budget} of {', '.join(formats)}")
@@ -129,7 +131,14 @@ def _captured(
     return exported, calibration.flat_batches(batches, exported.in_tree, exported.held)
 
 
-def pass_of(asked: Scheme, targets: Iterable[str], ignore: Iterable[str], want: str, layers: Iterable[str]) -> Weights:
+def pass_of(
+    asked: Scheme,
+    targets: Iterable[str],
+    ignore: Iterable[str],
+    want: str,
+    layers: Iterable[str],
+    constants_only: bool = False,
+) -> Weights:
     """The pass that a scheme names. Raises BadOption for a `want` that there is not."""
     if want not in WANT:
         raise BadOption(name="want", expected=" or ".join(WANT), value=want)
@@ -137,8 +146,8 @@ def pass_of(asked: Scheme, targets: Iterable[str], ignore: Iterable[str], want: 
     form, makeup = asked.format, "gptq" in asked.method
     if form.dynamic:
         return W8a8(compensate=makeup, **common)
-    cls = Awq if "awq" in asked.method else Rtn
-    return cls(bits=form.bits, group=form.group, symmetric=form.symmetric, compensate=makeup, **common)
+    common |= {"bits": form.bits, "group": form.group, "symmetric": form.symmetric, "compensate": makeup}
+    return Awq(constants_only=constants_only, **common) if "awq" in asked.method else Rtn(**common)
 
 
 def _finished(

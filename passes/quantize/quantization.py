@@ -108,7 +108,9 @@ def quantized(
             if made is None or any(_without_scale(made.held[one.name].type) != _without_scale(kinds[one]) for one in kinds):
                 hunt = GroupSearch(group, kinds, dynamic, values, interpreter, route if isinstance(route, Route) else None)
                 alone = all(_readers(one, found) == 1 for one in kinds)
-                made = hunt.run(method if alone else Method())  # a weight of several layers is rounded once, for all
+                here = method if alone else Method()  # a weight of several layers is rounded once, for all
+                fits = isinstance(route, Route) or here.anywhere
+                made = hunt.run(here if fits else replace(here, scale=False))
                 keep(names, made)
             results[group] = made
             seen.update((one, sum(b.values[one.x].numel() // one.columns for b in values)) for one in kinds)

@@ -35,11 +35,13 @@ _FEW_ROWS = 8
 
 @dataclass(frozen=True)
 class Method:
-    """What is searched: scales of channels, clipping, rounding that makes up for its errors."""
+    """What is searched: scales of channels (`anywhere`, or only where constants take the factors), clipping, rounding that
+    makes up for its errors."""
 
     scale: bool = False
     clip: bool = False
     compensate: bool = False
+    anywhere: bool = True
 
     @staticmethod
     def of(name: str) -> Method:

@@ -147,9 +147,10 @@ class Awq(_Bits):
     """
 
     name: ClassVar[str] = "awq"
+    constants_only: bool = option(False, doc="scale only inputs whose factors constants take, as checkpoints of others hold")
 
     def method(self) -> Method:
-        return Method(scale=True, clip=True, compensate=self.compensate)
+        return Method(scale=True, clip=True, compensate=self.compensate, anywhere=not self.constants_only)
 
 
 @register

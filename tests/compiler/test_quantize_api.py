@@ -12,7 +12,15 @@ import pytest
 import torch
 from plait.compiler.debugging.interpret import interpret
 from plait.compiler.quantize.plan import Budget, error_of
-from plait.errors import BadOption, BudgetCannotBeMet, CannotReplace, CannotResume, NoQuantizedKernel, PassFailed
+from plait.errors import (
+    BadOption,
+    BudgetCannotBeMet,
+    CannotReplace,
+    CannotResume,
+    CannotWriteCheckpoint,
+    NoQuantizedKernel,
+    PassFailed,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -450,3 +458,18 @@ def test_bisection_finds_the_pass() -> None:
         model, calib[0], passes=one, options={"calibration": calib}, check=lambda build: near(build, calib[0], want)
     )
     assert "rtn" in str(found)
+
+
+def test_scales_that_only_constants_take(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()  # no route through a gelu
+    with torch.no_grad():
+        model[0].weight[:4] *= 30
+    batches = [torch.randn(32, 64) for _ in range(2)]
+    free = plait.quantize(model, batches, scheme="awq-w4g64", want="any")
+    assert any(layer.route.startswith("at run time") for layer in free.layers)
+    kept = plait.quantize(model, batches, scheme="awq-w4g64", want="any", constants_only=True)
+    assert all(layer.route in ("", "constants") for layer in kept.layers)
+    kept.save_awq(tmp_path / "checkpoint")
+    with pytest.raises(CannotWriteCheckpoint):
+        free.save_awq(tmp_path / "other")
