@@ -65,7 +65,7 @@ def quantize(
     "smaller" only those that would be larger; "any" takes all.
     layers: formats of single layers, `lm_head=w8g64`, where there is no budget. constants_only: scale inputs only where
     constants take the factors, which is what checkpoints in other people's formats hold. budget: `error=0.05` (relative, of
-    the model's results) or `bytes=40MB`: formats are chosen from `formats` for each layer, see `plan`. resume: a folder where
+    the model's results) or `bytes=40MB`: formats come from `formats` for each layer, see `plan`. resume: a folder where
     finished layers are kept, so that an interrupted call goes on. progress(done, of, layer) is called on the way.
 
     Raises BadScheme, BadCalibration, NoLayerMatches, BudgetCannotBeMet, CannotResume, BadOption, and what `plait.compile`
