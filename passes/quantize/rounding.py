@@ -36,13 +36,16 @@ def cost(error: Tensor, moments: Tensor) -> Tensor:
 
 
 def clipped(weight: Tensor, kind: QuantizedType, moments: Tensor) -> Ranges:
-    """The range of each group that costs least, judged by the group's own part of the sum. The full range is a candidate."""
+    """The range of each group that costs least, judged by the group's own part of the sum: both ends drawn in alike, or only
+    what is larger than a bound, as AWQ has it. The full range is a candidate."""
     grouped = weight.unflatten(-1, (kind.groups, kind.group))
     blocks = torch.stack([moments[i : i + kind.group, i : i + kind.group] for i in range(0, kind.columns, kind.group)])
     full = Ranges(grouped.amin(-1), grouped.amax(-1))
     best, low, high = None, full.low, full.high
-    for shrink in SHRINKS:
-        now = Ranges(full.low * shrink, full.high * shrink)
+    bounds = [shrink * torch.maximum(-full.low, full.high) for shrink in SHRINKS[1:]]
+    tried = [Ranges(full.low * shrink, full.high * shrink) for shrink in SHRINKS]
+    tried += [Ranges(torch.maximum(full.low, -bound), torch.minimum(full.high, bound)) for bound in bounds]
+    for now in tried:
         error = (rounded(weight, kind, now.low, now.high) - weight).unflatten(-1, (kind.groups, kind.group))
         costs = torch.einsum("ngi,gij,ngj->ng", error, blocks, error)
         if best is None:

@@ -157,7 +157,11 @@ class GroupSearch:
             why = f"calibration brought fewer than {_FEW_ROWS} rows to {', '.join(unseen)}: rounded to nearest"
             return Found(None, held, 0.0, 0.0, frozenset(), frozenset(), why)
         first = self.loss(plain)
-        scales, best = self._scales(first) if method.scale else (None, first)
+        tried = self._scales(first) if method.scale else [(first, None)]
+        return min((self._finished(method, first, best, scales) for best, scales in tried), key=lambda found: found.loss)
+
+    def _finished(self, method: Method, first: float, best: float, scales: Tensor | None) -> Found:
+        """Clipping, and rounding that makes up for its errors, behind scales that cost `best` without them."""
         scaled = {one: w if scales is None else w * scales for one, w in self.weights.items()}
         back = torch.ones(()) if scales is None else 1 / scales
         now = {one: rounded(w, self.kinds[one]) * back for one, w in scaled.items()}
@@ -185,24 +189,24 @@ class GroupSearch:
         moments = self.moments[one.x]
         return moments if scales is None else moments / scales[:, None] / scales
 
-    def _scales(self, best: float) -> tuple[Tensor | None, float]:
-        """The scales that cost less than none, and what they cost."""
+    def _scales(self, plain: float) -> list[tuple[float, Tensor | None]]:
+        """What scales cost, and the scales: the best of each family that are better than none, or none. Which is best behind
+        clipping is not known before."""
         tried: dict[tuple[str, float], float] = {}
-        found: Tensor | None = None
+        found: dict[str, tuple[float, Tensor | None]] = {}
 
         def look(asked: Iterable[tuple[str, float]]) -> None:
-            nonlocal found, best
-            for name, ratio, s in self._candidates(key for key in asked if key not in tried and 0 < key[1] <= 1):
+            for name, ratio, s in self._candidates(key for key in asked if key not in tried and 0 <= key[1] <= 1):
                 tried[name, ratio] = loss = self._with(s)
-                if loss < best:
-                    best, found = loss, s
+                if loss < found.get(name, (plain, None))[0]:
+                    found[name] = loss, s
 
-        look((name, i / GRID) for name in FAMILIES for i in range(2, GRID + 1, 2))
+        look((name, i / GRID) for name in FAMILIES for i in range(0, GRID + 1, 2))
         for reach in (1, 0.5):
             for family in FAMILIES:
                 _, ratio = min((loss, r) for (name, r), loss in tried.items() if name == family)
                 look((family, ratio + step * reach / GRID) for step in (-1, 1))
-        return found, best
+        return list(found.values()) or [(plain, None)]
 
     def _candidates(self, asked: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float, Tensor]]:
         x = self.magnitudes
