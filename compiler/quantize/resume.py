@@ -61,7 +61,7 @@ class Kept:
             "loss": found.loss,
             "clipped": sorted(found.clipped),
             "compensated": sorted(found.compensated),
-            "why": found.why,
+            "unseen": sorted(found.unseen),
             "digest": _digest(tensors),
         }
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
@@ -113,7 +113,7 @@ def _read(path: Path) -> tuple[Names, Found] | None:
         return None
     sets = (frozenset(about["clipped"]), frozenset(about["compensated"]))
     return tuple(about["names"]), Found(
-        tensors.get("scales"), held, about["nearest_loss"], about["loss"], *sets, about["why"]
+        tensors.get("scales"), held, about["nearest_loss"], about["loss"], *sets, frozenset(about["unseen"])
     )
 
 

@@ -23,7 +23,7 @@ from .linears import Linear
 from .observe import Batch, Batches, Interpreter, check_batches, walk
 from .routes import Edit, Route, input_route
 from .scheme import Format
-from .search import Found, GroupSearch, Method
+from .search import FEW_ROWS, Found, GroupSearch, Method
 
 Progress = Callable[[int, int, str], None]
 """Told how many groups of how many are done, and which layer was last."""
@@ -230,7 +230,7 @@ def _layer(one: Linear, form: Format, q: Quantized, group: Group, route: Route |
     how = "" if found.scales is None else "constants" if isinstance(route, Route) else f"at run time: {route.why}"
     judged = "its result" if group.join is one.node.out else _place(group)
     asked = form.group or one.columns
-    note = found.why
+    note = f"calibration brought fewer than {FEW_ROWS} rows: rounded to nearest" if one.name in found.unseen else ""
     if not note and q.type.group != asked and not form.dynamic:
         note = f"groups of {q.type.group}: {asked} do not divide {one.columns}"
     size = one.rows * one.columns * one.weight.tensor.dtype.itemsize

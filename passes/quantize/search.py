@@ -29,7 +29,7 @@ from .routes import Route
 GRID = 20
 """Exponents are tried at every second point of a grid of so many, then between."""
 FAMILIES = ("plain", "duo")
-_FEW_ROWS = 8
+FEW_ROWS = 8
 """Rows of input that a layer must have seen for its moments to say something."""
 
 
@@ -52,8 +52,8 @@ class Method:
 @dataclass(frozen=True)
 class Found:
     """What the search of a group came to: scales [K] (None: all 1) and what its layers are held as. The losses, of rounding
-    to nearest and of this, are mean squared errors at the group's results, relative to their mean square. `why` says what
-    was not done. Layers go by name."""
+    to nearest and of this, are mean squared errors at the group's results, relative to their mean square. Layers go by name;
+    `unseen` are those that calibration brought fewer than `FEW_ROWS` rows, too few to clip or to compensate by."""
 
     scales: Tensor | None
     held: Mapping[str, Quantized]
@@ -61,7 +61,7 @@ class Found:
     loss: float
     clipped: frozenset[str]
     compensated: frozenset[str]
-    why: str = ""
+    unseen: frozenset[str] = frozenset()
 
 
 class GroupSearch:
@@ -102,6 +102,16 @@ class GroupSearch:
         """mean|x| [K] of the value that the group reads."""
         rows = [rows_of(batch.values[self.group.x]).float() for batch in self.batches]
         return (sum(x.abs().double().sum(0) for x in rows) / max(1, sum(len(x) for x in rows))).float()  # type: ignore[union-attr]
+
+    @cached_property
+    def unseen(self) -> frozenset[Linear]:
+        """Layers that calibration has hardly reached."""
+        return frozenset(one for one in self.wanted if self.seen(one) < FEW_ROWS)
+
+    @property
+    def known(self) -> list[Linear]:
+        """The others."""
+        return [one for one in self.wanted if one not in self.unseen]
 
     def seen(self, one: Linear) -> int:
         """Rows that calibration brought to a layer."""
@@ -151,11 +161,9 @@ class GroupSearch:
     def run(self, method: Method) -> Found:
         """The best that was found."""
         plain = {one: rounded(w, self.kinds[one]) for one, w in self.weights.items()}
-        unseen = [one.name for one in self.wanted if self.seen(one) < _FEW_ROWS]
-        if unseen:
+        if all(one in self.unseen for one in self.wanted):
             held = {one.name: nearest(w, self.kinds[one], None) for one, w in self.weights.items()}
-            why = f"calibration brought fewer than {_FEW_ROWS} rows to {', '.join(unseen)}: rounded to nearest"
-            return Found(None, held, 0.0, 0.0, frozenset(), frozenset(), why)
+            return Found(None, held, 0.0, 0.0, frozenset(), frozenset(), frozenset(held))
         first = self.loss(plain)
         tried = self._scales(first) if method.scale else [(first, None)]
         return min((self._finished(method, first, best, scales) for best, scales in tried), key=lambda found: found.loss)
@@ -168,13 +176,13 @@ class GroupSearch:
         ranges: dict[Linear, Ranges | None] = dict.fromkeys(self.wanted)
         makeup: dict[Linear, Quantized] = {}
         if method.clip:
-            for one in self.wanted:
+            for one in self.known:
                 found = clipped(scaled[one], self.kinds[one], self._moments(one, scales))
                 tried = {**now, one: rounded(scaled[one], self.kinds[one], found.low, found.high) * back}
                 if (loss := self.loss(tried)) < best:
                     best, now, ranges[one] = loss, tried, found
         if method.compensate:
-            for one in self.wanted:
+            for one in self.known:
                 made = compensated(scaled[one], self.kinds[one], self._moments(one, scales), ranges[one])
                 tried = {**now, one: made.dequantize() * back}
                 if (loss := self.loss(tried)) < best:
@@ -183,7 +191,8 @@ class GroupSearch:
             one.name: makeup[one] if one in makeup else nearest(w, self.kinds[one], ranges[one]) for one, w in scaled.items()
         }
         clips = frozenset(one.name for one, found in ranges.items() if found is not None)
-        return Found(scales, held, first, best, clips, frozenset(one.name for one in makeup))
+        hardly = frozenset(one.name for one in self.unseen)
+        return Found(scales, held, first, best, clips, frozenset(one.name for one in makeup), hardly)
 
     def _moments(self, one: Linear, scales: Tensor | None) -> Tensor:
         moments = self.moments[one.x]
