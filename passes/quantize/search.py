@@ -29,6 +29,8 @@ from .routes import Route
 GRID = 20
 """Exponents are tried at every second point of a grid of so many, then between."""
 FAMILIES = ("plain", "duo")
+AT_RUN_TIME = 0.95
+"""What scales must leave of the loss, at most, where no constant takes them and the input is multiplied at each call."""
 FEW_ROWS = 8
 """Rows of input that a layer must have seen for its moments to say something."""
 
@@ -200,14 +202,15 @@ class GroupSearch:
 
     def _scales(self, plain: float) -> list[tuple[float, Tensor | None]]:
         """What scales cost, and the scales: the best of each family that are better than none, or none. Which is best behind
-        clipping is not known before."""
+        clipping is not known before. A multiplication at run time must be worth it."""
+        bar = plain if self.route is not None else AT_RUN_TIME * plain
         tried: dict[tuple[str, float], float] = {}
         found: dict[str, tuple[float, Tensor | None]] = {}
 
         def look(asked: Iterable[tuple[str, float]]) -> None:
             for name, ratio, s in self._candidates(key for key in asked if key not in tried and 0 <= key[1] <= 1):
                 tried[name, ratio] = loss = self._with(s)
-                if loss < found.get(name, (plain, None))[0]:
+                if loss < found.get(name, (bar, None))[0]:
                     found[name] = loss, s
 
         look((name, i / GRID) for name in FAMILIES for i in range(0, GRID + 1, 2))
