@@ -72,10 +72,6 @@ def _quantize(weight: Tensor, type: str) -> tuple[Tensor, Tensor, Tensor]:
     return made.codes, made.scales, zeros
 
 
-def _like(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _fake_quantize_parts(weight: Tensor, type: str) -> tuple[Tensor, Tensor, Tensor]:
     kind = QuantizedType.of(type)
     parts = zip(kind.part_shapes, kind.part_dtypes, strict=True)
@@ -136,8 +132,8 @@ for _name, _real, _fake in (
     ("quantized_linear", quantized_linear, _fake_linear),
     ("dequantize", dequantize, _fake_dequantize),
     ("quantize", _quantize, _fake_quantize_parts),
-    ("fake_quantize", fake_quantize, _like),
-    ("fake_quantize_rows", fake_quantize_rows, _like),
+    ("fake_quantize", fake_quantize, lambda weight, type: torch.empty_like(weight)),
+    ("fake_quantize_rows", fake_quantize_rows, lambda x: x.new_empty(x.shape)),
     ("quantize_rows", quantize_rows, _fake_rows),
     ("dynamic_linear", dynamic_linear, _fake_dynamic),
 ):

@@ -27,7 +27,7 @@ PRINTS = {
     "early_exit.py": "the same number of layers: True",
     "generator.py": "a batch of 16:",
     "torch_compile.py": "1000 new points:",
-    "ahead_of_time.py": "imported of plait: errors, runtime",
+    "ahead_of_time.py": "imported of plait: errors, formats, runtime",
     "step_by_step.py": "what fold changed:",
     "find_the_culprit.py": "scale-once, rule two-scales, aten.mul.Tensor at find_the_culprit.py:",
     "tiny_llama.py": "with outliers",

@@ -8,6 +8,7 @@ import pytest
 import sympy
 import torch
 from plait.errors import InferenceFailed
+from plait.formats import QuantizedType
 from plait.ir import SymbolInfo, TensorType, contiguous_strides, dim, infer_rules, infer_views, op, size_symbol
 from plait.ir.graph import bind
 from plait.ir.infer import RULES, by_rule
@@ -286,7 +287,43 @@ def convolution(rng: random.Random) -> tuple[Any, ...]:
     return x, weight, bias, *pairs, False, (0, 0), groups
 
 
+def coded(rng: random.Random) -> tuple[QuantizedType, tuple[TensorType | None, ...]]:
+    """A quantized type, and types of its parts."""
+    bits, symmetric, layout_ = rng.choice((2, 3, 4, 8)), rng.random() < 0.5, rng.choice(("panels", "rows"))
+    kind = QuantizedType(
+        (rng.choice((8, 40)), 64), bits, rng.choice((32, 64)), symmetric, rng.choice(("f16", "f32")), layout_
+    )
+    parts = zip(kind.part_shapes, kind.part_dtypes, strict=True)
+    return kind, tuple(None if s is None or d is None else TensorType(s, d) for s, d in parts)
+
+
+def rows(rng: random.Random, columns: int) -> TensorType:
+    return TensorType((*shape(rng, 0, 2), columns), rng.choice(FLOATS))
+
+
+def quantized_linear(rng: random.Random) -> tuple[Any, ...]:
+    kind, parts = coded(rng)
+    x = rows(rng, rng.choice((64, 64, 64, 32)))
+    return x, *parts, rng.choice((None, TensorType((kind.rows,), torch.float32))), str(kind)
+
+
+def dequantize(rng: random.Random) -> tuple[Any, ...]:
+    kind, parts = coded(rng)
+    return *parts, str(kind), rng.choice(FLOATS)
+
+
+def dynamic_linear(rng: random.Random) -> tuple[Any, ...]:
+    n = rng.choice((8, 40))
+    return rows(rng, 64), TensorType((n, 64), torch.int8), TensorType((n, 1), torch.float32), None
+
+
 MAKERS["aten.convolution.default"] = convolution
+MAKERS["plait.quantized_linear.default"] = quantized_linear
+MAKERS["plait.dequantize.default"] = dequantize
+MAKERS["plait.dynamic_linear.default"] = dynamic_linear
+MAKERS["plait.fake_quantize.default"] = lambda rng: (
+    tensor(rng, rng.choice(((40, 64), (40, 64), (8, 32))), FLOATS), "u4g32[40,64]"
+)  # fmt: skip
 for _name in ("zeros_like", "ones_like", "empty_like"):
     MAKERS[f"aten.{_name}.default"] = lambda rng: (
         tensor(rng), rng.choice((None, *DTYPES)), None, None, None, memory_format(rng)
