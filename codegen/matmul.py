@@ -219,6 +219,7 @@ def _layout(outer: Dim, inner: Dim, inner_name: str, outer_name: str) -> tuple[s
 
 
 def from_operands(a: Value, b: Value, bias: Value | None, alpha: Any, beta: Any) -> Matmul | str:
+    """The template's view of beta * bias + alpha * a @ b, a [.., M, K], b [.., K, N]; a reason where it does not take it."""
     left, right = a.tensor, b.tensor
     if not isinstance(alpha, int | float) or not isinstance(beta, int | float):
         return "scale factors that are not known at compile time"

@@ -97,7 +97,10 @@ def choose(
     """
     part = problem.part
     allowed = [name for name in part.names if name in names]
-    make = lambda: _candidates(part, allowed, table, threads, folder, budget)  # noqa: E731
+
+    def make() -> dict[str, Callable[[], object]]:
+        return _candidates(part, allowed, table, threads, folder, budget)
+
     choice = table.choose(part.key(threads), allowed, make, budget=budget)
     return replace(choice, timing=_scaled(choice.timing, problem))
 

@@ -206,15 +206,7 @@ def table_of(graph: Graph, one: Weights, ctx: Context, formats: Sequence[str], t
 
         return look
 
-    visits: dict[Node, list[Callable[[Node, Sequence[Batch]], None]]] = {}
-    for group in everything:
-        visits.setdefault(group.end, []).append(visit(group))
-
-    def all_of(node: Node, batches: Sequence[Batch]) -> None:
-        for look in visits[node]:
-            look(node, batches)
-
-    walk(graph, ctx.calibration, dict.fromkeys(visits, all_of), kept_until(everything))
+    walk(graph, ctx.calibration, ((group.end, visit(group)) for group in everything), kept_until(everything))
     return [made[group] for group in everything]
 
 

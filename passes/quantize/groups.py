@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 
 from ...ir import Graph, Node, TensorType, Value
@@ -140,7 +139,9 @@ _END = "end"
 
 def _after(graph: Graph) -> dict[Node, Node]:
     """For each node the next one that everything on its way to a result passes through (its immediate postdominator)."""
-    flow: nx.DiGraph = nx.DiGraph()
+    import networkx
+
+    flow: networkx.DiGraph = networkx.DiGraph()
     flow.add_node(_END)
     for node in graph.nodes:
         for v in node.results:
@@ -149,7 +150,7 @@ def _after(graph: Graph) -> dict[Node, Node]:
             for user in graph.users.get(v, ()):
                 if user.results:
                     flow.add_edge(user, node)
-    found = nx.immediate_dominators(flow, _END)
+    found = networkx.immediate_dominators(flow, _END)
     return {node: by for node, by in found.items() if node != _END and by is not None and by != _END}
 
 

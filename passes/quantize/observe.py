@@ -73,12 +73,17 @@ class Interpreter:
             batch.sizes.update(_sizes(v, x))  # sizes that depend on data become known here
 
 
-def walk(graph: Graph, batches: Batches, visits: Mapping[Node, Visit], keep: Mapping[Value, Node] | None = None) -> None:
-    """Run the graph on all batches and call `visits[node](node, values of each batch)` when a node has run.
+def walk(
+    graph: Graph, batches: Batches, visitors: Iterable[tuple[Node, Visit]], keep: Mapping[Value, Node] | None = None
+) -> None:
+    """Run the graph on all batches and call `visit(node, values of each batch)` when a node has run, for each visitor of it.
 
     `keep` names values that must be there until a node has been visited. Random draws start from the same seed each time.
     """
     interpreter = Interpreter(graph)
+    visits: dict[Node, list[Visit]] = {}
+    for node, visit in visitors:
+        visits.setdefault(node, []).append(visit)
     needed = _ancestors(graph, visits)
     last = _last_readers(needed, keep or {})
     with torch.no_grad(), torch.random.fork_rng():
@@ -87,8 +92,8 @@ def walk(graph: Graph, batches: Batches, visits: Mapping[Node, Visit], keep: Map
         for node in needed:
             for batch in started:
                 interpreter.apply(node, batch)
-            if node in visits:
-                visits[node](node, started)
+            for visit in visits.get(node, ()):
+                visit(node, started)
             for v in last.get(node, ()):
                 for batch in started:
                     batch.values.pop(v, None)
@@ -145,7 +150,7 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _ancestors(graph: Graph, visits: Mapping[Node, Visit]) -> list[Node]:
+def _ancestors(graph: Graph, visits: Mapping[Node, Sequence[Visit]]) -> list[Node]:
     """What the visited nodes need, in order; effects stay among themselves in order."""
     wanted: set[Value] = set()
     found: list[Node] = []

@@ -118,20 +118,7 @@ def quantized(
 
         return search
 
-    by_end: dict[Node, list[Group]] = {}
-    for group in everything:
-        by_end.setdefault(group.end, []).append(group)
-
-    def visits(of: list[Group]) -> Callable[[Node, Sequence[Batch]], None]:
-        searches = [visit(group) for group in of]
-
-        def all_of(node: Node, values: Sequence[Batch]) -> None:
-            for search in searches:
-                search(node, values)
-
-        return all_of
-
-    walk(graph, batches, {end: visits(of) for end, of in by_end.items()}, kept_until(everything))
+    walk(graph, batches, ((group.end, visit(group)) for group in everything), kept_until(everything))
     return _emit(graph, formats, everything, routes, results, seen)
 
 

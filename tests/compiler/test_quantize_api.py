@@ -11,6 +11,7 @@ import plait
 import pytest
 import torch
 from plait.compiler.debugging.interpret import interpret
+from plait.compiler.quantize.measure import measured
 from plait.compiler.quantize.plan import Budget, error_of
 from plait.errors import (
     BadOption,
@@ -21,6 +22,8 @@ from plait.errors import (
     NoQuantizedKernel,
     PassFailed,
 )
+from plait.formats import QuantizedType
+from plait.ir import TensorType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -473,3 +476,9 @@ def test_scales_that_only_constants_take(tmp_path: Path) -> None:
     kept.save_awq(tmp_path / "checkpoint")
     with pytest.raises(CannotWriteCheckpoint):
         free.save_awq(tmp_path / "other")
+
+
+def test_nothing_is_called_faster_where_nothing_is_measured() -> None:
+    kind = QuantizedType((64, 64), 4, 32)
+    assert "nothing is measured on cuda:0" in measured()(TensorType((2, 64), torch.float32, "cuda:0"), kind, False)
+    assert "f64" in measured()(TensorType((2, 64), torch.float64), kind, False)
