@@ -1,4 +1,4 @@
-"""Choosing codes: clipping judged by the inputs' second moments, and rounding that makes up for its own errors (GPTQ).
+"""Choosing codes: ranges judged by the inputs' second moments, and rounding that makes up for its own errors (GPTQ).
 
 Both use H = X^T X [K, K] of a layer's inputs: an error D [N, K] of the weight costs trace(D H D^T) at the layer's results,
 summed over tokens. H of inputs divided by s is H / (s s^T).
@@ -6,6 +6,7 @@ summed over tokens. H of inputs divided by s is H / (s s^T).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,12 @@ from torch import Tensor
 from ...formats import Quantized, QuantizedType
 from ...formats.quantized import quantize, rounded, scales_of
 
-SHRINKS = tuple(1 - i / 20 for i in range(10))
-"""What clipping tries: shares of a group's range, as AWQ does (1 to 0.55)."""
+FIRST = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""What clipping tries first: shares of a group's range, for each of its ends."""
+STEPS = (0.05, 0.025)
+"""By what the shares are then varied, one end or both, at each sweep."""
+WIDEST = 1.05
+SWEEPS = 4
 
 
 @dataclass(frozen=True)
@@ -36,25 +41,78 @@ def cost(error: Tensor, moments: Tensor) -> Tensor:
 
 
 def clipped(weight: Tensor, kind: QuantizedType, moments: Tensor) -> Ranges:
-    """The range of each group that costs least, judged by the group's own part of the sum: both ends drawn in alike, or only
-    what is larger than a bound, as AWQ has it. The full range is a candidate."""
+    """The range of each group, both ends chosen so that the layer's results cost least.
+
+    AWQ judges the range of a group by the group's own part of the sum. Here groups take turns: each is judged by the whole
+    sum, the errors of the others being what they are, so that errors of groups make up for each other where inputs are
+    correlated. No turn makes the cost larger. A symmetric type has one end.
+    """
     grouped = weight.unflatten(-1, (kind.groups, kind.group))
-    blocks = torch.stack([moments[i : i + kind.group, i : i + kind.group] for i in range(0, kind.columns, kind.group)])
     full = Ranges(grouped.amin(-1), grouped.amax(-1))
-    best, low, high = None, full.low, full.high
-    bounds = [shrink * torch.maximum(-full.low, full.high) for shrink in SHRINKS[1:]]
-    tried = [Ranges(full.low * shrink, full.high * shrink) for shrink in SHRINKS]
-    tried += [Ranges(torch.maximum(full.low, -bound), torch.minimum(full.high, bound)) for bound in bounds]
-    for now in tried:
-        error = (rounded(weight, kind, now.low, now.high) - weight).unflatten(-1, (kind.groups, kind.group))
-        costs = torch.einsum("ngi,gij,ngj->ng", error, blocks, error)
-        if best is None:
-            best = costs
-        else:
-            better = costs < best
-            best = torch.where(better, costs, best)
-            low, high = torch.where(better, now.low, low), torch.where(better, now.high, high)
-    return Ranges(low, high)
+    shares = torch.ones(2, *full.low.shape)
+    error = rounded(weight, kind) - weight
+    part = QuantizedType((kind.rows, kind.group), kind.bits, kind.group, kind.symmetric, kind.scale, "rows")
+    for sweep in range(SWEEPS):
+        for g in range(kind.groups):
+            columns = slice(g * kind.group, (g + 1) * kind.group)
+            own = moments[columns, columns]
+            others = error @ moments[:, columns] - error[:, columns] @ own
+            ends = full.low[:, g : g + 1], full.high[:, g : g + 1]
+            turn = _Turn(weight[:, columns], part, ends, own, 2 * others, error[:, columns], shares[:, :, g : g + 1])
+            turn.look(_first(kind.symmetric) if sweep == 0 else ())
+            for step in STEPS:
+                turn.vary(_around(step, kind.symmetric))
+            error[:, columns], shares[:, :, g : g + 1] = turn.error, turn.shares
+    return Ranges(full.low * shares[0], full.high * shares[1])
+
+
+class _Turn:
+    """The choice of one group's range: what is best so far for each row."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        kind: QuantizedType,
+        ends: tuple[Tensor, Tensor],
+        own: Tensor,
+        others: Tensor,
+        error: Tensor,
+        shares: Tensor,
+    ) -> None:
+        self.weight, self.kind, self.ends, self.own, self.others = weight, kind, ends, own, others
+        self.error, self.shares = error, shares
+        self.costs = self._cost(error)
+
+    def look(self, tried: Iterable[tuple[float, float]]) -> None:
+        """Try shares of both ends, the same for all rows."""
+        for pair in tried:
+            self._try(torch.tensor(pair)[:, None, None].expand_as(self.shares))
+
+    def vary(self, offsets: Iterable[tuple[float, float]]) -> None:
+        """Try what lies around the shares that each row has now."""
+        middle = self.shares
+        for pair in offsets:
+            self._try((middle + torch.tensor(pair)[:, None, None]).clamp(max=WIDEST))
+
+    def _try(self, shares: Tensor) -> None:
+        low, high = self.ends[0] * shares[0], self.ends[1] * shares[1]
+        error = rounded(self.weight, self.kind, low, high) - self.weight
+        costs = self._cost(error)
+        better = costs < self.costs
+        self.costs, self.error = torch.where(better, costs, self.costs), torch.where(better, error, self.error)
+        self.shares = torch.where(better, shares, self.shares)
+
+    def _cost(self, error: Tensor) -> Tensor:
+        return ((error @ self.own + self.others) * error).sum(-1, keepdim=True)
+
+
+def _first(symmetric: bool) -> list[tuple[float, float]]:
+    return [(low, high) for low in FIRST for high in FIRST if low == high or not symmetric]
+
+
+def _around(step: float, symmetric: bool) -> list[tuple[float, float]]:
+    sides = (-step, 0.0, step)
+    return [(low, high) for low in sides for high in sides if (low or high) and (low == high or not symmetric)]
 
 
 def nearest(weight: Tensor, kind: QuantizedType, ranges: Ranges | None) -> Quantized:
@@ -112,4 +170,4 @@ def _shares(weight: Tensor, kind: QuantizedType, ranges: Ranges | None) -> tuple
     return torch.where(low != 0, ranges.low / low, 1.0), torch.where(high != 0, ranges.high / high, 1.0)
 
 
-__all__ = ["SHRINKS", "Ranges", "clipped", "compensated", "cost", "nearest", "rounded"]
+__all__ = ["Ranges", "clipped", "compensated", "cost", "nearest", "rounded"]
