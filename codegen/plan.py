@@ -100,11 +100,12 @@ class _Planner:
         for node in self.graph.nodes:
             if node.op.name == "plait.constant" and (node.out in first or node.out in self.returned):
                 self.define(node.out, "constant", node.args[0])
+        late = {s.name for s in self.symbols() if s.input < 0}  # the arena is made before they are known
         blocks: list[Block] = []
         for v, step in first.items():
             if v in self.specs or not isinstance(v.type, TensorType):
                 continue
-            if v in self.returned:
+            if v in self.returned or any(s.name in late for s in v.tensor.symbols()):
                 self.define(v, "fresh")
             else:
                 blocks.append(Block(v, self.nbytes(v), step, last[v]))

@@ -42,6 +42,9 @@ class Builder:
         self.numbers: list[range] = []
         self.steps = self._build_steps()
         self.results = self._results()
+        needed = max((layout.stages[name] for name in sizes.symbols(self._plan.arena)), default=0)
+        if needed:
+            raise UnsafePlan(why=f"the arena needs a size that step {needed - 1} gives")
         self.arena_slot = layout.slot(self._plan.arena)
         guards = self._guards()
         for stage, hooks in self._hooks.items():
