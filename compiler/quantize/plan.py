@@ -182,6 +182,7 @@ def _in_order(by_group: Sequence[Sequence[Option]]) -> tuple[Option, ...]:
 def table_of(graph: Graph, one: Weights, ctx: Context, formats: Sequence[str], timed: Timed) -> list[list[Option]]:
     """Options of each group's layers, format after format; float is always one. Raises as `tabled` does."""
     forms = list(dict.fromkeys((*map(Format.of, formats), FLOAT)))
+    graph = one.split(graph, ctx)
     found = linears(graph)
     wanted = chosen(found, one.targets, one.ignore)
     check_batches(graph, ctx.calibration)

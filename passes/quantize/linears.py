@@ -14,7 +14,6 @@ _LINEAR, _TURNS = (
     ("aten.t.default", "aten.permute.default", "aten.transpose.int", "aten.numpy_T.default"),
 )
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.matmul.default")
-_STACKED = ("aten.bmm", "aten.baddbmm", "grouped_mm", "aten.matmul")
 CLASSES = ("Linear",)
 """What targets call all linear layers."""
 
@@ -52,22 +51,6 @@ def linears(graph: Graph, parameters: Collection[int] = ()) -> list[Linear]:
     for one in found:
         weights.setdefault(one.name, set()).add(one.weight)
     return [one if len(weights[one.name]) == 1 else replace(one, name=_longer(one)) for one in found]
-
-
-def stacks(graph: Graph) -> list[tuple[Node, Value]]:
-    """Products with a constant of several matrices, such as the experts of a mixture in one tensor: (node, constant)."""
-    found: list[tuple[Node, Value]] = []
-    for node in graph.nodes:
-        if not any(part in node.op.name for part in _STACKED):
-            continue
-        for value in node.inputs:
-            source = graph.producers.get(value)
-            while source is not None and source.op.name in _TURNS:
-                value = source.inputs[0]
-                source = graph.producers.get(value)
-            if source is not None and source.op.name == "plait.constant" and value.tensor.rank == 3:
-                found.append((node, value))
-    return found
 
 
 def _longer(one: Linear) -> str:
@@ -155,18 +138,18 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return False
 
 
-def chosen(found: Sequence[Linear], targets: Sequence[str], ignore: Sequence[str]) -> list[Linear]:
-    """The layers that are to be quantized. Raises NoLayerMatches for a pattern of `targets` that matches none, and for none
-    left."""
+def chosen(
+    found: Sequence[Linear], targets: Sequence[str], ignore: Sequence[str], whole: Collection[str] = ()
+) -> list[Linear]:
+    """The layers that are to be quantized. `whole` names others that targets may mean. Raises NoLayerMatches for a pattern
+    of `targets` that matches none, and for none left."""
+    names = [*(one.name for one in found), *whole]
     for pattern in targets:
-        if not any(matches(one.name, (pattern,)) for one in found):
-            raise NoLayerMatches(pattern=pattern, names=_some(one.name for one in found))
-    kept = [one for one in found if matches(one.name, targets) and not matches(one.name, ignore)]
-    if not kept:
-        raise NoLayerMatches(
-            pattern=f"{', '.join(targets)} without {', '.join(ignore)}", names=_some(one.name for one in found)
-        )
-    return kept
+        if not any(matches(name, (pattern,)) for name in names):
+            raise NoLayerMatches(pattern=pattern, names=_some(names))
+    if not any(matches(name, targets) and not matches(name, ignore) for name in names):
+        raise NoLayerMatches(pattern=f"{', '.join(targets)} without {', '.join(ignore)}", names=_some(names))
+    return [one for one in found if matches(one.name, targets) and not matches(one.name, ignore)]
 
 
 def _some(names: Iterable[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ...errors import BadPassOption, BadScheme
-from ...ir import Graph, Reason
+from ...ir import Graph, Reason, RuleLog
 from ..base import CapturePoint, Context, Numerics, Pass, approximate, option, register
-from .linears import Linear, chosen, linears, matches, stacks
+from .experts import left, split_experts, stacks
+from .linears import Linear, chosen, linears, matches
 from .quantization import quantized
 from .scheme import Format
 from .search import Method
@@ -44,11 +45,10 @@ class Weights(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         """The graph with quantized layers. Raises NoLayerMatches, BadCalibration, BadPassOption."""
+        graph = self.split(graph, ctx)
+        for node, name, weight, why in left(graph, ctx.parameters):
+            ctx.log.refuse("stack", node, Reason(f"{name}: {why}", weight))
         found = linears(graph, ctx.parameters)
-        for node, stack in stacks(graph):
-            ctx.log.refuse(
-                "stack", node, Reason(f"{stack.hint}: it is a stack of matrices, which no kernel holds as codes", stack)
-            )
         formats = self.formats(graph, found, ctx)
         if not formats:
             return graph
@@ -58,13 +58,33 @@ class Weights(Pass):
         ctx.report(done)
         return done.graph
 
+    def split(self, graph: Graph, ctx: Context) -> Graph:
+        """The graph with stacks of matrices taken apart into layers, where any of these will be quantized."""
+        meant = {s.node: s for s in stacks(graph) if any(map(self.means, map(s.expert, range(s.count))))}
+        made = split_experts(graph, lambda stack: stack.node in meant)
+        if made is graph:
+            return graph
+        trial = replace(ctx, log=RuleLog(), allow=lambda *_: True)
+        names = {one.name for one in self.formats(made, linears(made, ctx.parameters), trial)}
+        for node, stack in list(meant.items()):
+            if not any(stack.expert(e) in names for e in range(stack.count)):
+                why = next((str(reason) for _, _, reason in trial.log.refused if f"{stack.name}." in str(reason)), "")
+                ctx.log.refuse("stack", node, Reason(f"{stack.name}: {why.partition(': ')[2]}", stack.weight))
+                del meant[node]
+        return split_experts(graph, lambda stack: stack.node in meant)
+
+    def means(self, name: str) -> bool:
+        """Whether a layer of that name is to be quantized."""
+        return matches(name, self.targets) and not matches(name, self.ignore)
+
     def formats(self, graph: Graph, found: list[Linear], ctx: Context) -> dict[Linear, Format]:
         """The format of each layer that is to be quantized; the others are refused in the log, with the reason."""
         if self.want not in WANT:
             raise BadPassOption(name=self.name, option="want", expected=" or ".join(WANT), value=self.want)
         own = [_own(self.name, text) for text in self.layers]
         wanted: dict[Linear, Format] = {}
-        for one in chosen(found, self.targets, self.ignore):
+        whole = [stack.expert(e) for stack in stacks(graph) for e in range(stack.count)]
+        for one in chosen(found, self.targets, self.ignore, whole):
             exact = (form for pattern, form in own if pattern == one.name)
             form = next(exact, None) or next((form for pattern, form in own if matches(one.name, (pattern,))), self.format())
             why = "it stays float as planned" if form.float else self.why_not(graph, one, form, found, ctx)
