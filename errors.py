@@ -1029,3 +1029,11 @@ class NoQuantizedKernel(PlaitError):
     code = "P0908"
     message = "{op} has no kernel: {why}"
     fix = "take a format that has one (groups of multiples of 32), leave the layer float, or drop strict_kernels"
+
+
+class CircularSchedule(PlaitError):
+    """Launches of a schedule wait for each other, so that none of them would ever start."""
+
+    code = "P1001"
+    message = "the schedule never ends: {what}"
+    fix = "list launches of a stream in an order in which what they wait for comes first"
