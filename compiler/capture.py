@@ -23,6 +23,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import GraphModule, Interpreter
 from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
@@ -403,8 +404,12 @@ def lower(
             return lowering.run(*args)
 
     def trace(run: Callable[..., Any]) -> GraphModule:
-        with world.mode, torch.no_grad():
-            return make_fx(run, decomposition_table=dict(decompositions), _allow_non_fake_inputs=True)(*fakes)
+        try:
+            with world.mode, torch.no_grad():
+                return make_fx(run, decomposition_table=dict(decompositions), _allow_non_fake_inputs=True)(*fakes)
+        except GuardOnDataDependentSymNode as error:
+            asking = at.node.op.name if at.node is not None else "a decomposition"
+            raise NeedsSizeFact(op=asking, fact=error.cond) from error
 
     traced = trace(run)
     if _writes_in_place(traced):  # composites of torch, such as gru, that reuse memory where no gradient is asked for

@@ -4,48 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import plait
 import pytest
 import torch
-from plait.errors import UnsafePlan
+from plait.errors import NeedsSizeFact, UnsafePlan
 from plait.runtime.check import check
 from plait.runtime.executor import Executable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-torch.manual_seed(0)
-LINEAR = nn.Linear(16, 16).requires_grad_(False)
-
 
 class Picks(nn.Module):
-    def __init__(self, of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.of, self.linear = of, LINEAR
+        self.of = of
 
-    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        row, place = torch.where(choice == 1)
-        return self.of(x, row, place)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.of(x, mask)
 
 
-PROGRAMS = {
-    "product": lambda x, row, place: LINEAR(x[row]),
-    "two products": lambda x, row, place: LINEAR(F.gelu(LINEAR(x[row]))),
-    "scatter": lambda x, row, place: torch.zeros_like(x).index_add(0, row, x[row]),
-    "weighted": lambda x, row, place: x[row] * x.softmax(-1)[row, place, None],
-    "softmax": lambda x, row, place: (x[row].softmax(-1) @ x[row].t()).sum(0),
+W = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+PROGRAMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda x, m: F.linear(x[m], W),
+    "two products": lambda x, m: F.linear(F.gelu(F.linear(x[m], W)), W),
+    "product of both": lambda x, m: x[m].t() @ F.linear(x[m], W),
+    "two counts": lambda x, m: F.linear(torch.cat([x[m] * 2, x[~m]]), W),
+    "norm": lambda x, m: F.layer_norm(x[m], (16,)),
+    "attention": lambda x, m: (x[m] @ x[m].t()).softmax(-1) @ x[m],
+    "scatter": lambda x, m: torch.zeros_like(x).index_add(0, torch.where(m)[0], x[m]),
+    "put": lambda x, m: x.clone().index_put((m.nonzero()[:, 0],), F.linear(x[m], W)),
+    "weighted": lambda x, m: x[m] * x.softmax(-1)[torch.where(m)[0], 3, None],
+    "repeated": lambda x, m: F.linear(torch.repeat_interleave(x, m.long() * 2 + 1, dim=0), W),
+    "sorted": lambda x, m: x[m][x[m].sum(-1).argsort()].cumsum(0),
+    "reshaped": lambda x, m: F.linear(x[m].view(-1, 4, 4).transpose(1, 2).reshape(-1, 16), W),
+    "convolution": lambda x, m: F.conv1d(x[m][:, None], W[:4, :3][:, None], padding=1),
 }
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_kernels_behind_rows_that_data_pick(name: str) -> None:
-    model = Picks(PROGRAMS[name]).eval()
-    x = torch.randn(24, 16)
-    compiled = plait.compile(model, (x, torch.randint(0, 2, (24, 2))))
+def test_kernels_behind_rows_that_data_pick(name: str, tmp_path: Path) -> None:
+    model, x = Picks(PROGRAMS[name]).eval(), torch.randn(24, 16)
+    compiled = plait.compile(model, (x, torch.rand(24) < 0.5))
     check(compiled.executable.plan)
+    compiled.save(tmp_path / "picks.plait")
+    loaded = plait.load(tmp_path / "picks.plait")
     for share in (0.5, 0.0, 1.0, 0.1, 0.9):  # more and fewer rows than at the call before
-        choice = (torch.rand(24, 2) < share).long()
-        torch.testing.assert_close(compiled(x, choice), model(x, choice))
+        mask = torch.rand(24) < share
+        for run in (compiled, loaded):
+            torch.testing.assert_close(run(x, mask), model(x, mask))
+
+
+def test_an_op_that_must_know_such_a_size_is_an_error_that_names_it() -> None:
+    model = Picks(lambda x, m: F.pad(x[m], (0, 0, 1, 2))).eval()
+    with pytest.raises(NeedsSizeFact, match=r"aten\.pad\.default depends on u0"):
+        plait.compile(model, (torch.randn(24, 16), torch.rand(24) < 0.5))
 
 
 class Mixture(nn.Module):
@@ -83,7 +97,7 @@ def test_a_mixture_of_experts_and_its_low_bit_form() -> None:
 
 
 def test_a_plan_whose_arena_needs_a_size_that_a_step_gives_is_not_run() -> None:
-    compiled = plait.compile(Picks(PROGRAMS["scatter"]).eval(), (torch.randn(24, 16), torch.randint(0, 2, (24, 2))))
+    compiled = plait.compile(Picks(PROGRAMS["scatter"]).eval(), (torch.randn(24, 16), torch.rand(24) < 0.5))
     plan = replace(compiled.executable.plan, arena="u0")
     with pytest.raises(UnsafePlan, match=r"the arena needs a size that step \d gives"):
         Executable(plan, {kernel.name: _never for kernel in plan.kernels}, {})
