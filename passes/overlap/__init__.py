@@ -1,0 +1,1 @@
+"""Hiding communication behind computation."""
