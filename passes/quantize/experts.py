@@ -60,16 +60,17 @@ def left(graph: Graph, parameters: Collection[int] = ()) -> list[tuple[Node, str
     inputs = {graph.inputs[i] for i in parameters}
     found: list[tuple[Node, str, Value, str]] = []
     for node in graph.nodes:
-        if node.op.name in _PICKS:
-            (weight, _), why = _unturned(graph, node.args[0]), "each call picks some of its matrices"  # type: ignore[arg-type]
-            held = weight not in inputs and _constant(graph, weight) is None
-        elif node.op.name in (*GROUPED, *BATCHED):
-            (weight, _), why = _unturned(graph, node.args[1]), "its matrices come in at each call"  # type: ignore[arg-type]
-            held = weight not in inputs
-        else:
+        picks = node.op.name in _PICKS
+        stack = node.args[not picks] if picks or node.op.name in (*GROUPED, *BATCHED) else None
+        if not isinstance(stack, Value) or stack.tensor.rank != 3 or _stack(graph, node) is not None:
             continue
-        if not held and weight.tensor.rank == 3 and weight.tensor.dtype.is_floating_point:
-            found.append((node, _constant(graph, weight) or weight.hint, weight, why))
+        weight, _ = _unturned(graph, stack)
+        name = _constant(graph, weight)
+        if weight.tensor.dtype.is_floating_point and (name is not None or weight in inputs):
+            why = "each call picks some of its matrices" if picks else "its matrices come in at each call"
+            if name is not None and not picks:
+                why = f"a stack is not taken apart in this form of {node.op.name}"
+            found.append((node, name or weight.hint, weight, why))
     return found
 
 
@@ -142,6 +143,7 @@ class _Split:
         self.cuts: dict[Any, _Cut] = {}
         self.products: dict[Value, tuple[_Cut, list[Value]]] = {}  # results of split products, piece by piece
         self.parts: dict[tuple[Value, int, _Cut], Value] = {}
+        self.matrices: dict[tuple[str, bool, int], Value] = {}
         self.leads: dict[tuple[Value, _Cut], AxisMap | None] = {}
 
     def run(self) -> Graph:
@@ -214,8 +216,12 @@ class _Split:
         return self.made("aten.linear.default", (x, weight, None), out)
 
     def matrix(self, one: Stack, e: int) -> Value:
-        stack = self.graph.constants[one.name][e]
-        return self.builder.constant((stack if one.turned else stack.t()).contiguous(), f"{one.expert(e)}.weight")
+        key = (one.name, one.turned, e)
+        if key not in self.matrices:
+            stack = self.graph.constants[one.name][e]
+            turned = (stack if one.turned else stack.t()).contiguous()
+            self.matrices[key] = self.builder.constant(turned, f"{one.expert(e)}.weight")
+        return self.matrices[key]
 
     def piece(self, v: Value, cut: _Cut, e: int) -> Value:
         """The rows of a value that go to one matrix: computed from pieces of what came before where that was split alike."""
@@ -236,20 +242,18 @@ class _Split:
         row = cut.rows[e]
         if row is None:
             return self.builder.call("aten.slice.Tensor", whole, 0, e, e + 1)
-        kind = whole.tensor
-        return self.made(
-            "aten.index.Tensor", (whole, (row,)), TensorType((cut.sizes[e], *kind.shape[1:]), kind.dtype, kind.device)
-        )
+        kind = TensorType((cut.sizes[e], *whole.tensor.shape[1:]), whole.tensor.dtype, whole.tensor.device)
+        return self.made("aten.index.Tensor", (whole, (row,)), kind)
 
     def lead(self, v: Value, cut: _Cut) -> AxisMap | None:
         """The axes of the node that makes a value, where it works row by row on what a split product gave."""
         key = (v, cut)
         if key not in self.leads:
-            node = self.graph.producers.get(v)
-            found = None if node is None or node in self.chosen or node.after or node.token else axes(node)
-            self.leads[key] = (
-                found if isinstance(found, AxisMap) and node is not None and self.by_rows(node, found, cut) else None
-            )
+            node, self.leads[key] = self.graph.producers.get(v), None
+            if node is not None and node not in self.chosen and node.token is None:
+                found = axes(node)
+                if isinstance(found, AxisMap) and self.by_rows(node, found, cut):
+                    self.leads[key] = found
         return self.leads[key]
 
     def by_rows(self, node: Node, found: AxisMap, cut: _Cut) -> bool:

@@ -45,13 +45,13 @@ class Weights(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         """The graph with quantized layers. Raises NoLayerMatches, BadCalibration, BadPassOption."""
-        graph = self.split(graph, ctx)
+        before, graph = graph, self.split(graph, ctx)
         for node, name, weight, why in left(graph, ctx.parameters):
             ctx.log.refuse("stack", node, Reason(f"{name}: {why}", weight))
         found = linears(graph, ctx.parameters)
         formats = self.formats(graph, found, ctx)
         if not formats:
-            return graph
+            return before
         done = quantized(graph, ctx.calibration, formats, found, self.method(), ctx.progress, ctx.known, ctx.keep)
         for layer in done.layers:
             ctx.log.fire(str(layer.format))

@@ -12,8 +12,10 @@ from plait.compiler.debugging.interpret import interpret
 from plait.compiler.export import capture_model
 from plait.errors import CannotReplace
 from plait.ir import Graph, verify
+from plait.passes.base import Context
 from plait.passes.quantize.experts import split_experts, stacks
 from plait.passes.quantize.linears import linears
+from plait.passes.quantize.weights import Rtn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -174,6 +176,39 @@ def test_matrices_that_a_call_picks_are_reported() -> None:
     quantized = plait.quantize(Picked().eval(), batches, scheme="rtn-w8g32", want="any")
     assert [one.name for one in quantized.layers] == ["last"]
     assert [(one.name, one.why) for one in quantized.skipped] == [("stack", "each call picks some of its matrices")]
+
+
+def test_a_stack_with_two_readers_is_held_once() -> None:
+    class Twice(Batched):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    x = torch.randn(E, 5, K, generator=torch.Generator().manual_seed(2))
+    graph, made = taken_apart(Twice(), x)
+    assert len(made.constants) == 2 * E
+    same(graph, made, x)
+
+
+def test_nothing_is_taken_apart_where_bisection_holds_everything_back() -> None:
+    graph = capture_model(Batched().eval(), (torch.randn(E, 5, K),)).graph
+    held = Context(at="forward", allow=lambda *_: False)
+    assert Rtn(want="any").run(graph, held) is graph
+
+
+def test_forms_of_a_product_that_are_not_taken_apart_are_reported() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack, self.last = nn.Parameter(torch.randn(E, K, M)), nn.Linear(M, K)
+
+        def forward(self, x: Tensor) -> Tensor:  # the same rows by each matrix
+            return self.last(torch.matmul(x[None], self.stack))
+
+    quantized = plait.quantize(Shared().eval(), [rows(8)], scheme="rtn-w8g32", want="any")
+    assert [one.name for one in quantized.layers] == ["last"]
+    assert [(one.name, one.why) for one in quantized.skipped] == [
+        ("stack", "a stack is not taken apart in this form of aten.matmul.default")
+    ]
 
 
 def test_experts_are_no_modules_that_could_be_replaced() -> None:
