@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plait.passes.overlap.assignment import Work, assign, hidden
 
@@ -70,10 +70,13 @@ def test_every_assignment_is_allowed_and_none_beats_the_best(problem: tuple[list
     assert hidden(collectives, works, placed) <= best(collectives, works)
 
 
+@settings(max_examples=300)
 @given(problems())
-def test_work_that_is_free_to_go_anywhere_is_hidden_to_two_thirds_of_the_best(
-    problem: tuple[list[float], list[Work]],
-) -> None:
+def test_half_of_the_best_is_hidden_where_work_may_go_anywhere(problem: tuple[list[float], list[Work]]) -> None:
     collectives, works = problem
     free = [Work(work.seconds, tuple(range(len(collectives)))) for work in works]
     assert hidden(collectives, free, assign(collectives, free)) >= 0.5 * best(collectives, free)
+
+
+def test_long_work_is_not_spent_on_a_short_collective() -> None:
+    assert assign([1, 3], [Work(3, (0, 1))]) == ((), (0,))
