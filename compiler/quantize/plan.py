@@ -22,6 +22,7 @@ from ...formats import QuantizedType
 from ...formats.quantized import rounded
 from ...ir import Graph, Node, TensorType
 from ...passes.base import Context, Step, run_pipeline
+from ...passes.quantize.experts import split_experts
 from ...passes.quantize.groups import Group, groups
 from ...passes.quantize.linears import Linear, chosen, linears
 from ...passes.quantize.observe import Batch, Batches, Interpreter, check_batches, walk
@@ -182,7 +183,7 @@ def _in_order(by_group: Sequence[Sequence[Option]]) -> tuple[Option, ...]:
 def table_of(graph: Graph, one: Weights, ctx: Context, formats: Sequence[str], timed: Timed) -> list[list[Option]]:
     """Options of each group's layers, format after format; float is always one. Raises as `tabled` does."""
     forms = list(dict.fromkeys((*map(Format.of, formats), FLOAT)))
-    graph = one.split(graph, ctx)
+    graph = split_experts(graph, one.means_some)
     found = linears(graph)
     wanted = chosen(found, one.targets, one.ignore)
     check_batches(graph, ctx.calibration)

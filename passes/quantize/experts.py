@@ -44,9 +44,10 @@ class Stack:
         """E."""
         return int(self.weight.tensor.shape[0])  # type: ignore[arg-type]
 
-    def expert(self, number: int) -> str:
-        """The name of one matrix as a layer."""
-        return f"{self.name}.{number}"
+    @property
+    def experts(self) -> list[str]:
+        """The names of the matrices as layers."""
+        return [f"{self.name}.{e}" for e in range(self.count)]
 
 
 def stacks(graph: Graph) -> list[Stack]:
@@ -220,7 +221,7 @@ class _Split:
         if key not in self.matrices:
             stack = self.graph.constants[one.name][e]
             turned = (stack if one.turned else stack.t()).contiguous()
-            self.matrices[key] = self.builder.constant(turned, f"{one.expert(e)}.weight")
+            self.matrices[key] = self.builder.constant(turned, f"{one.experts[e]}.weight")
         return self.matrices[key]
 
     def piece(self, v: Value, cut: _Cut, e: int) -> Value:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ...errors import BadPassOption, BadScheme
 from ...ir import Graph, Reason, RuleLog
 from ..base import CapturePoint, Context, Numerics, Pass, approximate, option, register
-from .experts import left, split_experts, stacks
+from .experts import Stack, left, split_experts, stacks
 from .linears import Linear, chosen, linears, matches
 from .quantization import quantized
 from .scheme import Format
@@ -60,18 +60,21 @@ class Weights(Pass):
 
     def split(self, graph: Graph, ctx: Context) -> Graph:
         """The graph with stacks of matrices taken apart into layers, where any of these will be quantized."""
-        meant = {s.node: s for s in stacks(graph) if any(map(self.means, map(s.expert, range(s.count))))}
-        made = split_experts(graph, lambda stack: stack.node in meant)
+        meant = {stack.node: stack for stack in stacks(graph) if self.means_some(stack)}
+        made = split_experts(graph, self.means_some)
         if made is graph:
             return graph
         trial = replace(ctx, log=RuleLog(), allow=lambda *_: True)
         names = {one.name for one in self.formats(made, linears(made, ctx.parameters), trial)}
-        for node, stack in list(meant.items()):
-            if not any(stack.expert(e) in names for e in range(stack.count)):
-                why = next((str(reason) for _, _, reason in trial.log.refused if f"{stack.name}." in str(reason)), "")
-                ctx.log.refuse("stack", node, Reason(f"{stack.name}: {why.partition(': ')[2]}", stack.weight))
-                del meant[node]
-        return split_experts(graph, lambda stack: stack.node in meant)
+        whole = {node: stack for node, stack in meant.items() if not any(name in names for name in stack.experts)}
+        for node, stack in whole.items():
+            why = next((str(reason) for _, _, reason in trial.log.refused if f"{stack.name}." in str(reason)), "")
+            ctx.log.refuse("stack", node, Reason(f"{stack.name}: {why.partition(': ')[2]}", stack.weight))
+        return split_experts(graph, lambda stack: stack.node in meant.keys() - whole.keys()) if whole else made
+
+    def means_some(self, stack: Stack) -> bool:
+        """Whether any matrix of a stack is to be quantized."""
+        return any(map(self.means, stack.experts))
 
     def means(self, name: str) -> bool:
         """Whether a layer of that name is to be quantized."""
@@ -83,7 +86,7 @@ class Weights(Pass):
             raise BadPassOption(name=self.name, option="want", expected=" or ".join(WANT), value=self.want)
         own = [_own(self.name, text) for text in self.layers]
         wanted: dict[Linear, Format] = {}
-        whole = [stack.expert(e) for stack in stacks(graph) for e in range(stack.count)]
+        whole = [name for stack in stacks(graph) for name in stack.experts]
         for one in chosen(found, self.targets, self.ignore, whole):
             exact = (form for pattern, form in own if pattern == one.name)
             form = next(exact, None) or next((form for pattern, form in own if matches(one.name, (pattern,))), self.format())

@@ -73,7 +73,10 @@ def taken_apart(model: nn.Module, x: Tensor, dynamic_shapes: Any = None) -> tupl
 
 def same(graph: Graph, made: Graph, *inputs: Tensor) -> None:
     for found, wanted in zip(interpret(made, inputs), interpret(graph, inputs), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0.016, atol=0.03)  # of bfloat16
+        if any(c.dtype == torch.bfloat16 for c in graph.constants.values()):
+            torch.testing.assert_close(found, wanted, rtol=0.016, atol=0.016)
+        else:
+            torch.testing.assert_close(found, wanted)
 
 
 def test_experts_of_grouped_products_become_layers_with_the_same_results() -> None:
@@ -132,8 +135,9 @@ def test_quantized_experts_run_and_cost_less_by_awq_than_by_rounding() -> None:
     assert all(layer.how.startswith("scaled") and "run time" not in layer.how for layer in down)
     assert all(layer.loss < layer.nearest_loss for layer in quantized.layers)
     for x in (*batches, rows(96, 9)):
-        torch.testing.assert_close(quantized(x), model(x), rtol=0.1, atol=0.5)
-        torch.testing.assert_close(quantized(x), interpret(quantized.graph, (x,))[0], rtol=0.016, atol=0.03)
+        added = model(x) - x  # by the mixture
+        assert (quantized(x) - model(x)).norm() < 0.15 * added.norm()
+        torch.testing.assert_close(quantized(x), interpret(quantized.graph, (x,))[0], rtol=0.016, atol=0.016)
 
 
 def test_stacks_that_are_not_asked_for_stay_whole() -> None:
@@ -161,6 +165,13 @@ def test_experts_in_a_table_and_within_a_budget() -> None:
         ignore=["router"],
     )  # fmt: skip
     assert len(made.layers) == 2 * E and made.nbytes <= 0.4 * made.float_bytes
+
+
+def test_the_table_has_experts_that_would_stay_float() -> None:
+    table = plait.what_if(Grouped().eval(), [rows(96)], formats=["w8g1"], want="smaller", targets=["re:down"])
+    options = table.by_layer()
+    assert set(options) == {f"down.{e}" for e in range(E)}
+    assert all(any("bytes" in option.why_not for option in found) for found in options.values())
 
 
 def test_matrices_that_a_call_picks_are_reported() -> None:
