@@ -19,12 +19,12 @@ import torch
 from ...ir import Builder, Graph, Node, SymbolInfo, TensorType, Value, op, prune, size_symbol
 from ...ir.axes import Axes, AxisMap, axes
 from ...ir.types import Dim, contiguous_strides
+from .linears import constant_of, unturned
 
 GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 """x [T, K] by a stack [E, K, N]; the third argument says where each matrix' rows end."""
 BATCHED = ("aten.bmm.default", "aten.matmul.default")
 _PICKS = ("aten.index.Tensor", "aten.index_select.default", "aten.embedding.default")
-_TURNS = ("aten.permute.default", "aten.transpose.int", "aten.mT.default")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +65,8 @@ def left(graph: Graph, parameters: Collection[int] = ()) -> list[tuple[Node, str
         stack = node.args[not picks] if picks or node.op.name in (*GROUPED, *BATCHED) else None
         if not isinstance(stack, Value) or stack.tensor.rank != 3 or _stack(graph, node) is not None:
             continue
-        weight, _ = _unturned(graph, stack)
-        name = _constant(graph, weight)
+        weight, _ = unturned(graph, stack)
+        name = constant_of(graph, weight)
         if weight.tensor.dtype.is_floating_point and (name is not None or weight in inputs):
             why = "each call picks some of its matrices" if picks else "its matrices come in at each call"
             if name is not None and not picks:
@@ -87,33 +87,9 @@ def _stack(graph: Graph, node: Node) -> Stack | None:
             return None
     elif x.tensor.rank != 3 or x.tensor.shape[0] != weight.tensor.shape[0]:
         return None
-    weight, turned = _unturned(graph, weight)
-    name = _constant(graph, weight)
+    weight, turned = unturned(graph, weight)
+    name = constant_of(graph, weight)
     return Stack(node, x, weight, name, turned, ends) if name and weight.tensor.dtype.is_floating_point else None
-
-
-def _unturned(graph: Graph, weight: Value) -> tuple[Value, bool]:
-    """The stack behind views that exchange the axes of each matrix, and whether they are exchanged in the end."""
-    turned, source = False, graph.producers.get(weight)
-    while source is not None and source.op.name in _TURNS and _exchanges(source):
-        weight, turned = source.inputs[0], not turned
-        source = graph.producers.get(weight)
-    return weight, turned
-
-
-def _constant(graph: Graph, value: Value) -> str | None:
-    source = graph.producers.get(value)
-    return str(source.args[0]) if source is not None and source.op.name == "plait.constant" else None
-
-
-def _exchanges(node: Node) -> bool:
-    """Whether a view exchanges the two axes of each matrix."""
-    before, after = node.inputs[0].tensor, node.out.tensor
-    return before.rank == 3 and (after.shape, after.strides) == (_turned(before.shape), _turned(before.strides))
-
-
-def _turned(of: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    return (of[0], of[2], of[1])
 
 
 def split_experts(graph: Graph, wanted: Callable[[Stack], bool] = lambda _: True) -> Graph:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from ...errors import NoLayerMatches
 from ...ir import Graph, Node, TensorType, Value
+from ...ir.types import Dim
 
 _LINEAR, _TURNS = (
     "aten.linear.default",
-    ("aten.t.default", "aten.permute.default", "aten.transpose.int", "aten.numpy_T.default"),
+    ("aten.t.default", "aten.permute.default", "aten.transpose.int", "aten.numpy_T.default", "aten.mT.default"),
 )
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.matmul.default")
 CLASSES = ("Linear",)
@@ -84,22 +85,33 @@ def product_of(graph: Graph, node: Node) -> Product | None:
         turned = True
     else:
         return None
-    source = graph.producers.get(weight)
-    while source is not None and source.op.name in _TURNS and source.inputs[0].tensor.rank == 2 and _turns(source):
-        weight, turned = source.inputs[0], not turned
-        source = graph.producers.get(weight)
+    weight, again = unturned(graph, weight)
     kind = weight.tensor
     if kind.rank != 2 or not kind.is_static or not kind.dtype.is_floating_point or not isinstance(x.type, TensorType):
         return None
-    return Product(x, weight, bias, turned)
+    return Product(x, weight, bias, turned != again)
+
+
+def unturned(graph: Graph, weight: Value) -> tuple[Value, bool]:
+    """The weight behind views that exchange its last two axes, and whether they are exchanged in the end."""
+    turned, source = False, graph.producers.get(weight)
+    while source is not None and source.op.name in _TURNS and _turns(source):
+        weight, turned = source.inputs[0], not turned
+        source = graph.producers.get(weight)
+    return weight, turned
+
+
+def constant_of(graph: Graph, value: Value) -> str | None:
+    """The name of the constant that a value is."""
+    source = graph.producers.get(value)
+    return str(source.args[0]) if source is not None and source.op.name == "plait.constant" else None
 
 
 def _linear(graph: Graph, node: Node, inputs: frozenset[Value]) -> Linear | None:
     made = product_of(graph, node)
     if made is None:
         return None
-    source = graph.producers.get(made.weight)
-    constant = source.args[0] if source is not None and source.op.name == "plait.constant" else None
+    constant = constant_of(graph, made.weight)
     if constant is None and made.weight not in inputs:
         return None
     name = _name(graph, node, made.weight, constant)
@@ -121,9 +133,13 @@ def _is_row(bias: Value | None) -> bool:
 
 
 def _turns(node: Node) -> bool:
-    """Whether a view exchanges the two axes of a matrix."""
-    source, out = node.inputs[0].tensor, node.out.tensor
-    return (out.shape, out.strides) == (source.shape[::-1], source.strides[::-1])
+    """Whether a view exchanges the last two axes."""
+    before, after = node.inputs[0].tensor, node.out.tensor
+    return before.rank > 1 and (after.shape, after.strides) == (_exchanged(before.shape), _exchanged(before.strides))
+
+
+def _exchanged(of: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    return (*of[:-2], of[-1], of[-2])
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
