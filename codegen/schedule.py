@@ -9,6 +9,7 @@ import torch
 from ..errors import CannotLower
 from ..ir import Graph, Node, TensorType, Value, flatten, op
 from ..ir.rewrite import RuleLog
+from ..runtime import moe as runtime_moe
 from ..runtime import ops as runtime_ops
 from .allow import Allow, always
 from .analysis import Analysis
@@ -29,7 +30,7 @@ from .templates.matmul_choice import ONEDNN
 from .tuning import default_choice, linear_call, measured_choice
 from .unbacked import bind_sizes
 
-assert runtime_ops is not None  # importing registers the ops `plait.*` that plans call
+assert runtime_ops is not None and runtime_moe is not None  # importing registers the ops `plait.*` that plans call
 
 
 def schedule_calls(graph: Graph) -> Scheduled:
