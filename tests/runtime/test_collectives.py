@@ -215,9 +215,9 @@ def unnoticed(rank, size):
 
     first, second = channel.submit("hang", hang, source="model.py:7"), channel.submit("next", hang)
     start = time.monotonic()
-    with pytest.raises(CollectiveTimedOut, match="hang has not ended after 1 s on rank 0 of 2(.|\n)*model.py:7"):
+    with pytest.raises(CollectiveTimedOut, match=r"hang has not ended after 1 s on rank 0 of 2(.|\n)*model.py:7"):
         first.wait()
-    with pytest.raises(ChannelBroken, match="next was not started on rank 0.*hang has not ended"):
+    with pytest.raises(ChannelBroken, match=r"next was not started on rank 0.*hang has not ended"):
         second.wait()
     channel.close(5.0)  # the thread did not stay behind
     return time.monotonic() - start < 5
