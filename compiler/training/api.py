@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from . import joint
 from .checks import check_devices, check_model, check_optimizer
 from .compiled import CompiledStep
 from .gradients import Landing
+from .ranks import Ranks, average
 
 SIGNATURES = 16
 """How many signatures a training step is compiled for."""
@@ -57,12 +59,21 @@ def train_step(
     `loss(model, *batch)` gives a tensor with one number; batches hold tensors, numbers, and containers of them. A call
     computes loss and gradients, puts these into `p.grad` (replacing what was there), and calls `optimizer.step()`.
 
+    `mesh` (a 1-D DeviceMesh or a ProcessGroup) names the ranks, each of which calls its step with a batch of its own;
+    gradients are averaged over them. Parameters that are marked `p.plait_local = True`, or whose name matches a pattern of
+    `local` (`*.experts.*`), differ from rank to rank: their gradients are divided by the number of ranks only. All others,
+    and the buffers, get the values of the first rank now; what steps write into buffers stays each rank's own. So this
+    call is a collective: every rank makes it.
+
     Raises WrappedModel, NothingToTrain, ForeignParameters, SeveralDevices, BadMesh, and what `Options.of` raises; the first
     call with a signature raises LossIsNoScalar, CannotCaptureStep, TooManySignatures and what compiling raises.
     """
     check_model(model)
     check_optimizer(model, optimizer)
-    return TrainStep(model, loss, optimizer, Options.of(options, passes=passes), tuple(local), name or name_of(model))
+    chosen = Options.of(options, passes=passes)
+    made = TrainStep(model, loss, optimizer, Ranks.of(mesh), chosen, tuple(local), name or name_of(model))
+    made.share()
+    return made
 
 
 class TrainStep:
@@ -73,12 +84,13 @@ class TrainStep:
         model: torch.nn.Module,
         loss: Callable[..., torch.Tensor],
         optimizer: torch.optim.Optimizer,
+        ranks: Ranks | None,
         options: Options,
         local: tuple[str, ...],
         name: str,
     ) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.options, self.name = options, name
+        self.options, self.name, self.ranks = options, name, ranks
         self.variants: list[CompiledStep] = []
         self._local = local
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -96,6 +108,12 @@ class TrainStep:
             recompile_limit=SIGNATURES,
             isolate_recompiles=True,
         )
+
+    def share(self) -> None:
+        """Give the parameters that are no rank's own, and the buffers, the values that they have on the first rank."""
+        if self.ranks is not None:
+            dense = [p for name, p in self.model.named_parameters() if not self._is_local(name, p)]
+            self.ranks.share([*dense, *self.model.buffers()])
 
     def __call__(self, *batch: Any) -> torch.Tensor:
         """Train on one batch. Raises what is said at `train_step`; then nothing has been changed."""
@@ -159,6 +177,9 @@ class TrainStep:
         session = Session(f"{self.name}_{number}" if number else self.name, self.options)
         loss = joint.place_of_loss(gm)
         found = joint.capture(gm, inputs, deciding_table(table(self.options.keep_ops), session.decisions), loss)
+        if self.ranks is not None:
+            ids = {i: names[id(inputs[i])] for i in found.of}
+            average(found, self.ranks, lambda i: self._is_local(ids[i], inputs[i]), int(self.options.bucket_mb * 2**20))
         record = Record(session.name, "training")
         with real_tensors():
             record.captured = graph = from_fx(found.module, "step")
@@ -171,6 +192,9 @@ class TrainStep:
             observation.graphs.append(record)
         self.variants.append(CompiledStep(record, tuple(names[id(inputs[i])] for i in found.of)))
         return Landing(run, record, found.of, found.kept, loss)
+
+    def _is_local(self, name: str, parameter: torch.Tensor) -> bool:
+        return getattr(parameter, "plait_local", False) or any(fnmatchcase(name, pattern) for pattern in self._local)
 
 
 def _first_line(error: BaseException) -> str:
