@@ -1037,3 +1037,27 @@ class CircularSchedule(PlaitError):
     code = "P1001"
     message = "the schedule never ends: {what}"
     fix = "list launches of a stream in an order in which what they wait for comes first"
+
+
+class UnknownExperts(PlaitError):
+    """A model's mixture of experts has a form that `plait.moe.rewrite` has no ops for. The model is left as it was."""
+
+    code = "P1201"
+    message = "the experts of {cls} cannot be rewritten: {why}"
+    fix = "known are stacked experts that compute what transformers' MixtralExperts does; build others with plait.moe.MoE"
+
+
+class UnevenExperts(PlaitError):
+    """Experts are to be spread over ranks, and each rank must have equally many."""
+
+    code = "P1202"
+    message = "{experts} experts cannot be spread evenly over {ranks} ranks"
+    fix = "take a number of experts that the ranks divide, or a group of fewer ranks"
+
+
+class BadMixture(PlaitError):
+    """An argument of a mixture of experts has a value that it cannot have."""
+
+    code = "P1203"
+    message = "{what} must be {expected}, not {got}"
+    fix = "see docs/moe.md for what the arguments mean"
