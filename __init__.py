@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _FACE = {
+    "all_to_all_capacity": "runtime.exchange",
     "autobatch": "compiler.autobatch",
     "compile": "compiler.api",
     "CompiledModel": "compiler.api",

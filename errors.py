@@ -1061,3 +1061,49 @@ class BadMixture(PlaitError):
     code = "P1203"
     message = "{what} must be {expected}, not {got}"
     fix = "see docs/moe.md for what the arguments mean"
+
+
+class CollectiveFailed(PlaitError):
+    """A collective broke off: mostly because another rank died, or left its process group after an error of its own.
+
+    The group cannot be used any more on any rank.
+    """
+
+    code = "P1101"
+    message = "{op} failed on rank {rank} of {size} of group {group!r}{awaited}: {why}"
+    fix = "look for the first error in the logs of the other ranks; restart all of them"
+
+
+class CollectiveTimedOut(PlaitError):
+    """Other ranks did not come to a collective in time, stopped within it, or the network between them stalls."""
+
+    code = "P1102"
+    message = "{op} has not ended after {seconds} s on rank {rank} of {size} of group {group!r}{awaited}"
+    fix = (
+        "see where the other ranks are: all must issue the same collectives in the same order; if they are only slow, raise "
+        "the setting collective_timeout_s (PLAIT_COLLECTIVE_TIMEOUT_S)"
+    )
+
+
+class ChannelBroken(PlaitError):
+    """A collective was refused because an earlier one of its process group failed."""
+
+    code = "P1103"
+    message = "{op} was not started on rank {rank}, an earlier collective of group {group!r} failed: {cause}"
+    fix = "make the process group anew on all ranks, or restart them"
+
+
+class BadExchange(PlaitError):
+    """The arguments of an all_to_all_capacity do not fit each other or the process group."""
+
+    code = "P1105"
+    message = "all_to_all_capacity cannot exchange these: {why}"
+    fix = "give buf [groups, capacity, width], as many groups for each rank, and counts [groups] or rows [groups, 2] in it"
+
+
+class NoSuchGroup(PlaitError):
+    """A collective names a process group that does not exist in this process."""
+
+    code = "P1106"
+    message = "there is no process group {name!r}"
+    fix = "call torch.distributed.init_process_group first; a compiled program needs the groups that it was compiled with"

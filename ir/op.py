@@ -33,6 +33,9 @@ _ASSERTIONS = {"_assert_async", "_assert_scalar", "_linalg_check_errors"}
 #: Namespaces whose ops run on a process group.
 _COLLECTIVE_NAMESPACES = ("_c10d_functional", "c10d_functional", "_c10d_functional_autograd", "c10d")
 
+#: Ops of plait that do.
+_COLLECTIVES = ("plait::all_to_all_capacity", "plait::all_to_all_capacity_start")
+
 
 #: The class of torch's operator overloads for `isinstance` on what is typed `Any` (see `types.TUPLE`).
 OVERLOAD: Any = OpOverload
@@ -142,7 +145,7 @@ def _from_overload(overload: OpOverload[..., Any], registered: bool) -> Op:
     if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
         traits.add("data_dependent")
     effect: str | None = None
-    if overload.namespace in _COLLECTIVE_NAMESPACES:
+    if overload.namespace in _COLLECTIVE_NAMESPACES or overload.name() in _COLLECTIVES:
         effect = "collective"
     elif packet in _ASSERTIONS:
         effect = "assert"

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DamagedArtifact, KernelMissing, OpNotAvailable
 from ..formats import ops as quantized_ops  # noqa: F401  registers the ops on quantized weights
-from . import moe, ops  # noqa: F401  registers the ops of plait that plans call
+from . import exchange, moe, ops  # noqa: F401  registers the ops of plait that plans call
 from .plan import Call
 from .scalars import SCALAR_OPS
 from .sizes import Slots

@@ -1,0 +1,227 @@
+"""Collectives between processes: exchanges with a capacity, channels, and what happens when ranks die or stall."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from plait import all_to_all_capacity
+from plait.errors import BadExchange, ChannelBroken, CollectiveFailed, CollectiveTimedOut, NoSuchGroup
+from plait.runtime import collectives
+
+from tests.runtime.ranks import Ranks, on_ranks
+
+OP = torch.ops.plait.all_to_all_capacity
+
+
+def make_rows(generator, groups, capacity):
+    """Random used rows [groups, 2]; some groups have none."""
+    ends = torch.randint(0, capacity + 1, (groups, 2), generator=generator).sort(1).values
+    ends[torch.rand(groups, generator=generator) < 0.2] = 0
+    return ends
+
+
+def dense(buf, rows):
+    """The buffer with zeros outside of its used rows."""
+    at = torch.arange(buf.shape[1])
+    used = (at >= rows[:, :1]) & (at < rows[:, 1:])
+    return torch.where(used[..., None], buf, torch.zeros((), dtype=buf.dtype))
+
+
+def reference(buf, rows):
+    """Whole buffers by all_to_all_single."""
+    sent = dense(buf, rows).contiguous()
+    out, came = torch.empty_like(sent), torch.empty_like(rows)
+    dist.all_to_all_single(out, sent)
+    dist.all_to_all_single(came, rows.contiguous())
+    return out, came
+
+
+def exchanges(rank, size, seed):
+    generator = torch.Generator().manual_seed(seed * size + rank)
+    for local, capacity, width, dtype in (
+        (1, 7, 5, torch.float32),
+        (3, 40, 64, torch.bfloat16),
+        (2, 300, 96, torch.float64),
+        (2, 0, 4, torch.float32),
+        (0, 8, 4, torch.float32),
+        (2, 5, 0, torch.float32),
+        (4, 64, 33, torch.int8),
+    ):
+        buf = torch.randint(-99, 99, (local * size, capacity, width), generator=generator).to(dtype)
+        rows = make_rows(generator, local * size, capacity)
+        expected, came = reference(buf, rows)
+        out, got = OP(buf, rows, None, dist.group.WORLD.group_name)
+        assert torch.equal(out, expected) and torch.equal(got, came), (local, capacity, width, dtype)
+        out, got = OP(buf, rows, came, dist.group.WORLD.group_name)
+        assert torch.equal(out, expected) and torch.equal(got, came) and got is not came
+    return True
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_exchange_is_the_all_to_all_of_whole_buffers(size):
+    assert all(on_ranks(exchanges, size, 7))
+
+
+def faces(rank, size):
+    buf = torch.arange(2.0 * size * 3 * 4).reshape(2 * size, 3, 4) + 1000 * rank
+    counts = torch.tensor([0, 1, 2, 3])[: 2 * size].to(torch.int32)
+    rows = torch.stack([torch.zeros(2 * size, dtype=torch.int64), counts.long()], 1)
+    expected, came = reference(buf, rows)
+    mesh = dist.init_device_mesh("cpu", (size,))
+    for group in (dist.group.WORLD, dist.group.WORLD.group_name, mesh):
+        out, got = all_to_all_capacity(buf, counts, group)
+        assert torch.equal(out, expected) and torch.equal(got, came[:, 1]) and got.dtype == torch.int32
+        out, got = all_to_all_capacity(buf.transpose(1, 2).contiguous().transpose(1, 2), rows, group)
+        assert torch.equal(out, expected) and torch.equal(got, came)
+    for bad, used, why in (
+        (buf[0], rows, "must be"),
+        (buf[1:], rows[1:], "cannot be shared among 2 ranks"),
+        (buf, rows[1:], "rows must be int64"),
+        (buf, rows + 2, "the groups have 3 rows"),
+    ):
+        with pytest.raises(BadExchange, match=why):
+            all_to_all_capacity(bad, used, dist.group.WORLD)
+    with pytest.raises(NoSuchGroup, match="no process group 'nobody'"):
+        OP(buf, rows, None, "nobody")
+    all_to_all_capacity(buf, counts, mesh)  # mistakes of the arguments do no harm
+    return True
+
+
+def test_the_public_function_takes_counts_rows_and_any_kind_of_group():
+    assert all(on_ranks(faces, 2))
+
+
+def gradients(rank, size, compiled):
+    generator = torch.Generator().manual_seed(rank)
+    buf = torch.randint(-9, 9, (2 * size, 6, 4), generator=generator).double()
+    weight = torch.randint(-9, 9, (2 * size, 6, 4), generator=generator).double()
+    rows = make_rows(generator, 2 * size, 6)
+
+    def loss(exchange, x):
+        return (exchange(x.sin() if compiled else x * 3, rows) * weight).sum()
+
+    def dense_exchange(x, rows):
+        # the same as dense algebra on all ranks' buffers, which autograd differentiates by itself
+        parts = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(parts, x.detach())
+        parts[rank] = x
+        return torch.cat([p[rank * 2 : rank * 2 + 2] for p in (dense(p, r) for p, r in zip(parts, all_rows, strict=True))])
+
+    all_rows = [torch.empty_like(rows) for _ in range(size)]
+    dist.all_gather(all_rows, rows)
+    all_weights = [torch.empty_like(weight) for _ in range(size)]
+    dist.all_gather(all_weights, weight)
+    # what this rank's buffer is multiplied with, wherever it went
+    arrived = torch.cat([w[rank * 2 : rank * 2 + 2] for w in all_weights])
+
+    group = dist.group.WORLD
+    run = lambda x: loss(lambda y, r: all_to_all_capacity(y, r, group)[0], x)  # noqa: E731
+    if compiled:
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    x = buf.clone().requires_grad_()
+    made = run(x)
+    made.backward()
+    z = buf.clone().requires_grad_()
+    assert torch.equal(made.detach(), loss(dense_exchange, z).detach())
+    (dense(z.sin() if compiled else z * 3, rows) * arrived).sum().backward()
+    return torch.equal(x.grad, z.grad)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_travel_back(compiled):
+    assert all(on_ranks(gradients, 2, compiled))
+
+
+def traced(rank, size):
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    name = dist.group.WORLD.group_name
+    buf = torch.arange(2.0 * size * 3 * 4).reshape(2 * size, 3, 4) + 1000 * rank
+    rows = torch.tensor([[0, 1], [1, 3], [0, 0], [0, 3]])
+    expected, came = reference(buf, rows)
+    gm = make_fx(lambda x, r: OP(x * 2, r, None, name), tracing_mode="fake")(buf, rows)
+    out, got = gm(buf, rows)
+    assert torch.equal(out, expected * 2) and torch.equal(got, came)
+    joint = aot_export_joint_simple(
+        lambda x, r: (OP(x * 2, r, None, name)[0],), (buf.clone().requires_grad_(), rows), trace_joint=True
+    )
+    calls = [n for n in joint.graph.nodes if n.target is OP.default]
+    assert len(calls) == 2 and calls[1].args[2] is calls[0].args[1], "the backward exchanges no rows"
+    return True
+
+
+def test_it_is_traced():
+    assert all(on_ranks(traced, 2))
+
+
+# -- faults -------------------------------------------------------------------------------------------------------------
+
+
+def arguments(size):
+    buf = torch.ones(size, 4096, 256)
+    return buf, torch.tensor([[0, 4096]] * size), None, dist.group.WORLD.group_name
+
+
+def failing(rank, size, how):
+    """What a surviving rank gets where rank 1 goes away `how`: the first error, the second, and the seconds they took."""
+    os.environ[collectives.VARIABLE] = "60" if how == "die" else "1.5"
+    OP(*arguments(size))
+    if rank == 1 and how == "late":
+        time.sleep(4)
+    elif rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL if how == "die" else signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises((CollectiveFailed, CollectiveTimedOut)) as first:
+        OP(*arguments(size))
+    seconds = time.monotonic() - start
+    with pytest.raises(ChannelBroken) as second:
+        OP(*arguments(size))
+    return first.value, second.value, seconds
+
+
+@pytest.mark.parametrize("how", ["die", "stop", "late"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_surviving_rank_is_told(how, size):
+    with Ranks(failing, size, how) as ranks:
+        found = {rank: ranks.result(rank, 20) for rank in range(size) if rank != 1 or how == "late"}
+    errors = [first for first, _, _ in found.values()]
+    assert any(isinstance(e, CollectiveTimedOut) for e in errors) == (how != "die"), errors
+    for rank, (first, second, seconds) in found.items():
+        assert seconds < 6
+        text = str(first).splitlines()[0]
+        assert "plait.all_to_all_capacity" in text and f"rank {rank} of {size}" in text and "group '0'" in text
+        assert str(second).splitlines()[0].endswith(text)
+        assert second.__cause__ is None or isinstance(second.__cause__, type(first))
+
+
+def unnoticed(rank, size):
+    """A rank hangs in an op of torch, whose own time-out is a minute; what was queued behind it is refused."""
+    os.environ[collectives.VARIABLE] = "1"
+    name = dist.group.WORLD.group_name
+    if rank == 1:
+        time.sleep(3)
+        with pytest.raises(CollectiveFailed):
+            OP(*arguments(size))
+        return True
+    channel = collectives.channel(name)
+    x = torch.ones(4)
+
+    def hang(progress):
+        dist.all_reduce(x)
+
+    first, second = channel.submit("hang", hang, source="model.py:7"), channel.submit("next", hang)
+    start = time.monotonic()
+    with pytest.raises(CollectiveTimedOut, match=r"hang has not ended after 1 s on rank 0 of 2(.|\n)*model.py:7"):
+        first.wait()
+    with pytest.raises(ChannelBroken, match=r"next was not started on rank 0.*hang has not ended"):
+        second.wait()
+    channel.close(5.0)  # the thread did not stay behind
+    return time.monotonic() - start < 5
+
+
+def test_what_hangs_in_torch_is_broken_off():
+    assert all(on_ranks(unnoticed, 2))
