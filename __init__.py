@@ -16,6 +16,8 @@ _FACE = {
     "debug": "compiler.debugging.front",
     "bisect": "compiler.debugging.front",
     "first_bad_node": "compiler.debugging.front",
+    "train_step": "compiler.training",
+    "TrainStep": "compiler.training",
     "quantize": "compiler.quantize.api",
     "what_if": "compiler.quantize.api",
     "QuantizedModel": "compiler.quantize.result",

@@ -1107,3 +1107,69 @@ class NoSuchGroup(PlaitError):
     code = "P1106"
     message = "there is no process group {name!r}"
     fix = "call torch.distributed.init_process_group first; a compiled program needs the groups that it was compiled with"
+
+
+class WrappedModel(PlaitError):
+    """Something would act on gradients during the backward of a compiled training step, which does all of it at once."""
+
+    code = "P1301"
+    message = (
+        "a training step cannot be compiled with {what}: it acts while autograd runs, and a compiled step has no autograd"
+    )
+    fix = "{way}"
+
+
+class LossIsNoScalar(PlaitError):
+    """The loss of a training step is not one floating-point number."""
+
+    code = "P1302"
+    message = "the loss must be a tensor with one floating-point number, got {got}"
+    fix = "let loss(model, *batch) return it, reduced with .mean() or .sum() and before .detach() or .item()"
+
+
+class NothingToTrain(PlaitError):
+    """No gradient would come out of a training step."""
+
+    code = "P1303"
+    message = "there is nothing to train: {why}"
+    fix = "let parameters require gradients (`requires_grad_()`), and compute the loss from them outside torch.no_grad()"
+
+
+class ForeignParameters(PlaitError):
+    """Gradients are wanted of a tensor that is no parameter of the model."""
+
+    code = "P1304"
+    message = "{what} is no parameter of the model"
+    fix = "{way}"
+
+
+class SeveralDevices(PlaitError):
+    """The tensors of a training step lie on more than one device."""
+
+    code = "P1305"
+    message = "a training step runs on one device, and its tensors lie on {devices}"
+    fix = "move model and batch to one device with .to(...); more devices are more processes, one rank each, and `mesh`"
+
+
+class CannotCaptureStep(PlaitError):
+    """A training step is not one graph: it branches on data, leaves torch, or holds something that cannot be traced."""
+
+    code = "P1306"
+    message = "the training step cannot be captured as one graph: {why}"
+    fix = "change that place (torch.where or torch.cond instead of `if` on tensors; no .item() or .numpy()), or move it out"
+
+
+class TooManySignatures(PlaitError):
+    """A training step was compiled again and again, for one batch signature after another."""
+
+    code = "P1307"
+    message = "this training step was compiled for {count} signatures, and another one came: {why}"
+    fix = "pad batches to a few shapes, and keep numbers that change in tensors"
+
+
+class BadMesh(PlaitError):
+    """The ranks of a training step are not given as they can be used."""
+
+    code = "P1308"
+    message = "the mesh of a training step must be a 1-D DeviceMesh, a ProcessGroup or None, got {got}"
+    fix = "take one dimension of a mesh, `mesh['data']`, after torch.distributed.init_process_group(), on every rank of it"

@@ -51,6 +51,7 @@ class Options:
         "torch", doc="what the backward computes again: torch (its min-cut), cost (plait's, by times) or none; tags win"
     )
     training: bool = option(False, doc="plait.compile: take training mode as it is; batch norm updates, dropout draws")
+    bucket_mb: float = option(4.0, doc="plait.train_step: megabytes of gradients that ranks average in one collective")
     print_after: tuple[str, ...] = option((), doc="passes after which the graph is printed to stderr, or `all`")
     dump_dir: str | None = option(None, doc="folder for the graph after each pass, kernel sources and coverage")
     max_rel_err: float | None = option(
@@ -123,6 +124,9 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     budget = values.get("compile_budget_s")
     if budget is not None and not (math.isfinite(budget) and budget >= 0):
         raise BadOption(name="compile_budget_s", expected="a number from 0 on", value=budget)
+    bucket = values.get("bucket_mb")
+    if bucket is not None and not (math.isfinite(bucket) and bucket >= 0):
+        raise BadOption(name="bucket_mb", expected="a number from 0 on", value=bucket)
     if limit is not None and limit < 0:
         raise BadOption(name="bisect_limit", expected="a number from 0 on", value=limit)
 

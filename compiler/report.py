@@ -1,4 +1,4 @@
-"""One HTML page about a compiled model: what runs where and why, what each pass did, the graph, the kernels."""
+"""One HTML page about a compiled model or training step: what runs where and why, passes, the graph, kernels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .. import __version__
 if TYPE_CHECKING:
     from .api import CompiledModel
     from .profile import Profile
+    from .training import CompiledStep
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def render_report(model: CompiledModel, profile: Profile | None = None) -> str:
+def render_report(model: CompiledModel | CompiledStep, profile: Profile | None = None) -> str:
     """The page as text, with a profile of the model where one is given. It refers to nothing outside itself."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -31,6 +32,6 @@ def render_report(model: CompiledModel, profile: Profile | None = None) -> str:
     )
 
 
-def write_report(model: CompiledModel, path: str | Path, profile: Profile | None = None) -> None:
+def write_report(model: CompiledModel | CompiledStep, path: str | Path, profile: Profile | None = None) -> None:
     """Write the page to `path`."""
     Path(path).write_text(render_report(model, profile), encoding="utf-8")
