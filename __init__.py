@@ -29,7 +29,7 @@ _FACE = {
     "LoadedModel": "runtime.artifact",
     "PlaitError": "errors",
 }
-_MODULES = {"config": "config", "debugging": "compiler.debugging", "errors": "errors", "ir": "ir"}
+_MODULES = {"config": "config", "debugging": "compiler.debugging", "errors": "errors", "ir": "ir", "moe": "compiler.moe"}
 
 __all__ = sorted([*_FACE, *_MODULES])
 

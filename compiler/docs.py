@@ -36,6 +36,7 @@ _GROUPS = {
     "P07": "The command line",
     "P08": "Programs for one instance, run as batches",
     "P09": "Quantization",
+    "P12": "Mixtures of experts",
 }
 
 
