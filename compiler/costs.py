@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from ..codegen.ceilings import ceilings
 from ..codegen.compile import CodegenOptions, compile_graph
 from ..cost import communication
 from ..cost.estimate import COMMUNICATION, COMPUTE, EXCHANGES, MEASURED, Estimates, Rates, node_key
-from ..cost.ops import size_bytes, work
-from ..cost.profile import Table, Timing, measure_alternating
+from ..cost.ops import size_bytes
+from ..cost.profile import Table, Timing, measure_alternating, open_table, user_path
 from ..errors import PlaitError
 from ..ir import Arg, Graph, Node, TensorType, Value, map_arg
+from ..passes.overlap.cuts import SLOTS
 from .debugging.interpret import random_inputs
 
 NODE_BUDGET_S = 0.02
@@ -31,36 +33,54 @@ NODE_BUDGET_S = 0.02
 ROUNDS = 7
 """Exchanges of each size."""
 SMALLEST = 4096
+"""Bytes of the smallest exchange that is measured, and of nodes that are."""
+LEAST_LAUNCH_S = 3e-6
 SPECIAL_SHARE = 4
 """Elementwise kernels reach this part of the rate of multiply-adds."""
 
 
-def estimates(graph: Graph, table: Table, group: Any, *, threads: int, options: CodegenOptions, fill: float) -> Estimates:
-    """Figures for a joint graph, the same on all ranks of a process group (None: there is one rank). What the table does not
-    have is measured and recorded there. `fill` is the share of the experts' buffers that holds tokens."""
+def estimates(graph: Graph, group: Any, options: CodegenOptions, profile: str | None = None) -> Estimates:
+    """Figures for the graph of a training step, the same on all ranks of a process group (None: there is one rank).
+
+    `profile` is a file of measurements, of nodes and of collectives on this link; what it lacks is measured and added.
+    Raises DamagedProfile, ForeignProfile.
+    """
+    threads = torch.get_num_threads()
+    kept = open_table(Path(profile)) if profile else open_table(user_path())
+    links = kept if profile else Table()
     first = group is None or group.rank() == 0
     backend = "none" if group is None else str(dist.get_backend(group))
     if first:
-        _measure_nodes(graph, table, threads, options)
+        _measure_nodes(graph, kept, threads, options)
     if group is not None:
-        _measure_collectives(graph, table, group, f"cpu/{backend}")
-    machine = ceilings(table, threads) if first else None
-    rates = None if machine is None else Rates(machine.fma / SPECIAL_SHARE, machine.levels[-1].read, max(machine.region, 3e-6))
+        _measure_collectives(graph, links, group, f"cpu/{backend}")
+    rates: Rates | None = None
+    if first:
+        machine = ceilings(kept, threads)
+        rates = Rates(machine.fma / SPECIAL_SHARE, machine.levels[-1].read, max(machine.region, LEAST_LAUNCH_S))
+        kept.save()
     slowdown = {} if group is None else _measure_slowdown(group, threads)
-    told = _from_first((table.to_json(), rates, slowdown), group)
-    shared = Table(host=told[0]["machine"])
-    _fill_table(shared, told[0])
+    wanted = {node_key(node, threads, "cpu") for node in graph.nodes}
+    entries = [(k, dict(t)) for k, t in kept if k in wanted] + [(k, dict(t)) for k, t in links if k not in wanted]
+    entries, rates, slowdown = _from_first((entries, rates, slowdown), group)
+    assert rates is not None
+    table = Table()
+    for key, timings in entries:
+        for name, timing in timings.items():
+            table.record(key, name, timing)
     ranks = {} if group is None else {str(group.group_name): int(group.size())}
-    return Estimates(told[1], shared, threads, "cpu", backend, ranks, fill, told[2])
+    return Estimates(rates, table, threads, "cpu", backend, ranks, _fill(graph), slowdown)
 
 
-def _fill_table(table: Table, data: Any) -> None:
-    from ..cost.profile import Key
-
-    for entry in data["entries"]:
-        key = Key(entry["op"], tuple(entry["types"]), entry["threads"], entry["device"])
-        for name, timing in entry["timings"].items():
-            table.record(key, name, Timing(**timing))
+def _fill(graph: Graph) -> float:
+    """The share of the experts' buffers that holds tokens where every expert gets as many: what gates are trained for."""
+    shares: list[float] = []
+    for node in graph.nodes:
+        if node.op.name == SLOTS:
+            pairs, room = node["choice"].tensor.numel, node["used"].tensor.numel * node["capacity"]
+            if isinstance(pairs, int) and isinstance(room, int) and room:
+                shares.append(min(1.0, pairs / room))
+    return statistics.mean(shares) if shares else 1.0
 
 
 def _from_first(value: Any, group: Any) -> Any:
@@ -111,7 +131,7 @@ def _alone(node: Node, options: CodegenOptions) -> Callable[[], object]:
     for i, v in enumerate(fresh):
         if v is node.get("rows"):
             capacity = node["x"].tensor.shape[1]
-            inputs[i] = torch.tensor([[0, capacity]] * v.tensor.shape[0])
+            inputs[i] = torch.tensor([0, capacity]).expand(len(inputs[i]), 2).clone()
     executable = compile_graph(alone, options).executable
     return lambda: executable.run(list(inputs))
 
@@ -234,10 +254,4 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def used_share(rows: Iterable[Sequence[int]], capacity: int) -> float:
-    """The share of buffers that holds tokens, from ranges of used rows."""
-    counts = [end - first for first, end in rows]
-    return sum(counts) / (capacity * len(counts)) if counts and capacity else 1.0
-
-
-__all__ = ["estimates", "used_share", "work"]
+__all__ = ["estimates"]

@@ -1,8 +1,8 @@
 """MoE layers in pieces whose exchanges run behind the computation of other pieces.
 
 Which range around each layer is cut, and in how many pieces, a dynamic programme finds (Lancet, MLSys 2024, section 5):
-T(n) = min over i of T(i) + the least P(i, n, k) over k, with P simulated for the pipeline of range [i, n) in k pieces. Ranges
-hold one layer; they begin and end at boundaries that split the computation between two layers into `GROUPS` parts.
+T(n) = min over i of T(i) + the least P(i, n, k) over k, with P simulated for the pipeline of range [i, n) in k pieces.
+Ranges hold one layer; they begin and end at boundaries that split the computation between two layers into `GROUPS` parts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class OverlapChunks(Pass):
 
     most: int = option(8, doc="most pieces of a range")
     count: int = option(0, doc="exactly so many pieces, 0: as many as are expected to be fastest")
-    by: Literal["tokens", "capacity"] = option("tokens", doc="what is cut: tokens, or the rows of the experts' buffers alone")
+    by: Literal["tokens", "capacity"] = option(
+        "tokens", doc="what is cut: tokens, or the rows of the experts' buffers alone"
+    )
     around: Literal["search", "layer", "all"] = option(
         "search", doc="what is cut with a layer: a range that is searched for, nothing, or all up to the layers beside it"
     )
@@ -128,7 +130,8 @@ class _Search:
     """The best ranges around the layers among some nodes of a graph, in order."""
 
     def __init__(self, graph: Graph, nodes: Sequence[Node], options: OverlapChunks, costs: Estimates, mode: Mode) -> None:
-        self.graph, self.nodes, self.options, self.costs, self.mode = graph, nodes, options, costs, mode
+        self.graph, self.nodes, self.options, self.costs = graph, nodes, options, costs
+        self.mode: Mode = mode
         self.at = {node: i for i, node in enumerate(nodes)}
         self.layers = layers(graph, nodes)
         self.cores = [self._core(layer) for layer in self.layers]
@@ -231,7 +234,9 @@ class _Search:
         counts = [self.options.count] if self.options.count > 1 else [2, 3, 4, 6, 8, 12, 16]
         for k in counts:
             if k > how.unit or (k > self.options.most and not self.options.count):
-                return tuple(tried), f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
+                return tuple(
+                    tried
+                ), f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
             tried.append((k, predicted(self.graph, how, k, self.costs)))
             if not self.options.count and tried[-1][1] >= tried[-2][1]:
                 return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms"

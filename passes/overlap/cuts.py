@@ -174,7 +174,9 @@ FIXED: Mapping[str, Relation] = {
 }  # fmt: skip
 
 
-def _demand(node: Node, known: Mapping[Value, Cut], mode: Mode) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason | None:
+def _demand(
+    node: Node, known: Mapping[Value, Cut], mode: Mode
+) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason | None:
     """How all values of a node are cut, given some of them, with the letter that is cut and sizes that are cut; None where
     none of its values is."""
     if node.op.name in FIXED and not (mode == "capacity" and node.op.name in (SLOTS, ENCODE, DECODE)):
@@ -256,7 +258,8 @@ class _Propagation:
     """Cuts of values, spread from the nodes of the layer through the range until nothing changes."""
 
     def __init__(self, graph: Graph, nodes: Sequence[Node], mode: Mode) -> None:
-        self.graph, self.nodes, self.mode = graph, nodes, mode
+        self.graph, self.nodes = graph, nodes
+        self.mode: Mode = mode
         self.inside = set(nodes)
         self.cuts: dict[Value, Cut] = {}
         self.own: dict[Node, Mapping[Value, Cut]] = {}

@@ -1,9 +1,9 @@
 """A range of a graph in pieces, as a pipeline: while one piece is exchanged, others are computed.
 
 The pieces' nodes fall into stages, cut at the exchanges. Stage after stage is emitted, and in a stage piece after piece: its
-waits for what the stage before exchanged, its computation, the launch of its exchange (Lancet, MLSys 2024, figure 9). What
-others read of values that exist in pieces is joined where it is first read. Exact: each piece computes rows of what the whole
-computes, from the same operands.
+waits for what the stage before exchanged, its computation, the launch of its exchange (Lancet, MLSys 2024, figure 9).
+What others read of values that exist in pieces is joined where it is first read. Exact: each piece computes rows of what the
+whole computes, from the same operands.
 """
 
 from __future__ import annotations

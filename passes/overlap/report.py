@@ -26,7 +26,8 @@ class LayerReport:
         if self.pieces == 1:
             return f"{where}: whole ({1e3 * self.whole:.2f} ms); {self.why}"
         gain = f"{1e3 * self.whole:.2f} -> {1e3 * self.cut:.2f} ms"
-        return f"{where}: {self.pieces} pieces along {self.axis}, {self.first} to {self.last} ({self.nodes} nodes), {gain}; {self.why}"
+        nodes = f"{self.first} to {self.last} ({self.nodes} nodes)"
+        return f"{where}: {self.pieces} pieces along {self.axis}, {nodes}, {gain}; {self.why}"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class ChunksReport:
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What `overlap-dw` placed beside each exchange, and estimates for the whole step: seconds, seconds of communication that
-    nothing is computed behind, peak bytes."""
+    """What `overlap-dw` placed beside each exchange, and estimates for the whole step: seconds, seconds of communication
+    that nothing is computed behind, peak bytes."""
 
     exchanges: tuple[str, ...]
     beside: tuple[tuple[str, ...], ...]

@@ -111,7 +111,9 @@ def rethreaded(graph: Graph, nodes: Iterable[Node], *, outputs: bool = False) ->
     def kept(arg: Arg) -> Arg:
         return None if isinstance(arg, Value) and arg not in here else arg
 
-    return builder.finish(outputs=tuple(kept(a) for a in graph.outputs), writes=tuple(w for w in graph.writes if w[1] in here))
+    return builder.finish(
+        outputs=tuple(kept(a) for a in graph.outputs), writes=tuple(w for w in graph.writes if w[1] in here)
+    )
 
 
 def _placed(parts: _Parts, costs: Estimates) -> list[list[Node]]:

@@ -1,4 +1,4 @@
-"""MoE layers in pieces: the same tokens go the same ways, forward and gradients keep their bits, ranges are chosen by cost."""
+"""MoE layers in pieces: tokens go the same ways, forward and gradients keep their bits, ranges are chosen by cost."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from tests import moe_programs as programs
 import pytest
 import torch
-from tests.moe_programs import GATES, Sizes
 from plait.compiler.debugging.interpret import interpret, replay
 from plait.cost.communication import record
 from plait.cost.estimate import Estimates, Rates
@@ -21,6 +19,9 @@ from plait.passes.overlap.chunks import OverlapChunks
 from plait.passes.overlap.cuts import EXCHANGE, Layer, cutting, layers
 from plait.passes.overlap.pieces import START, WAIT
 from plait.passes.overlap.report import ChunksReport
+
+from tests import moe_programs as programs
+from tests.moe_programs import GATES, Sizes
 
 RATES = Rates(1e11, 1e10, 1e-6)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests import moe_programs as programs
 import pytest
 import torch
-from tests.moe_programs import Sizes
 from plait.compiler.debugging.interpret import interpret
 from plait.cost.communication import record
 from plait.cost.estimate import Estimates, Rates
@@ -19,6 +17,9 @@ from plait.passes.overlap.launches import exposed, is_start, timeline
 from plait.passes.overlap.pieces import WAIT, asynchronous
 from plait.passes.overlap.report import WeightsReport
 from plait.passes.overlap.weights import OverlapDW
+
+from tests import moe_programs as programs
+from tests.moe_programs import Sizes
 
 REDUCE = "_c10d_functional.all_reduce.default"
 
