@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from ..errors import KernelMissing, UnsafePlan, WrongInputCount
-from . import native
+from . import dispatch, native
+from .collectives import Pending, drain
 from .inputs import InputCheck
 from .layout import Layout
 from .memory import Memory
@@ -63,7 +64,10 @@ class Executable:
     `kernels` maps kernel names to addresses of `void(void* const* bufs, const int64_t* sizes, int nthreads)`, to Python
     callables of (addresses, sizes, threads), or to device kernels with `.launch(addresses, sizes, stream)`. `constants`
     maps names to the weights, which the executable keeps and does not copy. `runner` is the native runner, by default
-    this machine's. With `check=False` the caller vouches for the inputs (torch.compile has guards of its own).
+    this machine's. With `check=False` the caller vouches for the inputs (torch.compile has guards of its own). A `region`
+    is a plan that another one calls.
+
+    Before the first call of a plan with collectives all ranks of their groups agree on these.
 
     Raises the catalogue's WrongInput* errors for inputs that the plan was not compiled for, SharedMemory for those that
     share memory with what it writes.
@@ -77,15 +81,21 @@ class Executable:
         *,
         check: bool = True,
         runner: native.Runner | None = None,
+        region: bool = False,
     ) -> None:
         self.plan = plan
         self._layout = layout = Layout(plan)
-        regions = {name: Executable(region, kernels, constants, check=False, runner=runner) for name, region in plan.regions}
+        regions = {
+            name: Executable(inner, kernels, constants, check=False, runner=runner, region=True)
+            for name, inner in plan.regions
+        }
         builder = Builder(layout, kernels, regions, runner)
         memory = builder.memory
         self._steps, self._numbers, self._results = builder.steps, builder.numbers, builder.results
         self._enter = builder.enter
         self._streams = builder.streams
+        self._collective = bool(builder.collectives.numbers)
+        self._agreed = region or not dispatch.agreements(plan)
         self._guarded = builder.uses_torch
         self._mutated = memory.mutated
         self._arena_slot = builder.arena_slot
@@ -216,11 +226,19 @@ class Executable:
             self._size(vals, frame)
         if self._streams is not None:
             frame.stream = self._streams.begin(frame.stream)
-        if spans is None:
-            for step in self._steps:
-                step(vals, frame)
-        else:
-            self._timed_steps(vals, frame, spans)
+        if not self._agreed:
+            dispatch.agree(self.plan)
+            self._agreed = True
+        try:
+            if spans is None:
+                for step in self._steps:
+                    step(vals, frame)
+            else:
+                self._timed_steps(vals, frame, spans)
+        except Exception:
+            if self._collective:  # those in flight read the caller's tensors
+                drain(v for v in vals if isinstance(v, Pending))
+            raise
         if self._streams is not None:
             self._streams.finish(frame.stream)
         if self._mutated:
