@@ -30,13 +30,14 @@ from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
 from .tuning import default_choice, linear_call, measured_choice
 from .unbacked import bind_sizes
+from .waits import with_waits
 
 assert runtime_ops is not None and runtime_moe is not None  # importing registers the ops `plait.*` that plans call
 
 
 def schedule_calls(graph: Graph) -> Scheduled:
     """Every node as a call of its torch op: the form of region bodies."""
-    graph = bind_sizes(graph)
+    graph = bind_sizes(with_waits(graph))
     nodes = [n for n in graph.nodes if n.op.name != "plait.constant"]
     return Scheduled(graph, tuple(CallItem(n, "fallback", "region bodies run op by op") for n in nodes))
 
@@ -54,7 +55,7 @@ def schedule(
     become where that is safe (`in_place`), else at the end. With `measured` each matmul goes to the fastest of the template
     and the libraries, without it to the template, unless the processor multiplies its dtype in a way that only a library
     uses."""
-    graph = bind_sizes(with_write_backs(expand(graph, allow, log) if generate else graph))
+    graph = bind_sizes(with_write_backs(with_waits(expand(graph, allow, log) if generate else graph)))
     choose = None
     if target.kind == "cpu":
         choose = measured_choice(graph.symbols, graph.producers) if measured else default_choice(graph.symbols)

@@ -33,6 +33,9 @@ from .steps import Builder
 ALIGNMENT = 64
 POOLED_FRAMES = 8
 
+Span = tuple[int, int, int]
+"""Index of a step, its start and its end by `time.perf_counter_ns`."""
+
 
 class Frame:
     """The memory of one running call: slots of sizes, base addresses, the arena, and values that outlive calls."""
@@ -160,14 +163,23 @@ class Executable:
 
     def profile(self, *args: Any) -> tuple[list[Any], list[tuple[int, int]]]:
         """Run once; the results, and (index of the step, nanoseconds) of every step in order."""
-        times: list[tuple[int, int]] = []
-        return self._run(list(args), times), times
+        results, spans = self.trace(*args)
+        return results, [(number, end - start) for number, start, end in spans]
+
+    def trace(self, *args: Any) -> tuple[list[Any], list[Span]]:
+        """Run once; the results, and when every step began and ended, in order.
+
+        Launches that one native call makes follow each other without gaps from where the call began. On devices these are
+        the times at which the host was at it.
+        """
+        spans: list[Span] = []
+        return self._run(list(args), spans), spans
 
     def trim(self) -> None:
         """Free the arenas of calls that have ended."""
         self._idle.clear()
 
-    def _run(self, args: list[Any], times: list[tuple[int, int]] | None) -> list[Any]:
+    def _run(self, args: list[Any], spans: list[Span] | None) -> list[Any]:
         if self._check is not None:
             self._check(args)
             if self._sharing is not None:
@@ -179,23 +191,23 @@ class Executable:
         except IndexError:
             frame = self._new_frame()
         if not self._guarded:
-            results = self._execute(args, frame, times)
+            results = self._execute(args, frame, spans)
         else:
             grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)
             try:
                 if torch._C._is_any_autocast_enabled():  # the captured graph already holds autocast's casts
                     with torch._C._DisableAutocast():
-                        results = self._execute(args, frame, times)
+                        results = self._execute(args, frame, spans)
                 else:
-                    results = self._execute(args, frame, times)
+                    results = self._execute(args, frame, spans)
             finally:
                 torch._C._set_grad_enabled(grad)
         if len(self._idle) < POOLED_FRAMES:  # a frame whose call raised is dropped
             self._idle.append(frame)
         return results
 
-    def _execute(self, args: list[Any], frame: Frame, times: list[tuple[int, int]] | None) -> list[Any]:
+    def _execute(self, args: list[Any], frame: Frame, spans: list[Span] | None) -> list[Any]:
         vals = args + frame.tail
         args.clear()
         slots = frame.slots
@@ -218,11 +230,11 @@ class Executable:
             dispatch.agree(self.plan)
             self._agreed = True
         try:
-            if times is None:
+            if spans is None:
                 for step in self._steps:
                     step(vals, frame)
             else:
-                self._timed_steps(vals, frame, times)
+                self._timed_steps(vals, frame, spans)
         except Exception:
             if self._collective:  # those in flight read the caller's tensors
                 drain(v for v in vals if isinstance(v, Pending))
@@ -242,7 +254,7 @@ class Executable:
             vals[self._arity :] = frame.tail
         frame.sized = True
 
-    def _timed_steps(self, vals: list[Any], frame: Frame, times: list[tuple[int, int]]) -> None:
+    def _timed_steps(self, vals: list[Any], frame: Frame, spans: list[Span]) -> None:
         for step, numbers in zip(self._steps, self._numbers, strict=True):
             launches = array("q", [-1] * len(numbers))
             frame.times_at = launches.buffer_info()[0]
@@ -253,4 +265,6 @@ class Executable:
                 frame.times_at = 0
             if len(launches) == 1 and launches[0] < 0:  # not a native segment
                 launches[0] = time.perf_counter_ns() - start
-            times.extend(zip(numbers, launches, strict=True))
+            for number, taken in zip(numbers, launches, strict=True):
+                spans.append((number, start, start + taken))
+                start += taken
