@@ -1,4 +1,7 @@
-"""Mixtures of experts on two ranks compute what one rank computes of each rank's batch, bit for bit where sums are exact."""
+"""Mixtures of experts on two ranks compute what one rank computes of each rank's batch, bit for bit.
+
+Gradients of experts sum over the batches of both ranks; they are equal where sums are exact.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,22 @@ CASES: dict[str, tuple[Any, float | None]] = {
     "exact-all": (Exact(), None),
     **{name: (name, 0.75) for name in GATES},
     "switch-all": ("switch", None),
+    "floats": ("top2", 1.0),
 }
 
 
 def made(case: str, group: Any = None) -> MoE:
-    """A layer with integer weights in its experts. Feature 0 draws tokens to experts 0 and 4, and away from expert 2."""
+    """A layer with integer weights in its experts, but for "floats".
+
+    Feature 0 draws tokens to experts 0 and 4, and away from expert 2.
+    """
     gate, factor = CASES[case]
     torch.manual_seed(0)
-    layer = MoE(WIDTH, 12, EXPERTS, gate, factor, group, activation="relu")
+    layer = MoE(WIDTH, 12, EXPERTS, gate, factor, group, activation="relu" if case != "floats" else "gelu")
     with torch.no_grad():
         for name, parameter in layer.experts.named_parameters():
-            parameter.copy_((parameter * (12 if name != "down" else 16)).round())
+            if case != "floats":
+                parameter.copy_((parameter * (12 if name != "down" else 16)).round())
         layer.router.weight[:, 0] = torch.tensor([0.5, 0, -50, 0, 1, 0])
     return layer
 
