@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 
 from ..ir import Dim, Graph, Node, ScalarType, TensorType, Value, dim
+from ..ir.effects import intervals
 from ..ir.strides import lies_channels_last
 from ..ir.types import type_symbols
 from ..runtime.panels import Panels
@@ -133,6 +134,7 @@ class Analysis:
         self.weight: dict[Value, int] = {}
         self.streams: dict[Value, frozenset[Value]] = {}  # per inlined value: the values of its own size that it reads
         self.position = {n: i for i, n in enumerate(graph.nodes)}
+        self.interval = intervals(graph)  # work stays between the collectives that it stands between
         self.checks_rows = False
         self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
         self.reordered: dict[Value, Reordered] = {}  # weights of convolutions, laid out for oneDNN
@@ -306,6 +308,8 @@ class Analysis:
         users = self.graph.users.get(v, ())
         again = weight * (len(users) - 1) <= _INLINE_BUDGET and len(streams) <= 1
         inline = v not in wanted and (len(users) == 1 or again)
+        if any(self.interval[u] != self.interval[node] for u in users):  # only what costs less than to keep it may move
+            inline = inline and weight <= _INLINE_BUDGET and len(streams) <= 1
         if inline and any(
             self._amplifies(v, u) and (weight >= _HEAVY or (weight and lies_channels_last(u.out.tensor))) for u in users
         ):

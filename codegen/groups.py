@@ -4,12 +4,15 @@ A group iterates over axes; some of them may be reduced (all reductions of a gro
 computed either at every point ("full") or once per point of the axes that are not reduced ("outer"). Loops over the
 reduced axes run in *phases*: a reduction that is read by a full unit separates two phases, as in softmax. Sums "down" the
 axes that are not reduced may join, such as the weights' gradients of a norm; only other groups read them.
+
+Units on two sides of a collective never share a group, and what a graph says between two collectives stays there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any
 
 import sympy
@@ -88,7 +91,7 @@ class Grouping:
         self.items: list[Group | Node] = []
         self.owner: dict[Value, int] = {}
         self.depends: list[int] = []  # per item: bitmask of all items it needs, directly or not
-        self.by_read: dict[tuple[Value, tuple[Dim, ...]], dict[int, None]] = {}
+        self.by_read: dict[tuple[Value, int, tuple[Dim, ...]], dict[int, None]] = {}
         self.tokens: dict[Value, int] = {}
         self.last = {v for _, v in analysis.graph.writes}  # copies onto inputs: after all readers, so never fused
         for node in analysis.graph.nodes:
@@ -163,7 +166,7 @@ class Grouping:
         for v, _ in unit.reads:
             if v.tensor.numel == 1:  # nothing is saved by reading one number once, and each loop more is a few streams more
                 continue
-            siblings = list(self.by_read.get((self._root(v), self._shape_key(unit)), ()))
+            siblings = list(self.by_read.get((self._root(v), *self._key(unit)), ()))
             order += [item for item in siblings[:_MAX_SIBLINGS] if item not in order]
         return order
 
@@ -171,12 +174,14 @@ class Grouping:
         home = self.analysis.memory.get(v)
         return home.root if home is not None else v
 
-    @staticmethod
-    def _shape_key(unit: Unit) -> tuple[Dim, ...]:
-        return tuple(unit.domain[i] for i in live_dims(unit.domain))
+    def _key(self, unit: Unit) -> tuple[int, tuple[Dim, ...]]:
+        """What units must have in common with their siblings."""
+        return self.analysis.interval[unit.node], tuple(unit.domain[i] for i in live_dims(unit.domain))
 
     def _fit(self, unit: Unit, group: Group) -> _Fit | None:
         if len(group.units) >= _MAX_UNITS or group.reads + len(unit.reads) > _MAX_READS:
+            return None
+        if self.analysis.interval[unit.node] != self.interval(group):
             return None
         if any(u.value in self.last or u.alone for u in group.units):
             return None
@@ -275,7 +280,7 @@ class Grouping:
                 group.outer.add(value)
         self.owner.update(dict.fromkeys(unit.values, group.id))
         for v, _ in unit.reads:
-            self.by_read.setdefault((self._root(v), self._shape_key(unit)), {})[group.id] = None
+            self.by_read.setdefault((self._root(v), *self._key(unit)), {})[group.id] = None
 
     def _open(self, unit: Unit) -> None:
         live = live_dims(unit.domain)
@@ -290,26 +295,37 @@ class Grouping:
     # -- order --------------------------------------------------------------------------------------------------------
 
     def ordered(self) -> list[Group | Node]:
-        """Groups and calls in an order that respects every dependence, close to the order of the program."""
-        first = [self._first_position(item) for item in self.items]
+        """Groups and calls in an order that respects every dependence: always that which stands first in the program among
+        those that are ready. Nothing crosses a collective, since all that an item needs stands before the collectives that
+        the item itself stands before."""
+        ready: list[tuple[int, int]] = []  # (position, item), a heap
+        blocked: dict[int, list[int]] = {}  # by the last of the items that somebody still waits for
         done = 0
-        waiting = sorted(range(len(self.items)), key=lambda i: first[i])
+
+        def look(i: int) -> None:
+            needed = self.depends[i] & ~done
+            if needed:
+                blocked.setdefault(needed.bit_length() - 1, []).append(i)
+            else:
+                heappush(ready, (self._position(self.items[i]), i))
+
+        for i in range(len(self.items)):
+            look(i)
         result: list[Group | Node] = []
-        while waiting:
-            rest: list[int] = []
-            progressed = False
-            for i in waiting:
-                if self.depends[i] & ~done:
-                    rest.append(i)
-                else:
-                    result.append(self.items[i])
-                    done |= 1 << i
-                    progressed = True
-            assert progressed, "fusion made a cycle"
-            waiting = rest
+        while ready:
+            _, i = heappop(ready)
+            result.append(self.items[i])
+            done |= 1 << i
+            for other in blocked.pop(i, ()):
+                look(other)
+        assert len(result) == len(self.items), "fusion made a cycle"
         return result
 
-    def _first_position(self, item: Group | Node) -> int:
+    def interval(self, item: Group | Node) -> int:
+        """How many collectives stand before an item."""
+        return self.analysis.interval[item if isinstance(item, Node) else item.units[0].node]
+
+    def _position(self, item: Group | Node) -> int:
         if isinstance(item, Node):
             return self.analysis.position[item]
         return max(self.analysis.position[u.node] for u in item.units)

@@ -73,6 +73,8 @@ def replaced(analysis: Analysis, grouping: Grouping) -> dict[Value, Value]:
             mask |= (1 << other) | grouping.depends[other]
         if mask >> number & 1 or not others.isdisjoint(copying):
             continue  # somebody needs both what this kernel computes and the old value
+        if any(grouping.interval(grouping.items[other]) > grouping.interval(group) for other in others):
+            continue  # it would have to wait for a collective that it stands before
         here = number in readers.of(target)
         if here and not _reads_where_it_writes(analysis, group, unit, target):
             continue

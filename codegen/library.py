@@ -24,6 +24,11 @@ LIBRARY: dict[str, str] = {
     "aten.sort.default": "torch's sort",
     "aten.topk.default": "torch's selection",
     "aten.embedding_dense_backward.default": "torch's scatter",
+    "plait.moe_keep.default": "torch's stable sort",
+    "plait.moe_slots.default": "torch's stable sort",
+    "plait.moe_encode.default": "copies of whole rows",
+    "plait.moe_decode.default": "copies of whole rows",
+    "plait.moe_join.default": "copies of whole rows",
 }
 
 #: The same by what runs them, for every overload and for the backward op of that name.

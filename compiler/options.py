@@ -66,6 +66,11 @@ class Options:
         "off",
         doc="off, or measured: compile static variants for sizes that come again and again, keep those that are faster",
     )
+    profile: str | None = option(
+        None,
+        doc="file of measured nodes and collectives that overlap passes go by; what it lacks is measured and added; none: "
+        "collectives are measured anew in each process",
+    )
     bisect_limit: int | None = option(
         None, doc="how many choices (firings, generated nodes, fusions, reuses of memory) are allowed; none: all"
     )

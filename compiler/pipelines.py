@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch._logging import trace_structured
 
 from ..codegen.compile import CompiledGraph
+from ..cost.estimate import Estimates
 from ..errors import BadOption, InterfaceChanged, NumericsBroken, PassFailed
 from ..ir import Arg, Graph, TensorType, Value
 from ..passes.attention import Attention
@@ -80,13 +81,18 @@ def passes(point: CapturePoint, options: Options) -> list[Pass]:
 class Session:
     """One compilation: its options and what watches it. `name` labels logs and dumps; with `reports` a failure is written
     down as a bundle, and its message says so. `calibration` are batches of flat inputs that passes may run a graph on; where
-    there are none, those that a stage judges numerics on. `parameters` numbers the inputs that are parameters."""
+    there are none, those that a stage judges numerics on. `parameters` numbers the inputs that are parameters. Of a training
+    step, `costs` says how long its nodes take, and `forward_outputs` of its outputs are the forward's. `said` collects what
+    passes report."""
 
     name: str
     options: Options
     reports: bool = True
     calibration: tuple[tuple[Any, ...], ...] = ()
     parameters: frozenset[int] = frozenset()
+    costs: Estimates | None = None
+    forward_outputs: int = 1
+    said: list[Any] = field(default_factory=list[Any])
     decisions: Decisions = field(init=False)
     budget: Budget | None = field(init=False)
 
@@ -215,7 +221,10 @@ class Stage:
 
     def _context(self, graph: Graph, devices: Sequence[str]) -> Context:
         """What the passes may look at."""
-        found = Context(at=self.point, devices=tuple(devices), allow=self.session.decisions)
+        found = Context(
+            at=self.point, devices=tuple(devices), allow=self.session.decisions, costs=self.session.costs,
+            forward_outputs=self.session.forward_outputs, report=self.session.said.append,
+        )  # fmt: skip
         if not any(isinstance(one, Weights) for one in self.chosen):
             return found
         batches = self.session.calibration or (tuple(self.inputs if self.inputs is not None else random_inputs(graph)),)

@@ -146,6 +146,17 @@ def _product(node: Node) -> Work:
     return _multiply_adds(node, 2 * _numel(node.out) * a.tensor.shape[-1])
 
 
+@_rule("plait.expert_mm.default")
+def _expert_product(node: Node) -> Work:
+    """How many rows are used is not in the types: all of them at most."""
+    return _multiply_adds(node, 2 * _numel(node.out) * node.inputs[0].tensor.shape[-1])
+
+
+@_rule("plait.expert_mm_weight.default")
+def _expert_weight_product(node: Node) -> Work:
+    return _multiply_adds(node, 2 * _numel(node.inputs[0]) * node.inputs[1].tensor.shape[-1])
+
+
 @_rule("plait.quantized_linear.default", "plait.dynamic_linear.default")
 def _quantized_product(node: Node) -> Work:
     return _multiply_adds(node, 2 * _numel(node.out) * node.inputs[0].tensor.shape[-1])
@@ -206,13 +217,39 @@ for _name, _count in _PER_ELEMENT.items():
     _packet: Any = getattr(torch.ops.aten, _name)
     _rule(*(f"aten.{_name}.{o}" for o in _packet.overloads()))(_per_element(_count))
 
+# -- mixture of experts: one operation for each element of what is weighted or added ------------------------------------
+
+
+@_rule("plait.moe_encode.default", "plait.moe_decode.default", "plait.moe_decode_weight.default")
+def _pairs(node: Node) -> Work:
+    """Rows of pairs are read (written, by encode), not the whole buffer; encode writes zeros elsewhere."""
+    choice, h = node["choice"].tensor, node.inputs[0].tensor.shape[-1]
+    moved, rows = _traffic(node), dim(choice.numel * h * node.inputs[0].tensor.dtype.itemsize)
+    if node.op.name == "plait.moe_encode.default":
+        return Work(0 if node["weight"] is None else dim(choice.numel * h), moved.read, moved.written)
+    return Work(dim(2 * choice.numel * h), dim(moved.read - size_bytes(node["buf"].tensor) + rows), moved.written)
+
+
+@_rule("plait.moe_keep.default", "plait.moe_slots.default")
+def _gate(node: Node) -> Work:
+    """A stable sort of all pairs and a few passes over them."""
+    return _counted(node, _numel(node["choice"]) * SPECIAL)
+
+
+@_rule("plait.expert_act.default")
+def _expert_act(node: Node) -> Work:
+    operations = 1 if node["kind"] in ("relu", "none") else SPECIAL
+    return _counted(node, _numel(node.out) * (operations + (node["bias"] is not None) + (node["other"] is not None)))
+
+
 # -- moves ------------------------------------------------------------------------------------------------------------
 
 
 @_rule("aten.clone.default", "aten._to_copy.default", "aten.contiguous.default", "aten.copy.default", "aten.cat.default",
        "aten.stack.default", "aten.constant_pad_nd.default", "aten.flip.default", "aten.roll.default", "aten.repeat.default",
        "aten.full.default", "aten.arange.start_step", "aten.zeros.default", "aten.ones.default", "aten.empty.memory_format",
-       "aten.scalar_tensor.default", "aten.tril.default", "aten.triu.default", "aten.lift_fresh_copy.default")  # fmt: skip
+       "aten.scalar_tensor.default", "aten.tril.default", "aten.triu.default", "aten.lift_fresh_copy.default",
+       "plait.moe_join.default")  # fmt: skip
 def _move(node: Node) -> Work:
     return _traffic(node)
 

@@ -179,9 +179,9 @@ def axes_of(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> AxisMap | Reason
 
 
 def _axes(op: Op, typed: tuple[Arg, ...], results: tuple[Any, ...]) -> AxisMap | Reason:
-    from . import axis_products, axis_rules, quantized_rules  # register the rules
+    from . import axis_products, axis_rules, moe_rules, quantized_rules  # register the rules
 
-    assert axis_products is not None and quantized_rules is not None
+    assert all((axis_products, moe_rules, quantized_rules))
     if effect_of(op, typed) == "random":
         return Reason(f"{op.name} draws random numbers: pieces would draw others")
     operands = tuple(a for a in flatten(typed) if isinstance(a, TensorType))

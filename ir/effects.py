@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Arg, Graph, Value, flatten
+from .graph import Arg, Graph, Node, Value, flatten
 from .op import Op
 
 
@@ -44,3 +44,21 @@ def advance(effect: str, token: Value, tokens: dict[str, Value]) -> None:
         for k in tokens:
             tokens[k] = token
     tokens[effect] = token
+
+
+def is_collective(node: Node) -> bool:
+    """Whether a node starts a collective or waits for one, by itself or in a region."""
+    if node.op.has("control_flow"):
+        return any(is_collective(n) for region in node.regions for n in region.nodes)
+    return node.op.effect == "collective"
+
+
+def intervals(graph: Graph) -> dict[Node, int]:
+    """How many collectives stand before each node. Where a graph has collectives, its order is the schedule: what stands
+    between two of them is meant to run while the first is on its way, so work stays in its interval."""
+    found: dict[Node, int] = {}
+    count = 0
+    for node in graph.nodes:
+        found[node] = count
+        count += is_collective(node)
+    return found

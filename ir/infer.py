@@ -44,9 +44,9 @@ def rule(*names: str) -> Callable[[InferRule], InferRule]:
 
 def by_rule(op: Op, typed: tuple[Arg, ...], symbols: Symbols) -> Result:
     """Result types by the hand-written rule of `op`; None where there is none, or it does not cover the case."""
-    from . import infer_rules, infer_views, quantized_rules  # register the rules
+    from . import infer_rules, infer_views, moe_rules, quantized_rules  # register the rules
 
-    assert infer_rules is not None and infer_views is not None and quantized_rules is not None
+    assert all((infer_rules, infer_views, moe_rules, quantized_rules))
     found = RULES.get(op.name)
     if found is None:
         return None

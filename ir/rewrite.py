@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from ..errors import NeedsSizeFact, NoFixpoint
-from .effects import advance, effect_of, order_after
+from .effects import advance, effect_of, is_collective, order_after
 from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind, map_arg, symbols_in
 from .infer import infer, type_of
 from .op import Op, op
@@ -41,6 +41,8 @@ class Builder:
         self.producers: dict[Value, Node] = {}
         self.subst: dict[Value, Arg] = {}
         self.tokens: dict[str, Value] = {}
+        self.collectives = 0
+        self._interval: dict[Node, int] = {}  # collectives before a node, where there are any
         self.constants: dict[str, torch.Tensor] = dict(graph.constants)
         self.loc: Loc = NOWHERE
 
@@ -72,15 +74,23 @@ class Builder:
         self.nodes.append(node)
         for v in node.outputs:
             self.producers[v] = node
+        if self.collectives:
+            self._interval[node] = self.collectives
+        if effect is not None and is_collective(node):
+            self.collectives += 1
         return node
 
-    def mark(self) -> tuple[int, dict[str, Value]]:
-        """The present state, for `rewind`."""
-        return len(self.nodes), dict(self.tokens)
+    def is_before_collective(self, node: Node) -> bool:
+        """Whether a collective stands between a node and what is appended next."""
+        return self._interval.get(node, 0) != self.collectives
 
-    def rewind(self, mark: tuple[int, dict[str, Value]]) -> None:
+    def mark(self) -> tuple[int, dict[str, Value], int]:
+        """The present state, for `rewind`."""
+        return len(self.nodes), dict(self.tokens), self.collectives
+
+    def rewind(self, mark: tuple[int, dict[str, Value], int]) -> None:
         """Forget the nodes appended since `mark`."""
-        count, self.tokens = mark
+        count, self.tokens, self.collectives = mark
         for node in self.nodes[count:]:
             for v in node.outputs:
                 del self.producers[v]
@@ -167,8 +177,12 @@ class Match:
         return self.vars[name]
 
     def producer(self, value: Arg) -> Node | None:
-        """The node of the new graph that defines `value`."""
-        return self.builder.producers.get(value) if isinstance(value, Value) else None
+        """The node of the new graph that defines `value`, as far as a rule may do its work at the anchor instead: None for
+        work that a collective separates from it, which an order chosen for overlap may count on."""
+        node = self.builder.producers.get(value) if isinstance(value, Value) else None
+        if node is not None and self.builder.is_before_collective(node) and node.inputs and not node.op.has("view"):
+            return None
+        return node
 
     def users(self, value: Value) -> int:
         """How many nodes of the old graph read `value`, plus one where it leaves the graph."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
+from ..cost.estimate import Estimates
 from ..errors import InvalidGraph, MissingFact, PassFailed, PlaitError, WrongCapturePoint
 from ..ir import Arg, Graph, Node, Reason, Rule, RuleLog, TensorType, Value
 from ..ir import rewrite as rewrite_graph
@@ -118,6 +119,9 @@ class Context:
     bring in, `progress(done, of, what)` is told of long work, `report` takes what a pass wants to say beyond its log.
     `known` is what an earlier run of a pass, interrupted, has worked out, and `keep` takes what this one does, by key.
     `parameters` numbers inputs that are parameters; with `freezes` they become constants later on.
+
+    `costs` says how long nodes and collectives take (None: nobody has measured), `forward_outputs` how many of a joint
+    graph's outputs are the forward's; the others are gradients.
     """
 
     at: CapturePoint = "any"
@@ -134,6 +138,8 @@ class Context:
     keep: Callable[[Any, Any], None] = _quietly
     parameters: frozenset[int] = frozenset()
     freezes: bool = False
+    costs: Estimates | None = None
+    forward_outputs: int = 1
 
     def allowed(self, rule: str, node: Node | None = None) -> bool:
         """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`; a pass that never asks

@@ -27,17 +27,21 @@ from ...errors import CannotCaptureStep, ForeignParameters, LossIsNoScalar, Plai
 from ...ir import Graph, from_fx
 from ...passes.decompositions import table
 from ..capture import real_tensors
+from ..costs import estimates
 from ..decisions import deciding_table
 from ..export import name_of
 from ..observe import Record, active
 from ..options import Options
 from ..pipelines import Session
-from ..plans import runnable
+from ..plans import codegen_options, runnable
 from . import joint
 from .checks import check_devices, check_model, check_optimizer
 from .compiled import CompiledStep
 from .gradients import Landing
 from .ranks import Ranks, average
+
+OVERLAP = ("overlap-chunks", "overlap-dw")
+"""Passes that go by measured times."""
 
 SIGNATURES = 16
 """How many signatures a training step is compiled for."""
@@ -184,6 +188,10 @@ class TrainStep:
         with real_tensors():
             record.captured = graph = from_fx(found.module, "step")
             session.parameters = frozenset(i for i, x in enumerate(inputs) if id(x) in names)
+            session.forward_outputs = 1 + found.kept
+            if any(p.name in OVERLAP for p in self.options.passes):
+                group = None if self.ranks is None else self.ranks.group
+                session.costs = estimates(graph, group, codegen_options(self.options, graph), self.options.profile)
             graph, first = session.run(graph, "joint")
             record.graph, steps = session.run(graph, "split")
             record.history = (*first, *steps)

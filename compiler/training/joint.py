@@ -23,7 +23,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
-from ...errors import CannotCaptureStep, LossIsNoScalar, NothingToTrain
+from ...errors import CannotCaptureStep, LossIsNoScalar, NothingToTrain, PlaitError
 from ..capture import Decompositions, outputs_to_writes
 
 aten: Any = torch.ops.aten
@@ -87,14 +87,7 @@ def place_of_loss(gm: GraphModule) -> int:
 
 def capture(gm: GraphModule, inputs: Sequence[Any], decompositions: Decompositions, loss: int) -> Joint:
     """The joint graph of a program whose result number `loss` is the loss. Raises CannotCaptureStep."""
-    with ExitStack() as stack:
-        exported: Any = aot_export_joint_with_descriptors(
-            stack,
-            gm,
-            tuple(inputs),
-            decompositions=dict(decompositions),  # type: ignore[arg-type]
-        )
-        joint: GraphModule = exported.graph_module
+    joint = _export(gm, inputs, decompositions)
     places = joint.graph.find_nodes(op="placeholder")
     numbers = {n.meta["desc"].idx: n for n in places if isinstance(n.meta["desc"], PlainAOTInput)}
     for i, given in enumerate(gm.graph.find_nodes(op="placeholder")):
@@ -123,6 +116,17 @@ def capture(gm: GraphModule, inputs: Sequence[Any], decompositions: Decompositio
     kept = [plain[i] for i in sorted(plain) if i != loss]
     outputs_to_writes(joint, writes, (plain[loss], *kept, *gradients.values()))
     return Joint(joint, len(kept), tuple(gradients))
+
+
+def _export(gm: GraphModule, inputs: Sequence[Any], decompositions: Decompositions) -> GraphModule:
+    try:
+        with ExitStack() as stack:
+            table: Any = dict(decompositions)
+            return aot_export_joint_with_descriptors(stack, gm, tuple(inputs), decompositions=table).graph_module
+    except PlaitError:
+        raise
+    except Exception as error:  # tracing raises many classes; all mean that there is no one graph
+        raise CannotCaptureStep(why=str(error).strip().split("\n")[0] or type(error).__name__) from error
 
 
 def _seed(gm: GraphModule, tangent: FxNode) -> None:

@@ -1,1 +1,5 @@
 """Hiding communication behind computation."""
+
+from . import chunks, weights
+
+__all__ = ["chunks", "weights"]

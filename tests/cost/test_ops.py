@@ -7,7 +7,10 @@ import torch
 from plait.codegen.convolution import reordered_call
 from plait.cost.ops import SPECIAL, Work, graph_work, size_bytes, work
 from plait.ir import TensorType, parse_graph, size_symbol
+from plait.runtime import moe
 from torch.utils.flop_counter import FlopCounterMode
+
+assert moe is not None  # importing registers the ops
 
 COUNTED = [
     ('x: "f32[4,6]", y: "f32[6,8]"', "aten.mm.default(x, y)"),
@@ -55,6 +58,37 @@ def test_a_convolution_asks_the_same_with_its_weight_laid_out_for_onednn():
         ('x: "f32[1000,6]", i: "i64[3]"', "aten.embedding.default(x, i)", Work(0, 24 + 72, 72)),
         ('x: "f32[4,6]"', "aten.zeros_like.default(x)", Work(0, 0, 96)),
         ('x: "f32[4,6]"', "aten.clone.default(x)", Work(0, 96, 96)),
+        (
+            'x: "f32[4,5,6]", w: "f32[2,6,8]", r: "i64[4,2]"',
+            "plait.expert_mm.default(x, w, r)",
+            Work(2 * 20 * 6 * 8, 480 + 384 + 64, 640, fma=2 * 20 * 6 * 8),
+        ),
+        (
+            'x: "f32[4,5,6]", g: "f32[4,5,8]", r: "i64[4,2]"',
+            "plait.expert_mm_weight.default(x, g, r, 2)",
+            Work(2 * 20 * 6 * 8, 480 + 640 + 64, 384, fma=2 * 20 * 6 * 8),
+        ),
+        (
+            'x: "f32[4,5,6]", b: "f32[2,6]", r: "i64[4,2]"',
+            "plait.expert_act.default(x, b, None, r, 'silu')",
+            Work(120 * (SPECIAL + 1), 480 + 48 + 64, 480),
+        ),
+        (
+            'x: "f32[7,6]", c: "i64[7,2]", s: "i64[7,2]"',
+            "plait.moe_encode.default(x, c, s, None, 4, 9)",
+            Work(0, 168 + 224, 4 * 9 * 6 * 4),
+        ),
+        (
+            'b: "f32[4,9,6]", c: "i64[7,2]", s: "i64[7,2]"',
+            "plait.moe_decode.default(b, c, s, None)",
+            Work(2 * 14 * 6, 14 * 6 * 4 + 224, 168),
+        ),
+        (
+            'b: "f32[4,9,6]", c: "i64[7,2]", s: "i64[7,2]", g: "f32[7,6]"',
+            "plait.moe_decode_weight.default(b, c, s, g)",
+            Work(2 * 14 * 6, 14 * 6 * 4 + 224 + 168, 56),
+        ),
+        ('c: "i64[7,2]"', "plait.moe_keep.default(c, None, 4, 3, True)", Work(14 * SPECIAL, 112, 112)),
         ('x: "f32[2,3,8,8]"', "aten.avg_pool2d.default(x, (2, 2))", Work(96 * 4, 1536, 384)),
         (
             'x: "f32[2,4,6,8]", y: "f32[2,4,5,8]", z: "f32[2,4,5,8]"',

@@ -10,7 +10,9 @@ from plait.ir import Reason, TensorType, Value, flatten, infer, map_arg, op
 from plait.ir.axes import AXIS_RULES, Axes, AxisMap, axes, axes_of
 from plait.ir.graph import Node, bind
 from plait.ir.infer import type_of
+from plait.runtime import moe
 
+assert moe is not None  # importing registers the ops
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -33,6 +35,9 @@ ROUNDS = ("softmax", "logsumexp", "layer_norm", "rms_norm", "group_norm", "batch
 
 CODED = quantize(x(8, 32), QuantizedType((8, 32), 4, 32))
 BYTES = quantize(x(8, 32), QuantizedType((8, 32), 8, 32, True, "f32", "bytes"))
+CHOICE = torch.tensor([[0, 2], [2, -1], [2, 0], [1, 2]])
+SLOT = torch.tensor([[1, 0], [1, -1], [2, 2], [0, 4]])
+USED, REST = torch.tensor([[0, 2], [1, 5], [3, 3], [2, 4]]), torch.tensor([[3, 5], [0, 1], [0, 0], [4, 5]])
 
 CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("aten.add.Tensor", (x(4, 6), x(6))), ("aten.mul.Tensor", (x(4, 1, 6), x(2, 1))),
@@ -134,6 +139,19 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("aten.max_pool2d_with_indices_backward.default",
      (x(4, 3, 4, 4), x(4, 3, 8, 8), (2, 2), (2, 2), (0, 0), (1, 1), False, index(4, 3, 4, 4, high=64))),
     ("aten._adaptive_avg_pool2d_backward.default", (x(4, 3, 4, 4), x(4, 3, 8, 8))),
+    ("plait.moe_encode.default", (x(4, 6), CHOICE, SLOT, x(4, 2), 3, 5)),
+    ("plait.moe_encode.default", (x(4, 6), CHOICE, SLOT, None, 3, 5)),
+    ("plait.moe_decode.default", (x(3, 5, 6), CHOICE, SLOT, x(4, 2))),
+    ("plait.moe_decode.default", (x(3, 5, 6), CHOICE, SLOT, None)),
+    ("plait.moe_decode_weight.default", (x(3, 5, 6), CHOICE, SLOT, x(4, 6))),
+    ("plait.expert_mm.default", (x(4, 5, 6), x(2, 6, 8), USED)),
+    ("plait.expert_mm.default", (x(4, 5, 6), x(4, 6, 8), USED)),
+    ("plait.expert_mm_weight.default", (x(4, 5, 6), x(4, 5, 8), USED, 2)),
+    ("plait.expert_mm_weight.default", (x(4, 5, 6), x(4, 5, 8), USED, 4)),
+    ("plait.expert_act.default", (x(4, 5, 6), x(2, 6), x(4, 5, 6), USED, "relu")),
+    ("plait.expert_act.default", (x(4, 5, 6), x(4, 6), None, USED, "relu")),
+    ("plait.expert_act.default", (x(4, 5, 6), None, x(4, 5, 6), USED, "none")),
+    ("plait.moe_join.default", ((x(4, 5, 6), x(4, 5, 6)), (USED, REST))),
 ]  # fmt: skip
 
 

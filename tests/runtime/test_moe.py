@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plait.ir import op
+from plait.ir import SymbolInfo, TensorType, op, size_symbol
+from plait.ir.infer import _by_fake_tensors, by_rule
 from plait.runtime import moe
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_joint_simple
@@ -379,3 +380,23 @@ def test_the_op_table_finds_them() -> None:
                  "expert_act", "moe_join"):  # fmt: skip
         found = op(f"plait.{name}.default")
         assert found.effect is None and not found.traits, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rules_infer_what_fake_kernels_do(dtype: torch.dtype) -> None:
+    s0, symbols = size_symbol("s0"), {size_symbol("s0"): SymbolInfo(2, 64, 7)}
+    floats = lambda *shape: TensorType(shape, dtype)  # noqa: E731
+    ints = lambda *shape: TensorType(shape, torch.int64)  # noqa: E731
+    pairs, rows = (ints(s0, 2), ints(s0, 2)), ints(6, 2)
+    x, buf, weight = floats(s0, 5), floats(6, 9, 5), TensorType((s0, 2), torch.float32)
+    for name, args in (
+        ("moe_keep", (pairs[0], ints(s0), 6, 9, True)), ("moe_slots", (pairs[0], ints(6), 9)),
+        ("moe_encode", (x, *pairs, weight, 6, 9)), ("moe_encode", (x, *pairs, None, 6, s0)),
+        ("moe_decode", (buf, *pairs, weight)), ("moe_decode_weight", (buf, *pairs, x)),
+        ("expert_mm", (buf, floats(3, 5, 8), rows)), ("expert_mm", (buf, floats(3, 8, 5).with_(shape=(3, 5, 8)), rows)),
+        ("expert_mm_weight", (buf, floats(6, 9, 4), rows, 3)), ("expert_act", (buf, floats(3, 5), buf, rows, "gelu")),
+        ("moe_join", ((buf, buf), (rows, rows))),
+    ):  # fmt: skip
+        found, target = by_rule(op(f"plait.{name}.default"), args, symbols), op(f"plait.{name}.default")
+        types = found if isinstance(found, tuple) else (found,)
+        assert types == _by_fake_tensors(target, args, symbols), name

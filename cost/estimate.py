@@ -1,0 +1,108 @@
+"""How long the nodes of a graph take: what was measured where it was, a roofline else; collectives by their curves.
+
+Nodes that are computed inside the kernel of their reader (elementwise ops, views) cost their operations; others their ways
+to memory too. A node that runs on a share of its rows takes that share of its time, but for what a launch costs anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..ir import Node, TensorType, flatten
+from ..ir.op import Op
+from .communication import Curve, curve
+from .ops import size_bytes, work
+from .profile import Key, Table
+from .schedule import Slowdown
+
+COMPUTE, COMMUNICATION = "compute", "communication"
+"""Names of streams."""
+
+MEASURED = "measured"
+EXCHANGES = ("plait.all_to_all_capacity.default", "plait.all_to_all_capacity_start.default")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device reaches: operations per second, bytes per second of memory, seconds that a launch takes at least."""
+
+    flops: float
+    bytes: float
+    launch: float
+
+
+def node_key(node: Node, threads: int, device: str) -> Key:
+    """Where measurements of a node lie: its op, types of tensors and other arguments as text."""
+    args = tuple(str(a.type) if hasattr(a, "type") else str(a) for a in flatten(node.args))
+    return Key(node.op.name, args, threads, device)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Seconds of the nodes of a graph on one device.
+
+    `ranks` are the sizes of process groups by name, `fill` is the share of the experts' buffers that holds tokens,
+    `slowdown` what streams that are busy at once do to each other. Collectives without a curve take no time.
+    """
+
+    rates: Rates
+    table: Table | None = None
+    threads: int = 1
+    device: str = "cpu"
+    backend: str = "gloo"
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+    fill: float = 1.0
+    slowdown: Slowdown = field(default_factory=dict[tuple[str, str], float])
+    curves: dict[tuple[str, int], Curve | None] = field(default_factory=dict[tuple[str, int], "Curve | None"])
+
+    def compute(self, node: Node, share: float = 1.0) -> float:
+        """Seconds of a node that is no collective, on a share of its rows."""
+        if node.op.has("view") or node.op.name == "plait.constant" or node.op.has("scalar"):
+            return 0.0
+        whole = self.measured(node)
+        inside = node.op.has("elementwise")
+        if whole is None:
+            found = work(node)
+            moved = 0 if inside else _number(found.read) + _number(found.written)
+            whole = max(_number(found.flops) / self.rates.flops, moved / self.rates.bytes)
+            whole += 0.0 if inside else self.rates.launch
+        least = 0.0 if inside else min(self.rates.launch, whole)
+        return least + share * (whole - least)
+
+    def measured(self, node: Node) -> float | None:
+        """The median of what was measured of a node, None where nothing was."""
+        if self.table is None:
+            return None
+        timing = self.table.get(node_key(node, self.threads, self.device)).get(MEASURED)
+        return None if timing is None else timing.median
+
+    def collective(self, node: Node, share: float = 1.0) -> float:
+        """Seconds of a collective between its launch and its end, with nothing else on the link."""
+        group = str(node.get("group_name", ""))
+        ranks = self.ranks.get(group, 1)
+        found = self._curve(node.op, ranks)
+        if found is None:
+            return 0.0
+        return found.seconds(share * self.bytes(node, ranks))
+
+    def bytes(self, node: Node, ranks: int) -> float:
+        """Bytes that curves of a collective are over: those that leave this rank for an exchange, its operand's else."""
+        size = float(sum(_number(size_bytes(v.type)) for v in node.inputs[:1] if isinstance(v.type, TensorType)))
+        return size * self.fill * (ranks - 1) / ranks if node.op.name in EXCHANGES else size
+
+    def _curve(self, op: Op, ranks: int) -> Curve | None:
+        name = EXCHANGES[0] if op.name in EXCHANGES else op.name
+        at = (name, ranks)
+        if at not in self.curves:
+            device = f"{self.device}/{self.backend}"
+            self.curves[at] = None if self.table is None else curve(self.table, name, ranks, device)
+        return self.curves[at]
+
+
+def _number(size: Any) -> float:
+    return float(size) if isinstance(size, int | float) else 0.0
+
+
+__all__ = ["COMMUNICATION", "COMPUTE", "EXCHANGES", "MEASURED", "Estimates", "Rates", "node_key"]

@@ -1,0 +1,292 @@
+"""MoE layers in pieces whose exchanges run behind the computation of other pieces.
+
+Which range around each layer is cut, and in how many pieces, a dynamic programme finds (Lancet, MLSys 2024, section 5):
+T(n) = min over i of T(i) + the least P(i, n, k) over k, with P simulated for the pipeline of range [i, n) in k pieces.
+Ranges hold one layer; they begin and end at boundaries that split the computation between two layers into `GROUPS` parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+from ...cost.estimate import COMMUNICATION, COMPUTE, Estimates
+from ...cost.ops import size_bytes
+from ...cost.schedule import Task, simulate
+from ...errors import InferenceFailed
+from ...ir import Graph, Node, Reason, TensorType, Value
+from ...ir.reach import Reach
+from ...ir.rewrite import HELD_BACK
+from ..base import Context, Numerics, Pass, option, reassociates, register
+from .cuts import DECODE, ENCODE, EXCHANGE, SLOTS, Cutting, Layer, Mode, Whole, between, cutting, layers
+from .pieces import asynchronous, in_pieces, stages
+from .report import ChunksReport, LayerReport
+
+GROUPS = 5
+"""Parts that the computation between two MoE layers is split into."""
+
+
+@register
+@dataclass(frozen=True)
+class OverlapChunks(Pass):
+    """Cuts MoE layers, and what is around them, into pieces so that exchanges of one piece run behind others.
+
+    Used capacity is handed from piece to piece: tokens go where they go in the whole program, and the same ones are dropped.
+    Rows of products are those of the whole where rows do not depend on how many there are, as in plait's own kernels.
+
+    before: b = encode(x, ..); r, n = all_to_all_capacity(b, rows); y = expert_mm(r, w, n)
+    after:  b0 = encode(x0, ..); s0 = start(b0, rows0); b1 = encode(x1, ..); s1 = start(b1, rows1);
+            y0 = expert_mm(wait(s0), w, n0); y1 = expert_mm(wait(s1), w, n1)
+    """
+
+    name: ClassVar[str] = "overlap-chunks"
+    at: ClassVar = "joint"
+
+    most: int = option(8, doc="most pieces of a range")
+    count: int = option(0, doc="exactly so many pieces, 0: as many as are expected to be fastest")
+    by: Literal["tokens", "capacity"] = option(
+        "tokens", doc="what is cut: tokens, or the rows of the experts' buffers alone"
+    )
+    around: Literal["search", "layer", "all"] = option(
+        "search", doc="what is cut with a layer: a range that is searched for, nothing, or all up to the layers beside it"
+    )
+    backward: bool = option(False, doc="cut the experts of the backward too, by rows of their buffers")
+
+    def numerics(self) -> Numerics:
+        """Products of fewer rows may sum in another order, where a library computes them."""
+        return reassociates()
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        costs = ctx.costs
+        if costs is None or not any(n.op.name == EXCHANGE for n in graph.nodes):
+            return graph
+        forward = Reach(graph).needed([], [v for v in graph.outputs[: ctx.forward_outputs] if isinstance(v, Value)])
+        inside = set(forward)
+        search = _Search(graph, forward, self, costs, self.by)
+        chosen = search.best()
+        if self.backward:
+            rest = [n for n in graph.nodes if n not in inside]
+            backward = _Search(graph, rest, self, costs, "capacity")
+            chosen += backward.best()
+        taken: list[tuple[Cutting, int]] = []
+        said: list[LayerReport] = []
+        for r in chosen:
+            why = _why_not(graph, r)
+            if why is None and ctx.allowed("chunks", r.layer.dispatch):
+                assert r.how is not None
+                taken.append((r.how, r.pieces))
+                ctx.log.fire("chunks")
+                said.append(r.report())
+            else:
+                ctx.log.refuse("chunks", r.layer.dispatch, why or HELD_BACK)
+                said.append(dataclasses.replace(r, pieces=1, why=str(why or HELD_BACK)).report())
+        ctx.report(ChunksReport(tuple(said)))
+        return asynchronous(in_pieces(graph, taken))
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A range around a layer: positions among the nodes, how it is cut (None: not), seconds by number of pieces, and why it
+    is not cut, or not further."""
+
+    layer: Layer
+    first: int
+    end: int
+    nodes: tuple[Node, ...]
+    how: Cutting | None
+    pieces: int
+    seconds: float
+    tried: tuple[tuple[int, float], ...]
+    axis: str
+    why: str
+
+    def report(self) -> LayerReport:
+        whole = dict(self.tried).get(1, self.seconds)
+        return LayerReport(
+            self.layer.dispatch.loc.short, _label(self.nodes[0]), _label(self.nodes[-1]), len(self.nodes), self.pieces,
+            self.axis if self.pieces > 1 else "", whole, self.seconds, self.tried, self.why,
+        )  # fmt: skip
+
+
+def _why_not(graph: Graph, r: _Range) -> Reason | None:
+    """Why a range is not cut: it pays less than leaving it whole, or an op does not take a piece."""
+    if r.how is None:
+        return Reason(r.why)
+    try:
+        in_pieces(graph, [(r.how, r.pieces)])
+    except InferenceFailed as error:
+        return Reason(str(error))
+    return None
+
+
+def _label(node: Node) -> str:
+    return node.out.hint or node.op.name
+
+
+class _Search:
+    """The best ranges around the layers among some nodes of a graph, in order."""
+
+    def __init__(self, graph: Graph, nodes: Sequence[Node], options: OverlapChunks, costs: Estimates, mode: Mode) -> None:
+        self.graph, self.nodes, self.options, self.costs = graph, nodes, options, costs
+        self.mode: Mode = mode
+        self.at = {node: i for i, node in enumerate(nodes)}
+        self.layers = layers(graph, nodes)
+        self.cores = [self._core(layer) for layer in self.layers]
+        self._seconds = [self._alone(node) for node in nodes]
+        self._known: dict[Any, tuple[tuple[tuple[int, float], ...], str]] = {}
+
+    def _core(self, layer: Layer) -> tuple[int, int]:
+        """Positions that hold a layer: from where its rows get their slots to where tokens take their results."""
+        mine = between(self.graph, layer, self.nodes)
+        if self.mode == "tokens":
+            near = [self.graph.producers.get(v) for v in layer.dispatch.inputs]
+            near += [user for v in layer.combine.results for user in self.graph.users.get(v, ())]
+            mine += [n for n in near if n is not None and n in self.at and n.op.name in (SLOTS, ENCODE, DECODE)]
+        found = [self.at[n] for n in mine]
+        return min(found), max(found) + 1
+
+    def _alone(self, node: Node) -> float:
+        return self.costs.collective(node) if node.op.effect == "collective" else self.costs.compute(node)
+
+    @cached_property
+    def boundaries(self) -> list[list[int]]:
+        """Before each layer, and after the last one: positions where ranges may begin and end."""
+        edges = [0, *(x for core in self.cores for x in core), len(self.nodes)]
+        return [self._split(first, end) for first, end in zip(edges[::2], edges[1::2], strict=True)]
+
+    def _split(self, first: int, end: int) -> list[int]:
+        """Positions that split a range in parts of like computation."""
+        total, so_far, found = sum(self._seconds[first:end]), 0.0, [first]
+        for i in range(first, end):
+            so_far += self._seconds[i]
+            if so_far >= total * len(found) / GROUPS and i + 1 < end and len(found) < GROUPS:
+                found.append(i + 1)
+        return [*found, end] if end > first else [first]
+
+    def best(self) -> list[_Range]:
+        """One range for each layer, so that their seconds together are least."""
+        states: dict[int, tuple[float, list[_Range]]] = {0: (0.0, [])}  # what is decided up to a position
+        for j in range(len(self.layers)):
+            found: dict[int, tuple[float, list[_Range]]] = {}
+            for begun, (spent, ranges) in states.items():
+                for r in self._ranges(j, begun):
+                    total = spent + sum(self._seconds[begun : r.first]) + r.seconds
+                    if r.end not in found or total < found[r.end][0]:
+                        found[r.end] = total, [*ranges, r]
+            states = found
+        rest = {end: spent + sum(self._seconds[end:]) for end, (spent, _) in states.items()}
+        return states[min(rest, key=lambda end: rest[end])][1]
+
+    def _ranges(self, j: int, begun: int) -> list[_Range]:
+        """Ranges around layer `j` that begin at a position or behind it."""
+        first, end = self.cores[j]
+        if self.options.around == "layer" or self.mode == "capacity":
+            pairs = [(first, end)]
+        elif self.options.around == "all":
+            pairs = [(max(begun, self.boundaries[j][0]), self.boundaries[j + 1][0])]
+        else:
+            pairs = [(a, b) for a in self.boundaries[j] if a >= begun for b in self.boundaries[j + 1]]
+        return [self._range(j, a, b) for a, b in pairs] or [self._range(j, first, end)]
+
+    def _range(self, j: int, first: int, end: int) -> _Range:
+        nodes = tuple(self.nodes[first:end])
+        key = tuple(self._signature(node) for node in nodes)
+        how: Cutting | Reason | None = None
+        if key not in self._known:
+            how = cutting(self.graph, nodes, self.layers[j], self.mode)
+            self._known[key] = self._tried(nodes, how)
+        tried, why = self._known[key]
+        pieces, seconds = min(tried, key=lambda t: t[1])
+        if self.options.count and any(k == self.options.count for k, _ in tried):
+            pieces, seconds = self.options.count, dict(tried)[self.options.count]
+        if pieces > 1 and how is None:
+            how = cutting(self.graph, nodes, self.layers[j], self.mode)
+        cut = how if isinstance(how, Cutting) and pieces > 1 else None
+        axis = "capacity" if self.mode == "capacity" else "tokens"
+        return _Range(self.layers[j], first, end, nodes, cut, pieces, seconds, tried, axis, why)
+
+    @cached_property
+    def _signatures(self) -> dict[Node, Any]:
+        return {}
+
+    def _signature(self, node: Node) -> Any:
+        """What decides how a node is cut and what it costs; equal for the same node of equal layers."""
+        if node not in self._signatures:
+            kinds = tuple(v.type for v in (*node.inputs, *node.results))
+            readers = tuple(
+                (u.op.name, self.at.get(u, -1) - self.at[node]) for v in node.results for u in self.graph.users.get(v, ())
+            )
+            inputs = tuple(
+                self.at[p] - self.at[node] if (p := self.graph.producers.get(v)) in self.at else None for v in node.inputs
+            )
+            self._signatures[node] = node.op.name, kinds, readers, inputs
+        return self._signatures[node]
+
+    def _tried(self, nodes: Sequence[Node], how: Cutting | Reason) -> tuple[tuple[tuple[int, float], ...], str]:
+        """(number of pieces, seconds) of what was looked at, and why there are no more pieces."""
+        whole = sum(self._alone(node) for node in nodes)
+        tried = [(1, whole)]
+        if isinstance(how, Reason):
+            return tuple(tried), f"it cannot be cut: {how}"
+        counts = [self.options.count] if self.options.count > 1 else [2, 3, 4, 6, 8, 12, 16]
+        for k in counts:
+            if k > how.unit or (k > self.options.most and not self.options.count):
+                return tuple(
+                    tried
+                ), f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
+            tried.append((k, predicted(self.graph, how, k, self.costs)))
+            if not self.options.count and tried[-1][1] >= tried[-2][1]:
+                return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms"
+        return tuple(tried), f"{counts[-1]} pieces were asked for" if self.options.count else f"{self.options.most} are most"
+
+
+def predicted(graph: Graph, how: Cutting, count: int, costs: Estimates) -> float:
+    """Seconds of a range in pieces, simulated, joins included."""
+    at = stages(graph, how)
+    early, late = (sum(_alone(node, costs) for node in nodes) for nodes in (how.before, how.after))
+    tasks = [Task("before", COMPUTE, early)]
+    launched: dict[tuple[Node, int], int] = {}
+    for stage in range(max(at.values(), default=0) + 1):
+        mine = [node for node in how.cut if at[node] == stage]
+        exchanges = [node for node in mine if node.op.name == EXCHANGE]
+        computing = sum(costs.compute(node, _share(node, how, count)) for node in mine if node.op.name != EXCHANGE)
+        pieces = sum(costs.rates.launch for node in mine if node.op.name not in (EXCHANGE,) and not node.op.has("view"))
+        for p in range(count):
+            waits = tuple(i for (node, q), i in launched.items() if q == p and at[node] == stage - 1)
+            tasks.append(Task(f"stage {stage} piece {p}", COMPUTE, computing + pieces / count, waits))
+            here = len(tasks) - 1
+            for node in exchanges:
+                tasks.append(Task(f"exchange {stage} piece {p}", COMMUNICATION, costs.collective(node, 1 / count), (here,)))
+                launched[node, p] = len(tasks) - 1
+    waits = tuple(launched.values())
+    tasks.append(Task("after", COMPUTE, late + _joins(graph, how, costs), waits))
+    return simulate(tasks, slowdown=costs.slowdown).seconds
+
+
+def _alone(node: Node, costs: Estimates) -> float:
+    return costs.collective(node) if node.op.effect == "collective" else costs.compute(node)
+
+
+def _share(node: Node, how: Cutting, count: int) -> float:
+    """What part of its time a node takes for one piece: elementwise ops on buffers of experts compute all of a buffer."""
+    rows = any(how.cuts.get(v) is Whole.ROWS for v in node.results)
+    return 1.0 if rows and node.op.has("elementwise") else 1 / count
+
+
+def _joins(graph: Graph, how: Cutting, costs: Estimates) -> float:
+    """Seconds of making wholes of what others read."""
+    inner = set(how.cut)
+    total = 0.0
+    for node in how.cut:
+        for v in node.results:
+            outside = v in graph.results or any(u not in inner for u in graph.users.get(v, ()))
+            if outside and isinstance(v.type, TensorType):
+                size = size_bytes(v.type)
+                total += 2 * (size if isinstance(size, int) else 0) / costs.rates.bytes
+    return total
+
+
+__all__ = ["OverlapChunks", "predicted"]

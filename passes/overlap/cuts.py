@@ -1,0 +1,362 @@
+"""Which nodes of a range can be cut into pieces that run one after the other, and along what.
+
+A range holds one MoE layer: the exchange that dispatches tokens to their experts and the one that brings the results back.
+How each value is cut follows from constraints that are propagated through the range: those of the layer's own ops, which are
+fixed, and the axis rules of all others (`ir/axes.py`). Two ways of cutting a layer:
+
+- "tokens": along the tokens of this rank. Buffers of experts are not sliced: each piece has a buffer of the whole size with
+  rows of its own tokens only (an irregular axis: what a piece holds is known when it runs). Used capacity is handed from
+  piece to piece, so that every token goes where it goes in the whole program, and the same tokens are dropped.
+- "capacity": along the rows of the experts' buffers, between the two exchanges only; how a layer is cut by Tutel.
+
+Nodes of the range that nothing is cut through run before the pieces where these need them, else after them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from math import gcd
+from typing import Literal
+
+from ...ir import Graph, Node, Reason, TensorType, Value
+from ...ir.axes import AxisMap, axes
+
+Mode = Literal["tokens", "capacity"]
+
+EXCHANGE = "plait.all_to_all_capacity.default"
+SLOTS, ENCODE, DECODE = "plait.moe_slots.default", "plait.moe_encode.default", "plait.moe_decode.default"
+PRODUCT, ACTIVATION = "plait.expert_mm.default", "plait.expert_act.default"
+
+
+@dataclass(frozen=True, slots=True)
+class Along:
+    """Slices of one axis."""
+
+    dim: int
+
+
+class Whole(Enum):
+    """Values that are not sliced although each piece has its own."""
+
+    ROWS = "a buffer of the whole size with the rows of a piece"
+    RANGES = "first and end of the rows of a piece"
+    WINDOW = "what part of first and end lies in the slice of a piece"
+    CARRIED = "handed from one piece to the next"
+
+
+Cut = Along | Whole
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An MoE layer: its dispatch and its combine."""
+
+    dispatch: Node
+    combine: Node
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a range is cut: nodes that run before the pieces, in pieces, and after them, each in the order of the graph; how
+    values are cut; letters of the nodes that have an axis rule; `unit`, which every axis that is cut is a multiple of;
+    `reasons` why nodes are not cut."""
+
+    before: tuple[Node, ...]
+    cut: tuple[Node, ...]
+    after: tuple[Node, ...]
+    cuts: Mapping[Value, Cut]
+    letters: Mapping[Node, str]
+    unit: int
+    reasons: Mapping[Node, Reason] = field(default_factory=dict[Node, Reason])
+
+
+def layers(graph: Graph, nodes: Iterable[Node]) -> list[Layer]:
+    """MoE layers among nodes of a forward, or of a backward, where gradients take the same ways.
+
+    What the second exchange of a layer sends are the rows that came with the first.
+    """
+    mine = set(nodes)
+    found: list[Layer] = []
+    for node in graph.nodes:
+        if node not in mine or node.op.name != EXCHANGE:
+            continue
+        sent = graph.producers.get(told(graph, node["rows"]))
+        combine = None if sent is not None and sent.op.name == EXCHANGE else _first_exchange(graph, node, mine)
+        if combine is not None:
+            found.append(Layer(node, combine))
+    return found
+
+
+def told(graph: Graph, rows: Value) -> Value:
+    """The ranges that some value is: an exchange gives what it was told to expect."""
+    while (node := graph.producers.get(rows)) is not None and node.op.name == EXCHANGE and node["expected"] is not None:
+        rows = node["expected"]
+    return rows
+
+
+def _first_exchange(graph: Graph, dispatch: Node, mine: set[Node]) -> Node | None:
+    """The exchange that sends back the rows which a dispatch received, found through the experts."""
+    received = told(graph, dispatch.results[1])
+    todo, seen = deque([dispatch]), {dispatch}
+    while todo:
+        for v in todo.popleft().results:
+            for user in graph.users.get(v, ()):
+                if user in seen or user not in mine:
+                    continue
+                if user.op.name == EXCHANGE:
+                    if told(graph, user["rows"]) is received:
+                        return user
+                    continue
+                seen.add(user)
+                todo.append(user)
+    return None
+
+
+def between(graph: Graph, layer: Layer, nodes: Sequence[Node]) -> list[Node]:
+    """Nodes on the ways from a layer's dispatch to its combine, both included."""
+    after: set[Node] = {layer.dispatch}
+    for node in nodes:
+        if any(graph.producers.get(v) in after for v in node.inputs):
+            after.add(node)
+    before: set[Node] = {layer.combine}
+    for node in reversed(nodes):
+        if any(user in before for v in node.results for user in graph.users.get(v, ())):
+            before.add(node)
+    return [node for node in nodes if node in after and node in before]
+
+
+# -- what each node demands -------------------------------------------------------------------------------------------
+
+
+Relation = Callable[[Node, Mode], Mapping[Value, Cut]]
+
+
+def _named(node: Node, **cuts: Cut) -> dict[Value, Cut]:
+    return {node[name]: cut for name, cut in cuts.items() if isinstance(node.get(name), Value)}
+
+
+def _buffer(mode: Mode) -> tuple[Cut, Cut]:
+    """How a buffer [G, C, h] is cut, and the ranges that say what is used of it."""
+    return (Whole.ROWS, Whole.RANGES) if mode == "tokens" else (Along(1), Whole.WINDOW)
+
+
+def _exchange(node: Node, mode: Mode) -> Mapping[Value, Cut]:
+    rows, ranges = _buffer(mode)
+    found = _named(node, buf=rows, rows=ranges, expected=ranges)
+    return {**found, node.results[0]: rows, node.results[1]: ranges}
+
+
+def _on_rows(node: Node, mode: Mode) -> Mapping[Value, Cut]:
+    rows, ranges = _buffer(mode)
+    return {**_named(node, x=rows, other=rows, rows=ranges), node.out: rows}
+
+
+def _slots(node: Node, mode: Mode) -> Mapping[Value, Cut]:
+    slot, used, rows = node.results
+    return {**_named(node, choice=Along(0), used=Whole.CARRIED), slot: Along(0), used: Whole.CARRIED, rows: Whole.RANGES}
+
+
+def _encode(node: Node, mode: Mode) -> Mapping[Value, Cut]:
+    tokens = Along(0)
+    return {**_named(node, x=tokens, choice=tokens, slot=tokens, weight=tokens), node.out: Whole.ROWS}
+
+
+def _decode(node: Node, mode: Mode) -> Mapping[Value, Cut]:
+    tokens = Along(0)
+    return {**_named(node, buf=Whole.ROWS, choice=tokens, slot=tokens, weight=tokens), node.out: tokens}
+
+
+FIXED: Mapping[str, Relation] = {
+    EXCHANGE: _exchange, PRODUCT: _on_rows, ACTIVATION: _on_rows, SLOTS: _slots, ENCODE: _encode, DECODE: _decode,
+}  # fmt: skip
+
+
+def _demand(
+    node: Node, known: Mapping[Value, Cut], mode: Mode
+) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason | None:
+    """How all values of a node are cut, given some of them, with the letter that is cut and sizes that are cut; None where
+    none of its values is."""
+    if node.op.name in FIXED and not (mode == "capacity" and node.op.name in (SLOTS, ENCODE, DECODE)):
+        found = FIXED[node.op.name](node, mode)
+        return found, "", [_size(v, cut.dim) for v, cut in found.items() if isinstance(cut, Along)]
+    mine = {v: known[v] for v in (*node.inputs, *node.results) if v in known}
+    if not mine:
+        return None
+    if all(cut is Whole.ROWS for cut in mine.values()):
+        return _each_row(node, mine)
+    if any(not isinstance(cut, Along) for cut in mine.values()):
+        return Reason(f"{node.op.name} reads what only ops of an MoE layer can take in pieces")
+    return _by_letter(node, mine)
+
+
+def _size(v: Value, at: int) -> int:
+    size = v.tensor.shape[at]
+    return size if isinstance(size, int) else 0
+
+
+def _each_row(node: Node, mine: Mapping[Value, Cut]) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason:
+    """Elementwise ops compute each row of a buffer from that row."""
+    if not node.op.has("elementwise") or not all(isinstance(v.type, TensorType) for v in node.results):
+        return Reason(f"{node.op.name} may mix rows of the experts' buffers")
+    shapes = {v.tensor.shape[:2] for v in (*mine, *node.results)}
+    if len(shapes) != 1 or any(v.tensor.rank != 3 for v in (*mine, *node.results)):
+        return Reason(f"{node.op.name} changes the shape of an expert's buffer")
+    return {**mine, **dict.fromkeys(node.results, Whole.ROWS)}, "", []
+
+
+def _by_letter(node: Node, mine: Mapping[Value, Cut]) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason:
+    if node.token is not None:
+        return Reason(f"{node.op.name} has an effect: it would have it once for each piece")
+    found = axes(node)
+    if isinstance(found, Reason):
+        return found
+    tensors = [v for v in node.inputs if isinstance(v.type, TensorType)]
+    placed = [*zip(tensors, found.operands, strict=True), *zip(node.results, found.results, strict=True)]
+    letters: set[str] = set()
+    for v, cut in mine.items():
+        for other, labels in placed:
+            if other is v:
+                assert isinstance(cut, Along)
+                if not labels[cut.dim]:
+                    return Reason(f"axis {cut.dim} of what {node.op.name} reads has one element")
+                letters.add(labels[cut.dim][0])
+    if len(letters) != 1:
+        return Reason(f"{node.op.name} relates two axes that are both cut")
+    (letter,) = letters
+    return _labelled(node, found, placed, letter)
+
+
+def _labelled(
+    node: Node, found: AxisMap, placed: Sequence[tuple[Value, tuple[tuple[str, ...], ...]]], letter: str
+) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason:
+    if letter not in found.free:
+        what = "sums along" if letter in found.reduced else "needs the whole of"
+        return Reason(f"{node.op.name} {what} the axis that is cut")
+    if not found.plain(letter):
+        return Reason(f"pieces of {node.op.name} would not be slices")
+    cuts: dict[Value, Cut] = {}
+    for v, labels in placed:
+        at = found.where(letter, labels)
+        cut = None if at is None else Along(at)
+        if v in cuts and cuts[v] != cut:
+            return Reason(f"{node.op.name} reads the same value in two ways")
+        if cut is not None:
+            cuts[v] = cut
+        elif v in node.results:
+            return Reason(f"a result of {node.op.name} has no axis to cut")
+    size = found.sizes[letter]
+    return cuts, letter, [size if isinstance(size, int) else 0]
+
+
+# -- a range ----------------------------------------------------------------------------------------------------------
+
+
+class _Propagation:
+    """Cuts of values, spread from the nodes of the layer through the range until nothing changes."""
+
+    def __init__(self, graph: Graph, nodes: Sequence[Node], mode: Mode) -> None:
+        self.graph, self.nodes = graph, nodes
+        self.mode: Mode = mode
+        self.inside = set(nodes)
+        self.cuts: dict[Value, Cut] = {}
+        self.own: dict[Node, Mapping[Value, Cut]] = {}
+        self.letters: dict[Node, str] = {}
+        self.sizes: dict[Node, list[int]] = {}
+        self.reasons: dict[Node, Reason] = {}
+
+    def run(self, first: Iterable[Node]) -> None:
+        todo = deque(first)
+        while todo:
+            node = todo.popleft()
+            if node in self.letters or node in self.reasons:
+                continue
+            found = _demand(node, self.cuts, self.mode)
+            if found is None:
+                continue
+            if isinstance(found, Reason):
+                self.reasons[node] = found
+                continue
+            cuts, letter, sizes = found
+            clash = next((v for v, cut in cuts.items() if self.cuts.get(v, cut) != cut), None)
+            if clash is not None:
+                self.reasons[node] = _otherwise(node, clash)
+                continue
+            self.own[node], self.letters[node], self.sizes[node] = cuts, letter, sizes
+            for v, cut in cuts.items():
+                if v not in self.cuts:
+                    self.cuts[v] = cut
+                    todo.extend(self._near(v))
+        for node, cuts in list(self.own.items()):  # values may have been cut after nodes that share them were looked at
+            shared = next((v for v in node.inputs if v in self.cuts and v not in cuts), None)
+            if shared is not None:
+                self.reasons[node] = _otherwise(node, shared)
+                del self.own[node], self.letters[node], self.sizes[node]
+
+    def _near(self, v: Value) -> list[Node]:
+        made = self.graph.producers.get(v)
+        near = [*([made] if made is not None else []), *self.graph.users.get(v, ())]
+        return [node for node in near if node in self.inside]
+
+
+def _otherwise(node: Node, v: Value) -> Reason:
+    return Reason(f"{node.op.name} reads a value that is cut in another way", v)
+
+
+def cutting(graph: Graph, nodes: Sequence[Node], layer: Layer, mode: Mode = "tokens") -> Cutting | Reason:
+    """How the nodes of a range, in the order of the graph, are cut; why not where the layer itself cannot be."""
+    core = between(graph, layer, nodes)
+    spread = _Propagation(graph, nodes, mode)
+    fixed = [node for node in nodes if node.op.name in FIXED] if mode == "tokens" else core
+    spread.run([*fixed, *core])
+    reasons = spread.reasons
+    needed = set(core)
+    cut = {node for node in nodes if node in spread.letters and (mode == "tokens" or node in needed)}
+    before = _settle(graph, nodes, cut, reasons)
+    for node in core:
+        if node not in cut:
+            why = reasons.get(node, Reason(f"nothing says how {node.op.name} is cut"))
+            return Reason(f"{_place(node)}{why}", why.value)
+    inside = [node for node in nodes if node in cut]
+    made = {v for node in inside for v in node.results}
+    for node in inside:
+        for v in node.inputs:
+            if v not in made and spread.cuts.get(v) in (Whole.ROWS, Whole.RANGES):
+                return Reason(f"{_place(node)}{node.op.name} reads rows of experts that are not computed in pieces", v)
+    unit = gcd(*(size for node in inside for size in spread.sizes[node]))
+    if unit < 2:
+        return Reason("sizes that are cut are not known, or have no common factor")
+    after = tuple(node for node in nodes if node not in cut and node not in before)
+    early = tuple(node for node in nodes if node in before)
+    return Cutting(early, tuple(inside), after, spread.cuts, spread.letters, unit, reasons)
+
+
+def _settle(graph: Graph, nodes: Sequence[Node], cut: set[Node], reasons: dict[Node, Reason]) -> set[Node]:
+    """Nodes that the pieces wait for. What these need in turn is taken out of `cut`, and views that no piece reads."""
+    while True:
+        before: set[Node] = set()
+        for node in reversed(nodes):
+            users = [user for v in node.outputs for user in graph.users.get(v, ())]
+            if node not in cut and any(user in cut or user in before for user in users):
+                before.add(node)
+        whole: list[Node] = []
+        for node in cut:
+            users = [user for v in node.outputs for user in graph.users.get(v, ())]
+            late = next((user for user in users if user in before), None)
+            if late is not None:
+                reasons[node] = Reason(f"{late.op.name} needs all of it: {reasons.get(late, 'it is not cut')}")
+                whole.append(node)
+            elif node.op.has("view") and not any(user in cut for user in users):
+                whole.append(node)
+        if not whole:
+            return before
+        cut.difference_update(whole)
+
+
+def _place(node: Node) -> str:
+    return f"{node.loc.short}: " if node.loc.short else ""
+
+
+__all__ = ["EXCHANGE", "Along", "Cut", "Cutting", "Layer", "Mode", "Whole", "between", "cutting", "layers"]

@@ -1,0 +1,68 @@
+"""What the overlap passes have to say: which range of each MoE layer was cut how, and what runs beside which exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One MoE layer: where it is in the user's program, the nodes of its range, the number of pieces and what is cut ("" for
+    one piece), estimated seconds of the range whole and cut, estimates by number of pieces, why it is not cut further."""
+
+    source: str
+    first: str
+    last: str
+    nodes: int
+    pieces: int
+    axis: str
+    whole: float
+    cut: float
+    tried: tuple[tuple[int, float], ...]
+    why: str
+
+    def __str__(self) -> str:
+        where = self.source or self.first
+        if self.pieces == 1:
+            return f"{where}: whole ({1e3 * self.whole:.2f} ms); {self.why}"
+        gain = f"{1e3 * self.whole:.2f} -> {1e3 * self.cut:.2f} ms"
+        nodes = f"{self.first} to {self.last} ({self.nodes} nodes)"
+        return f"{where}: {self.pieces} pieces along {self.axis}, {nodes}, {gain}; {self.why}"
+
+
+@dataclass(frozen=True)
+class ChunksReport:
+    """What `overlap-chunks` chose for each MoE layer."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers)) or "no MoE layer was found"
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What `overlap-dw` placed beside each exchange, and estimates for the whole step: seconds, seconds of communication
+    that nothing is computed behind, peak bytes."""
+
+    exchanges: tuple[str, ...]
+    beside: tuple[tuple[str, ...], ...]
+    seconds_before: float
+    seconds_after: float
+    exposed_before: float
+    exposed_after: float
+    peak_before: int
+    peak_after: int
+
+    def __str__(self) -> str:
+        lines = [f"{where or 'an exchange'}: {', '.join(works) or 'nothing'}"
+                 for where, works in zip(self.exchanges, self.beside, strict=True)]  # fmt: skip
+        lines.append(
+            f"step {1e3 * self.seconds_before:.2f} -> {1e3 * self.seconds_after:.2f} ms, communication that nothing hides "
+            f"{1e3 * self.exposed_before:.2f} -> {1e3 * self.exposed_after:.2f} ms, peak "
+            f"{self.peak_before / 1e6:.1f} -> {self.peak_after / 1e6:.1f} MB"
+        )
+        return "\n".join(lines)
+
+
+__all__ = ["ChunksReport", "LayerReport", "WeightsReport"]

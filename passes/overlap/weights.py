@@ -1,0 +1,215 @@
+"""Weight gradients beside exchanges: what a backward computes for weights alone can run at any time.
+
+before: start(a); wait(a); dX1; start(b); wait(b); dX2; dW1; dW2
+after:  start(a); dW0; wait(a); dX1; start(b); dW1; dW2; wait(b); dX2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...cost.estimate import Estimates
+from ...ir import Arg, Builder, Graph, Node, Reason, Value, flatten
+from ...ir.reach import Reach, deferrable
+from ..base import Context, Pass, register
+from . import launches
+from .assignment import Work, assign
+from .launches import EXCHANGE_STARTS, is_start
+from .pieces import WAIT, asynchronous
+from .report import WeightsReport
+
+
+@register
+@dataclass(frozen=True)
+class OverlapDW(Pass):
+    """Computes weight gradients while a backward's exchanges run.
+
+    Which gradient goes beside which exchange is an assignment (`assignment.py`); sums of gradients over ranks are launched
+    as soon as they can be, or after the last exchange, whichever is expected to end earlier.
+
+    before: a = start(..); ga = wait(a); dx = f(ga); b = start(dx); gb = wait(b); dw1 = g(..); dw2 = h(..)
+    after:  a = start(..); dw1 = g(..); ga = wait(a); dx = f(ga); b = start(dx); dw2 = h(..); gb = wait(b)
+    """
+
+    name: ClassVar[str] = "overlap-dw"
+    at: ClassVar = "joint"
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        costs = ctx.costs
+        if costs is None or not any(n.op.effect == "collective" for n in graph.nodes):
+            return graph
+        graph = asynchronous(graph)
+        parts = _Parts(graph, ctx.forward_outputs)
+        if not parts.exchanges:
+            return graph
+        before = launches.timeline(graph, costs)
+        placed = _placed(parts, costs)
+        candidates = [_ordered(parts, placed, early=early) for early in (True, False)]
+        best = min(candidates, key=lambda nodes: launches.seconds(nodes, costs))
+        made = rethreaded(graph, best)
+        after = launches.timeline(made, costs)
+        for k, works in enumerate(placed):
+            start = parts.exchanges[k]
+            if not works:
+                ctx.log.refuse(self.name, start, Reason("nothing that may run beside it is left"))
+            elif ctx.allowed("beside", start):
+                ctx.log.fire("beside", len(works))
+        ctx.report(
+            WeightsReport(
+                tuple(node.loc.short for node in parts.exchanges),
+                tuple(tuple(n.out.hint for n in works) for works in placed),
+                before.seconds, after.seconds, launches.exposed(before), launches.exposed(after),
+                before.peak_bytes, after.peak_bytes,
+            )
+        )  # fmt: skip
+        return made
+
+
+class _Parts:
+    """The nodes of a training step by what they are to this pass: `core` is all but sums of gradients over ranks and what
+    follows from these (`tail`); `later` are nodes of the core that only gradients of weights need."""
+
+    def __init__(self, graph: Graph, forward_outputs: int) -> None:
+        self.graph = graph
+        sums = {n for n in graph.nodes if is_start(n) and n.op.name not in EXCHANGE_STARTS}
+        self.tail = _behind(graph, sums)
+        self.core = rethreaded(graph, [n for n in graph.nodes if n not in self.tail], outputs=True)
+        self.reach = Reach(self.core)
+        self.exchanges = [n for n in self.core.nodes if n.op.name in EXCHANGE_STARTS]
+        self.waits = {n for n in self.core.nodes if n.op.name == WAIT}
+        gradients = {v for v in flatten(graph.outputs[forward_outputs:]) if isinstance(v, Value)}
+        gradients |= {v for n in self.tail for v in n.inputs}
+        pinned = [*self.exchanges, *self.waits]
+        self.later = deferrable(self.core, self.reach, pinned, gradients)
+
+    def waits_of(self, start: Node) -> list[Node]:
+        """Waits for the results of an exchange."""
+        return [n for v in start.results for n in self.core.users.get(v, ()) if n in self.waits]
+
+
+def _behind(graph: Graph, first: Collection[Node]) -> set[Node]:
+    """Nodes and all that reads their results."""
+    found = set(first)
+    for node in graph.nodes:
+        if any(graph.producers.get(v) in found for v in node.inputs):
+            found.add(node)
+    return found
+
+
+def rethreaded(graph: Graph, nodes: Iterable[Node], *, outputs: bool = False) -> Graph:
+    """The graph with its nodes in another order, which decides the order of effects; with `outputs` only some of its nodes,
+    and what these do not compute is not returned."""
+    builder = Builder(graph)
+    for node in nodes:
+        builder.append(node)
+    if not outputs:
+        return builder.finish()
+    here = {*graph.inputs, *builder.producers}
+
+    def kept(arg: Arg) -> Arg:
+        return None if isinstance(arg, Value) and arg not in here else arg
+
+    return builder.finish(
+        outputs=tuple(kept(a) for a in graph.outputs), writes=tuple(w for w in graph.writes if w[1] in here)
+    )
+
+
+def _placed(parts: _Parts, costs: Estimates) -> list[list[Node]]:
+    """For each exchange the nodes beside it."""
+    reach = parts.reach
+    pinned = [(start, [start, *parts.waits_of(start)]) for start in parts.exchanges]
+    heavy = [n for n in parts.later if costs.compute(n) > 0]
+    at = {node: i for i, node in enumerate(heavy)}
+    works: list[Work] = []
+    for node in heavy:
+        beside = tuple(k for k, (_, nodes) in enumerate(pinned) if all(reach.independent(node, n) for n in nodes))
+        needs = tuple(at[n] for n in reach.needed([node]) if n in at and n is not node)
+        works.append(Work(costs.compute(node), beside, needs))
+    found = assign([costs.collective(start) for start in parts.exchanges], works)
+    return [[heavy[i] for i in mine] for mine in found]
+
+
+def _ordered(parts: _Parts, placed: Sequence[Sequence[Node]], *, early: bool) -> list[Node]:
+    """The nodes of the step in the order in which they are launched. Sums over ranks start as soon as their operands are
+    there where it is `early`, else behind the last exchange."""
+    return _Order(parts, placed, early=early).run()
+
+
+class _Order:
+    def __init__(self, parts: _Parts, placed: Sequence[Sequence[Node]], *, early: bool) -> None:
+        self.parts, self.early = parts, early
+        self.beside = dict(zip(parts.exchanges, placed, strict=True))
+        self.held = {n for works in placed for n in works}
+        self.emitted: set[Node] = set()
+        self.order: list[Node] = []
+        self.left = len(parts.exchanges)
+        self.tail = [n for n in parts.graph.nodes if n in parts.tail]
+        self.producers = {v: n for n in (*parts.core.nodes, *self.tail) for v in n.outputs}
+        finishing = _behind(parts.graph, [n for n in self.tail if n.op.name == WAIT])
+        self.sums = [n for n in self.tail if n not in finishing]
+
+    def run(self) -> list[Node]:
+        later = set(self.parts.later)
+        nodes = self.parts.core.nodes
+        for i, node in enumerate(nodes):
+            if node in self.emitted or node in self.held or (node in later and self._only_for_held(node)):
+                continue
+            if node in self.parts.waits:
+                self._fill(i, node)
+            self.emit(node)
+            if node in self.beside:
+                self.left -= 1
+                for work in self.beside[node]:
+                    self.emit(work)
+            self._launch_sums()
+        for node in nodes:
+            self.emit(node)
+        self.left = 0
+        self._launch_sums()
+        for node in self.tail:
+            self.emit(node)
+        return self.order
+
+    def _only_for_held(self, node: Node) -> bool:
+        """Whether only work that is placed elsewhere reads what a node computes, which then comes with it."""
+        users = [u for v in node.results for u in self.parts.core.users.get(v, ())]
+        return bool(users) and all(u in self.held or (u in self.parts.later and self._only_for_held(u)) for u in users)
+
+    def emit(self, node: Node) -> None:
+        """Append a node, what it needs before it."""
+        if node in self.emitted:
+            return
+        self.emitted.add(node)
+        for v in node.inputs:
+            producer = self.producers.get(v)
+            if producer is not None:
+                self.emit(producer)
+        self.order.append(node)
+
+    def _fill(self, i: int, wait: Node) -> None:
+        """Before a wait, what stands behind it up to the next launch of an exchange and does not need it."""
+        for node in self.parts.core.nodes[i + 1 :]:
+            if is_start(node) or node in self.parts.waits:
+                return
+            if node in self.emitted or node in self.held or node.token is not None or node in self.parts.later:
+                continue
+            if not self.parts.reach.waits(node, wait) and self._ready(node):
+                self.emit(node)
+
+    def _ready(self, node: Node) -> bool:
+        producers = (self.producers.get(v) for v in node.inputs)
+        return all(p is None or p in self.emitted for p in producers)
+
+    def _launch_sums(self) -> None:
+        if self.left and not self.early:
+            return
+        while self.sums and all(p is None or p in self.emitted for p in self._operands(self.sums[0])):
+            self.emit(self.sums.pop(0))
+
+    def _operands(self, node: Node) -> Iterable[Node | None]:
+        return (self.producers.get(v) for v in node.inputs)
+
+
+__all__ = ["OverlapDW", "rethreaded"]

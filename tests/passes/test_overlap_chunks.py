@@ -1,0 +1,199 @@
+"""MoE layers in pieces: tokens go the same ways, forward and gradients keep their bits, ranges are chosen by cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from plait.compiler.debugging.interpret import interpret, replay
+from plait.cost.communication import record
+from plait.cost.estimate import Estimates, Rates
+from plait.cost.profile import Table, Timing
+from plait.ir import Graph, Reason, verify
+from plait.ir.reach import Reach
+from plait.passes.base import Context
+from plait.passes.overlap.chunks import OverlapChunks
+from plait.passes.overlap.cuts import EXCHANGE, Layer, cutting, layers
+from plait.passes.overlap.pieces import START, WAIT
+from plait.passes.overlap.report import ChunksReport
+
+from tests import moe_programs as programs
+from tests.moe_programs import GATES, Sizes
+
+RATES = Rates(1e11, 1e10, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[str]:
+    with programs.single_rank() as name:
+        yield name
+
+
+def forward(graph: Graph) -> list[Any]:
+    return Reach(graph).needed([], [graph.outputs[0]])
+
+
+def slow_link(group: str, seconds_per_byte: float) -> Estimates:
+    """Estimates where a group is said to have two ranks, joined by a link of that speed."""
+    table = Table()
+    for size in (1, 1 << 20):
+        seconds = size * seconds_per_byte
+        record(table, EXCHANGE, 2, size, "cpu/gloo", Timing(1, seconds, seconds, seconds, seconds))
+    return Estimates(RATES, table, ranks={group: 2})
+
+
+def run(graph: Graph, costs: Estimates, **options: Any) -> tuple[Graph, ChunksReport]:
+    said: list[ChunksReport] = []
+    made = OverlapChunks(**options).run(graph, Context(at="joint", costs=costs, report=said.append))
+    verify(made)
+    return made, said[0]
+
+
+def integers(seed: int) -> Any:
+    """Draws small integers: their sums are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randint(-2, 3, shape, generator=generator).float()
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_forward_and_gradients_keep_their_bits(group: str, gate: str, count: int) -> None:
+    seed = 10 * count
+    print(f"seed {seed}")
+    graph, inputs = programs.step(Sizes(), gate, group, seed)
+    made, said = run(graph, Estimates(RATES), count=count, around="all")
+    assert [layer.pieces for layer in said.layers] == [count, count]
+    for found, wanted in zip(interpret(made, inputs), interpret(graph, inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("gate", "factor"), list(itertools.product(GATES, (0.3, 4.0))))
+def test_slots_drops_and_rows_are_those_of_the_whole(group: str, gate: str, factor: float) -> None:
+    graph, inputs = programs.step(Sizes(capacity=factor, heads=0), gate, group, seed=3)
+    made, _ = run(graph, Estimates(RATES), count=4, around="all")
+    whole, pieces = replay(graph, inputs).values, replay(made, inputs).values
+    wanted = [n for n in graph.nodes if n.op.name == "plait.moe_slots.default"]
+    found = [n for n in made.nodes if n.op.name == "plait.moe_slots.default"]
+    assert len(found) == 4 * len(wanted)
+    for k, node in enumerate(wanted):
+        mine = found[4 * k : 4 * k + 4]
+        assert torch.equal(torch.cat([pieces[n.results[0]] for n in mine]), whole[node.results[0]])
+        assert torch.equal(pieces[mine[-1].results[1]], whole[node.results[1]])
+        dropped = int((whole[node.results[0]] < 0).sum())
+        assert dropped > 0 if factor < 1 else gate in ("gshard", "batch-prioritised") or dropped == 0
+
+
+def test_experts_without_tokens(group: str) -> None:
+    sizes = Sizes(experts=16, batch=2, length=2, heads=0)
+    graph, inputs = programs.step(sizes, "switch", group, seed=5)
+    made, _ = run(graph, Estimates(RATES), count=2, around="all")
+    counts = [v for n, v in ((n, replay(graph, inputs).values[n.results[1]]) for n in graph.nodes if "slots" in n.op.name)]
+    assert all((used == 0).any() for used in counts)
+    for found, wanted in zip(interpret(made, inputs), interpret(graph, inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_cut_by_capacity_forward_and_backward(group: str, count: int) -> None:
+    graph, inputs = programs.step(Sizes(), "top2", group, seed=7, draw=integers(7))
+    made, said = run(graph, Estimates(RATES), count=count, by="capacity", backward=True)
+    assert [(layer.pieces, layer.axis) for layer in said.layers] == [(count, "capacity")] * 4
+    assert sum(n.op.name == START for n in made.nodes) == 8 * count
+    loss, *gradients = interpret(made, inputs)
+    wanted, *others = interpret(graph, inputs)
+    assert torch.equal(loss, wanted)
+    for found, other in zip(gradients, others, strict=True):
+        if other is not None:
+            torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+def test_every_exchange_is_waited_for(group: str) -> None:
+    graph, _ = programs.step(Sizes(), "switch", group)
+    made, _ = run(graph, Estimates(RATES), count=3, around="layer")
+    assert not any(n.op.name == EXCHANGE for n in made.nodes)
+    waited = {n.inputs[0] for n in made.nodes if n.op.name == WAIT}
+    for node in made.nodes:
+        if node.op.name == START:
+            assert waited & set(node.results)
+            assert all(u.op.name == WAIT for v in node.results for u in made.users.get(v, ()))
+
+
+def test_pieces_are_launched_before_the_first_is_waited_for(group: str) -> None:
+    graph, _ = programs.step(Sizes(layers=1), "switch", group)
+    made, _ = run(graph, Estimates(RATES), count=3, around="all")
+    order = [n.op.name for n in made.nodes if n.op.name in (START, WAIT)]
+    assert order[:4] == [START] * 3 + [WAIT]
+
+
+def test_a_fast_link_leaves_layers_whole_and_a_slow_one_cuts_them(group: str) -> None:
+    graph, _ = programs.step(Sizes(batch=8, length=64, width=64, hidden=128), "switch", group)
+    _, fast = run(graph, slow_link(group, 1e-15))
+    _, slow = run(graph, slow_link(group, 1e-8))
+    assert [layer.pieces for layer in fast.layers] == [1, 1]
+    assert all("pieces are expected to take" in layer.why for layer in fast.layers)
+    assert any(layer.pieces > 1 for layer in slow.layers)
+    assert all(layer.cut < layer.whole for layer in slow.layers if layer.pieces > 1)
+
+
+def test_the_range_grows_into_the_computation_around_the_layer(group: str) -> None:
+    graph, _ = programs.step(Sizes(batch=8, length=64, width=64, hidden=64), "switch", group)
+    _, narrow = run(graph, slow_link(group, 1e-8), around="layer")
+    _, wide = run(graph, slow_link(group, 1e-8))
+    assert sum(layer.nodes for layer in wide.layers) > sum(layer.nodes for layer in narrow.layers)
+    assert sum(layer.cut for layer in narrow.layers) > 0
+
+
+def one_layer(graph: Graph) -> Layer:
+    return layers(graph, forward(graph))[0]
+
+
+def test_gates_that_need_the_whole_batch_run_before_the_pieces(group: str) -> None:
+    for gate, whole in (("switch", False), ("batch-prioritised", True), ("gshard", True)):
+        graph, _ = programs.step(Sizes(layers=1), gate, group)
+        how = cutting(graph, forward(graph)[:-2], one_layer(graph))
+        assert not isinstance(how, Reason)
+        ops = {n.op.name for n in how.cut}
+        assert ("aten.topk.default" in ops) is not whole
+        assert "plait.moe_slots.default" in ops
+        if whole:
+            assert any("needs all of it" in str(r) for r in how.reasons.values())
+
+
+def test_a_layer_whose_experts_mix_rows_says_so(group: str) -> None:
+    def loss(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ops: Any = torch.ops.plait
+        choice, slot, weight, rows, capacity = programs.routed(x, x @ w, "switch", 4, 1.0)
+        received, coming = ops.all_to_all_capacity(ops.moe_encode(x, choice, slot, None, 4, capacity), rows, None, group)
+        mixed = received.cumsum(1)
+        back, _ = ops.all_to_all_capacity(mixed, coming, rows, group)
+        return (ops.moe_decode(back, choice, slot, weight) ** 2).mean()
+
+    from plait.ir import from_fx
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+
+    inputs = [torch.randn(16, 8), torch.randn(8, 4, requires_grad=True)]
+    graph = from_fx(aot_export_joint_simple(lambda *a: (loss(*a),), inputs, trace_joint=True), "joint")
+    made, said = run(graph, slow_link(group, 1e-6))
+    assert said.layers[0].pieces == 1
+    assert "may mix rows" in said.layers[0].why
+    launched = sum(n.op.name == START for n in made.nodes)  # and waited for all the same
+    assert launched == sum(n.op.name == EXCHANGE for n in graph.nodes) > 0
+
+
+def test_without_figures_nothing_changes(group: str) -> None:
+    graph, _ = programs.step(Sizes(), "switch", group)
+    assert OverlapChunks().run(graph, Context(at="joint")) is graph
+
+
+def test_held_back_layers_stay_whole(group: str) -> None:
+    graph, inputs = programs.step(Sizes(), "switch", group)
+    allowed = iter([True, False])
+    ctx = Context(at="joint", costs=Estimates(RATES), allow=lambda _p, rule, _n: rule != "chunks" or next(allowed))
+    made = OverlapChunks(count=2).run(graph, ctx)
+    verify(made)
+    assert sum(n.op.name == "plait.moe_slots.default" for n in made.nodes) == 3
+    for found, wanted in zip(interpret(made, inputs), interpret(graph, inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
