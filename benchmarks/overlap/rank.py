@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from .network import set_rate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "moe"))
-from gpt2_moe import Config, GPT2MoE, loss  # noqa: E402
+from gpt2_moe import Config, GPT2MoE, loss
 
 TUTEL = [(f"ii/{k}", [f"overlap-chunks:by=capacity,around=layer,count={k},backward"]) for k in (2, 4, 8)]
 VARIANTS: Mapping[str, list[str]] = {
@@ -40,8 +40,8 @@ VARIANTS: Mapping[str, list[str]] = {
     "vi": ["overlap-chunks", "overlap-dw"],
     "vii": ["overlap-chunks:backward", "overlap-dw"],
 }
-"""What is compared: (i) no overlap, (ii) experts alone split by capacity as Tutel does, in 2, 4 and 8 parts, forward and
-backward, (iii) two pieces everywhere, (iv) weight gradients, (v) pieces, (vi) both, (vii) both, and the backward's experts in
+"""What is compared: (i) no overlap, (ii) experts alone split by capacity as Tutel does, in 2, 4 and 8 parts, forward
+and backward, (iii) two pieces everywhere, (iv) weight gradients, (v) pieces, (vi) both, (vii) both, and the backward's experts in
 pieces too."""
 
 
@@ -183,6 +183,7 @@ def measure(job: Mapping[str, Any], config: Config, mesh: Any, data: list[Any], 
     for v in variants:
         found[v.name]["losses_equal"] = losses[v.name] == losses["i"]
         found[v.name]["largest_loss_difference"] = max(abs(a - b) for a, b in zip(losses[v.name], losses["i"], strict=True))
+        found[v.name]["losses"] = losses[v.name]
         found[v.name]["compile_s"] = compiled[v.name]
         found[v.name]["said"] = [str(s) for s in getattr(v.step.compiled, "said", ())]
     return {"mbit": mbit, "variants": found}
