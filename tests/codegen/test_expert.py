@@ -8,11 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from plait.codegen.compile import CodegenOptions, CompiledGraph, compile_graph
+from plait.codegen.cpp.build import build
 from plait.codegen.expert import expert_of
+from plait.codegen.items import KernelItem
+from plait.codegen.schedule import schedule
 from plait.codegen.target import retarget
 from plait.codegen.templates import matmul as mm
 from plait.codegen.triton.interpret import Interpreter
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from tests.codegen.cuda_plan import run_interpreted
 from tests.codegen.products import PLAIN
+from tests.codegen.test_cpp_printer import SANITIZE, run_sanitized
 
 assert moe is not None  # importing registers the ops
 ops = torch.ops.plait
@@ -357,6 +362,35 @@ def test_the_template_refuses_used_rows_that_it_does_not_have(changes: dict[str,
     assert "tables" in good.buffer_names and mm.generate(good)
     with pytest.raises(InvalidMatmul, match="used rows"):
         replace(good, **changes)
+
+
+@pytest.mark.slow
+def test_kernels_touch_no_memory_that_is_not_theirs(tmp_path: Path) -> None:
+    """Under AddressSanitizer, on buffers that end where their elements end, with rows out of range too."""
+    rng, runs = random.Random(10), []
+    sources: dict[str, str] = {}
+    for s in ALL:
+        x, w, grad = (f'"f32[{a},{b},{c}]"' for a, b, c in (
+            (s.groups, s.capacity, s.a), (s.experts, s.a, s.b), (s.groups, s.capacity, s.b)))  # fmt: skip
+        for head, body in (
+            (f"x: {x}, w: {w}", "plait.expert_mm.default(x, w, r)"),
+            (f"x: {x}, g: {grad}", f"plait.expert_mm_weight.default(x, g, r, {s.experts})"),
+        ):
+            graph = parse_graph(f'def f({head}, r: "i64[{s.groups},2]"):\n    y = {body}\n    return (y,)\n')
+            (item,) = schedule(graph).items
+            assert isinstance(item, KernelItem) and isinstance(item.source, str)
+            sources[item.name] = item.source
+            for rows in (loads(s, rng), torch.tensor([[-3, s.capacity + 9]] * s.groups)):
+                files = []
+                for v in item.buffers:
+                    content = rows if v.tensor.dtype is torch.int64 and v.hint == "r" else torch.zeros(
+                        [int(n) for n in v.tensor.shape], dtype=v.tensor.dtype)  # fmt: skip
+                    files.append(str(tmp_path / f"{len(runs)}-{len(files)}.bin"))
+                    Path(files[-1]).write_bytes(content.contiguous().view(torch.uint8).numpy().tobytes())
+                runs.append([item.name, files, [int(n) for n in item.sizes]])
+    libraries = build(sources, tmp_path, flags=SANITIZE)
+    done = run_sanitized([[str(libraries[name]), name, files, sizes, 2] for name, files, sizes in runs], tmp_path)
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 def layer(x: Tensor, choice: Tensor, gate: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
