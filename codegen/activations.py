@@ -9,9 +9,30 @@ from .lowering import At, lowers
 # -- activations ------------------------------------------------------------------------------------------------------
 
 
+def relu(at: At, x: str) -> str:
+    """max(x, 0)."""
+    return at.op("maximum", x, at.const(0))
+
+
+def silu(at: At, x: str) -> str:
+    """x / (1 + exp(-x))."""
+    return at.op("div", x, at.op("add", at.const(1), at.op("exp", at.op("neg", x))))
+
+
+def gelu(at: At, x: str, approximate: str) -> str:
+    """x times the normal distribution's function at x, by erf ("none") or as in the paper by tanh ("tanh")."""
+    half, one = at.const(0.5), at.const(1)
+    if approximate == "tanh":
+        inner = at.op("mul", at.op("mul", at.op("mul", x, x), x), at.const(0.044715))
+        inner = at.op("mul", at.const(math.sqrt(2 / math.pi)), at.op("add", x, inner))
+        return at.op("mul", at.op("mul", half, x), at.op("add", one, at.op("tanh", inner)))
+    erf = at.op("erf", at.op("mul", x, at.const(math.sqrt(0.5))))
+    return at.op("mul", at.op("mul", x, half), at.op("add", one, erf))
+
+
 @lowers("aten.relu.default", cheap=True)
 def _relu(at: At) -> str:
-    return at.op("maximum", at.operand(at["self"]), at.const(0))
+    return relu(at, at.operand(at["self"]))
 
 
 @lowers("aten.relu6.default", cheap=True)
@@ -21,20 +42,12 @@ def _relu6(at: At) -> str:
 
 @lowers("aten.silu.default")
 def _silu(at: At) -> str:
-    x = at.operand(at["self"])
-    return at.op("div", x, at.op("add", at.const(1), at.op("exp", at.op("neg", x))))
+    return silu(at, at.operand(at["self"]))
 
 
 @lowers("aten.gelu.default")
 def _gelu(at: At) -> str:
-    x = at.operand(at["self"])
-    half, one = at.const(0.5), at.const(1)
-    if at["approximate"] == "tanh":
-        inner = at.op("mul", at.op("mul", at.op("mul", x, x), x), at.const(0.044715))
-        inner = at.op("mul", at.const(math.sqrt(2 / math.pi)), at.op("add", x, inner))
-        return at.op("mul", at.op("mul", half, x), at.op("add", one, at.op("tanh", inner)))
-    erf = at.op("erf", at.op("mul", x, at.const(math.sqrt(0.5))))
-    return at.op("mul", at.op("mul", x, half), at.op("add", one, erf))
+    return gelu(at, at.operand(at["self"]), at["approximate"])
 
 
 @lowers("aten.hardswish.default")

@@ -1,20 +1,23 @@
-"""Kernels of scatters and scans: parallel over what is independent, serial over what happens in order."""
+"""Kernels of scatters and scans: parallel over what is independent, serial over what happens in order; and of ops that skip
+rows."""
 
 from __future__ import annotations
 
 import sympy
 
-from ..ir import Value
+from ..ir import Value, dim
 from .analysis import Analysis, Unit
 from .body import dtype_name
 from .emit import Emitted, GroupBody, Order, finished
+from .expert import activation, is_used
 from .groups import Axis, Group
-from .ordered import Scan, Scatter
+from .lowering import At
+from .ordered import Scan, Scatter, UsedRows
 from .views import unravel
 
 
 def emit_ordered(analysis: Analysis, group: Group, status: Value | None) -> Emitted:
-    """The kernel of a group whose one unit is a scatter or a scan; parameters as of `emit`."""
+    """The kernel of a group whose one unit writes in an order of its own; parameters as of `emit`."""
     unit = group.units[0]
     made = unit.ordered
     assert made is not None
@@ -22,6 +25,8 @@ def emit_ordered(analysis: Analysis, group: Group, status: Value | None) -> Emit
     body.body.pinned.add(body.param(analysis.memory[unit.value].root))
     if isinstance(made, Scatter):
         body.scatter(unit, made)
+    elif isinstance(made, UsedRows):
+        body.used_rows(unit)
     else:
         body.scan(unit, made)
     return finished(body)
@@ -31,7 +36,7 @@ def _loops(group: Group, unit: Unit) -> Order:
     """Parallel axes outside, ordered ones inside. Lanes lie along the last dimension only: along any other, every access
     would be a gather, and one after the other is faster."""
     made = unit.ordered
-    ordered = set(made.serial if isinstance(made, Scatter) else (made.dim,) if made is not None else ())
+    ordered = set(made.serial if isinstance(made, Scatter) else (made.dim,) if isinstance(made, Scan) else ())
     index = group.form[unit.value]
     inside = {index[d] for d in ordered}
     outer: tuple[Axis, ...] = tuple(a for a in group.axes if a.symbol not in inside)
@@ -57,6 +62,22 @@ class _OrderedBody(GroupBody):
             if made.merge is not None:
                 value = self.body.op(made.merge, self.body.load(buffer, dtype, address), value, dtype=dtype)
             self.body.store(buffer, dtype, address, value)
+
+    def used_rows(self, unit: Unit) -> None:
+        """Compute the rows that are used, and write zeros to the others."""
+        out = unit.value
+        groups, capacity, features = out.tensor.shape
+        dtype, buffer = dtype_name(out.tensor.dtype), self.param(self.analysis.memory[out].root)
+        which, computed, cleared = (sympy.Symbol(s, integer=True, nonnegative=True) for s in ("r", "f", "z"))
+        group, row = unravel(which, (groups, capacity))
+        with self.body.loop(which, dim(groups * capacity), kind="parallel"):
+            at = At(self.body, unit.node, (group, row, computed), out.tensor, self.read, self.guard, self.bounds)
+            many = self.body.op("where", is_used(at), self.body.index(features), self.body.const(0, "int64"))
+            with self.body.loop(computed, self.body.symbol(many), vector=True):
+                self.body.store(buffer, dtype, self.address(out, at.index), activation(at))
+            with self.body.loop(cleared, features - self.body.symbol(many), vector=True):
+                zero = self.body.cast(self.body.const(0, at.dtype), dtype)
+                self.body.store(buffer, dtype, self.address(out, (group, row, cleared)), zero)
 
     def scan(self, unit: Unit, made: Scan) -> None:
         """Store the running value at every step."""

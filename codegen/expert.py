@@ -1,4 +1,5 @@
-"""Products of a mixture of experts on the matmul template: which nodes qualify, what their operands are, and the kernel.
+"""A mixture of experts in kernels: products on the matmul template (which nodes qualify, what their operands are, and the
+kernel), and the elements of activations.
 
 `expert_mm` is a product for each expert over its used rows, which may lie anywhere in the buffers; `expert_mm_weight` sums
 over them. Rows that are not used cost what their zeros cost.
@@ -12,15 +13,19 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.functions import ModularIndexing
 
 from ..ir import Dim, Node, TensorType, Value
+from . import activations
 from .body import dtype_name
 from .items import KernelItem
 from .kernel_ir import Buffer, Compute, Load, Stmt, Store
+from .lowering import At, lowers
 from .matmul import threads
 from .templates import matmul as T
 
 MM, WEIGHT = "plait.expert_mm.default", "plait.expert_mm_weight.default"
+ACTIVATION = "plait.expert_act.default"
 _SUMS = {torch.float32: "float32", torch.bfloat16: "float32", torch.float16: "float32", torch.float64: "float64"}
 _ROW, _OUT_ROW, _OUT_GROUP = (sympy.Symbol(s, integer=True, nonnegative=True) for s in ("row", "out_row", "out_group"))
 
@@ -81,7 +86,7 @@ def expert_of(node: Node) -> Expert | str | None:
 def _row_stride(x: TensorType) -> Dim | None:
     """Elements from one row of buffers to the next, the same within and between them; None where there is no such number."""
     (_, capacity, _), (outer, row, inner) = x.shape, x.strides
-    return row if inner == 1 and outer == capacity * row else None
+    return row if x.is_contiguous or (inner == 1 and outer == capacity * row) else None
 
 
 def _spec(made: Expert, node: Node) -> T.MatmulSpec:
@@ -122,3 +127,41 @@ def emit_expert(made: Expert, node: Node) -> KernelItem:
 
 def _scratch(elements: Any, dtype: torch.dtype, hint: str) -> Value:
     return Value(TensorType((elements if isinstance(elements, int) else sympy.sympify(elements),), dtype), hint)
+
+
+# -- activations ----------------------------------------------------------------------------------------------------------
+
+
+def is_used(at: At) -> str:
+    """Whether the row of an element of an `expert_act` is used."""
+    group, row, _ = at.index
+    row = at.body.index(row)
+    first, end = (at.load(at["rows"], (group, i)) for i in (0, 1))
+    return at.op("and", at.op("ge", row, first), at.op("lt", row, end))
+
+
+def activation(at: At) -> str:
+    """An element of an `expert_act` whose row is used. Halves are rounded where the reference rounds them."""
+    group, _, feature = at.index
+    y = at.operand(at["x"])
+    if (bias := at["bias"]) is not None:
+        experts = bias.tensor.shape[0]
+        own = group if experts == at["x"].tensor.shape[0] else ModularIndexing(group, 1, experts)
+        y = _rounded(at, at.op("add", y, at.body.cast(at.body.up(at.load(bias, (own, feature))), at.dtype)))
+    match at["kind"]:
+        case "gelu" | "gelu_tanh":
+            y = activations.gelu(at, y, "tanh" if at["kind"] == "gelu_tanh" else "none")
+        case "silu":
+            y = activations.silu(at, y)
+        case "relu":
+            y = activations.relu(at, y)
+    return y if at["other"] is None else at.op("mul", _rounded(at, y), at.operand(at["other"]))
+
+
+def _rounded(at: At, value: str) -> str:
+    return at.body.up(at.body.cast(value, dtype_name(at.out.dtype)))
+
+
+@lowers(ACTIVATION)
+def _activation(at: At) -> str:
+    return at.op("where", is_used(at), activation(at), at.const(0))

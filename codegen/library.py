@@ -28,6 +28,7 @@ LIBRARY: dict[str, str] = {
     "plait.moe_slots.default": "torch's stable sort",
     "plait.moe_encode.default": "copies of whole rows",
     "plait.moe_decode.default": "copies of whole rows",
+    "plait.moe_decode_weight.default": "products of whole rows",
     "plait.moe_join.default": "copies of whole rows",
 }
 
@@ -111,6 +112,7 @@ CUDA_LIBRARY: dict[str, str] = {
     **dict.fromkeys(("aten.mm.default", "aten.addmm.default", "aten.linear.default"), "cuBLAS's matmul"),
     **dict.fromkeys(("aten.bmm.default", "aten.baddbmm.default"), "cuBLAS's matmul"),
     "aten._int_mm.default": "cuBLAS's matmul of bytes",
+    **dict.fromkeys(("plait.expert_mm.default", "plait.expert_mm_weight.default"), "cuBLAS's matmul of whole buffers"),
 }
 
 _CUDA_NAMES = {"LAPACK": "cuSOLVER", "MKL's matmul": "cuBLAS's matmul", "MKL's Fourier transform": "cuFFT"}

@@ -1,6 +1,7 @@
-"""Ops that write in an order: scatters, where points may meet at one element, and scans, where each element needs the last.
+"""Ops that write in an order: scatters, where points may meet at one element, and scans, where each element needs the last;
+and ops that skip rows.
 
-Both are units of kernels of their own. What two points of a scatter do to one element happens in row-major order of the
+All are units of kernels of their own. What two points of a scatter do to one element happens in row-major order of the
 points, as eager does it, whatever the number of threads: the dimensions along which points may meet are serial loops, the
 others are parallel.
 """
@@ -15,6 +16,7 @@ import torch
 
 from ..ir import Dim, Node
 from .body import Index, compute_dtype, dtype_name
+from .expert import ACTIVATION
 from .lowering import At
 from .views import row_index
 
@@ -45,11 +47,16 @@ class Scan:
     dtype: str
 
 
-Ordered = Scatter | Scan
+@dataclass(frozen=True)
+class UsedRows:
+    """An `expert_act` [G, C, f] on the CPU: rows that are not used are not computed, which lanes could not skip."""
+
+
+Ordered = Scatter | Scan | UsedRows
 
 
 def ordered(node: Node) -> Ordered | str | None:
-    """The scatter or scan that a node is; a reason in words where it is one that cannot be generated; None for others."""
+    """How a node writes that is such an op; a reason in words where it cannot be generated; None for others."""
     make = _ORDERED.get(node.op.name)
     return None if make is None else make(node)
 
@@ -181,7 +188,13 @@ def _scan(op: str) -> Callable[[Node], Ordered | str]:
     return spec
 
 
-_ORDERED: dict[str, Callable[[Node], Ordered | str]] = {
+def _used_rows(node: Node) -> Ordered | None:
+    out = node.out.tensor
+    return UsedRows() if out.device == "cpu" and out.is_contiguous and out.numel != 0 else None
+
+
+_ORDERED: dict[str, Callable[[Node], Ordered | str | None]] = {
+    ACTIVATION: _used_rows,
     "aten.scatter.src": _scatter,
     "aten.scatter.value": _scatter,
     "aten.scatter.reduce": _scatter_merging,

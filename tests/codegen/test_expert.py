@@ -8,18 +8,26 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
-from plait.codegen.compile import CompiledGraph, compile_graph
+from plait.codegen.compile import CodegenOptions, CompiledGraph, compile_graph
+from plait.codegen.cpp.build import build
 from plait.codegen.expert import expert_of
+from plait.codegen.items import KernelItem
+from plait.codegen.schedule import schedule
+from plait.codegen.target import retarget
 from plait.codegen.templates import matmul as mm
+from plait.codegen.triton.interpret import Interpreter
 from plait.errors import InvalidMatmul
 from plait.ir import parse_graph
 from plait.runtime import moe
 from torch import Tensor
 
+from tests.codegen.cuda_plan import run_interpreted
 from tests.codegen.products import PLAIN
+from tests.codegen.test_cpp_printer import SANITIZE, run_sanitized
 
 assert moe is not None  # importing registers the ops
 ops = torch.ops.plait
@@ -202,6 +210,81 @@ def test_threads_give_the_same_bits() -> None:
     assert torch.equal(weights(x, want[0], rows, 1), want[1])
 
 
+# -- activations --------------------------------------------------------------------------------------------------------
+
+
+def activate(x: Tensor, bias: Tensor | None, other: Tensor | None, rows: Tensor, kind: str) -> Tensor:
+    given = {n: v for n, v in (("x", x), ("b", bias), ("o", other), ("r", rows)) if v is not None}
+    text = (
+        f"def f({', '.join(f'{n}: {text_of(v)}' for n, v in given.items())}):\n"
+        f"    y = plait.expert_act.default(x, {'b' if bias is not None else None}, {'o' if other is not None else None}, r, "
+        f'"{kind}")\n    return (y,)\n'
+    )
+    return call(text, *given.values())
+
+
+BOUND = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("kind", moe.KINDS)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+def test_activations_are_those_of_the_reference(kind: str, dtype: torch.dtype) -> None:
+    seed = moe.KINDS.index(kind)
+    rng = random.Random(seed)
+    for s in (ODD, replace(ODD, ranks=1)):
+        rows = loads(s, rng)
+        print("seed", seed, rows.tolist())
+        x, other = (numbers(rng, s.groups, s.capacity, s.b, dtype=dtype) for _ in range(2))
+        bias = numbers(rng, s.experts, s.b, dtype=dtype)
+        for b, o in ((None, None), (bias, other)):
+            got = activate(spoilt(x, rows), b, None if o is None else spoilt(o, rows), rows, kind)
+            want = ops.expert_act(x, b, o, rows, kind)
+            torch.testing.assert_close(got, want, rtol=BOUND[dtype], atol=BOUND[dtype])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pieces_of_activated_rows_have_the_bits_of_the_whole(seed: int) -> None:
+    rng = random.Random(seed)
+    rows, kind = loads(ODD, rng), rng.choice(moe.KINDS)
+    print("seed", seed, rows.tolist(), kind)
+    x, bias = numbers(rng, ODD.groups, ODD.capacity, ODD.b), numbers(rng, ODD.experts, ODD.b)
+    middle = torch.tensor([rng.randint(a, e) for a, e in rows.tolist()])
+    used = [torch.stack([rows[:, 0], middle], 1), torch.stack([middle, rows[:, 1]], 1)]
+    parts = [activate(x, bias, None, r, kind) for r in used]
+    assert torch.equal(ops.moe_join(parts, used), activate(x, bias, None, rows, kind))
+
+
+def test_buffers_without_elements() -> None:
+    rows = torch.zeros(2, 2, dtype=torch.int64)
+    for shape in ((2, 0, 8), (2, 4, 0)):
+        x, w = torch.zeros(shape), torch.zeros(1, shape[2], 8)
+        assert torch.equal(product(x, w, rows), torch.zeros(2, shape[1], 8))
+        assert torch.equal(weights(x, x, rows, 1), torch.zeros(1, shape[2], shape[2]))
+        compiled = compile_graph(parse_graph(
+            f"def f(x: {text_of(x)}, r: {text_of(rows)}):\n"
+            '    y = plait.expert_act.default(x, None, None, r, "silu")\n    return (y,)\n'
+        ))  # fmt: skip
+        assert compiled.executable(x, rows)[0].shape == shape
+
+
+def test_cuda_devices_activate_in_a_kernel_and_multiply_by_a_library(interpreter: Interpreter) -> None:
+    rng = random.Random(8)
+    rows = loads(ODD, rng)
+    x, w = numbers(rng, ODD.groups, ODD.capacity, ODD.a), numbers(rng, ODD.experts, ODD.a, ODD.b)
+    bias = numbers(rng, ODD.experts, ODD.b)
+    text = (
+        f"def f(x: {text_of(x)}, w: {text_of(w)}, b: {text_of(bias)}, r: {text_of(rows)}):\n"
+        "    y = plait.expert_mm.default(x, w, r)\n"
+        '    z = plait.expert_act.default(y, b, y, r, "gelu_tanh")\n    return (z,)\n'
+    )
+    made = compile_graph(retarget(parse_graph(text)), CodegenOptions(target="cuda:90"))
+    assert made.coverage.generated == 1
+    assert set(made.coverage.reasons) == {("plait.expert_mm.default", "cuBLAS's matmul of whole buffers")}
+    y = ops.expert_mm(x, w, rows)
+    (got,) = run_interpreted(made, [x, w, bias, rows], interpreter)
+    torch.testing.assert_close(got, ops.expert_act(y, bias, y, rows, "gelu_tanh"), rtol=1e-5, atol=1e-5)
+
+
 # -- in a graph ---------------------------------------------------------------------------------------------------------
 
 
@@ -279,3 +362,54 @@ def test_the_template_refuses_used_rows_that_it_does_not_have(changes: dict[str,
     assert "tables" in good.buffer_names and mm.generate(good)
     with pytest.raises(InvalidMatmul, match="used rows"):
         replace(good, **changes)
+
+
+@pytest.mark.slow
+def test_kernels_touch_no_memory_that_is_not_theirs(tmp_path: Path) -> None:
+    """Under AddressSanitizer, on buffers that end where their elements end, with rows out of range too."""
+    rng, runs = random.Random(10), []
+    sources: dict[str, str] = {}
+    for s in ALL:
+        x, w, grad = (f'"f32[{a},{b},{c}]"' for a, b, c in (
+            (s.groups, s.capacity, s.a), (s.experts, s.a, s.b), (s.groups, s.capacity, s.b)))  # fmt: skip
+        for head, body in (
+            (f"x: {x}, w: {w}", "plait.expert_mm.default(x, w, r)"),
+            (f"x: {x}, g: {grad}", f"plait.expert_mm_weight.default(x, g, r, {s.experts})"),
+        ):
+            graph = parse_graph(f'def f({head}, r: "i64[{s.groups},2]"):\n    y = {body}\n    return (y,)\n')
+            (item,) = schedule(graph).items
+            assert isinstance(item, KernelItem) and isinstance(item.source, str)
+            sources[item.name] = item.source
+            for rows in (loads(s, rng), torch.tensor([[-3, s.capacity + 9]] * s.groups)):
+                files = []
+                for v in item.buffers:
+                    content = rows if v.tensor.dtype is torch.int64 and v.hint == "r" else torch.zeros(
+                        [int(n) for n in v.tensor.shape], dtype=v.tensor.dtype)  # fmt: skip
+                    files.append(str(tmp_path / f"{len(runs)}-{len(files)}.bin"))
+                    Path(files[-1]).write_bytes(content.contiguous().view(torch.uint8).numpy().tobytes())
+                runs.append([item.name, files, [int(n) for n in item.sizes]])
+    libraries = build(sources, tmp_path, flags=SANITIZE)
+    done = run_sanitized([[str(libraries[name]), name, files, sizes, 2] for name, files, sizes in runs], tmp_path)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def layer(x: Tensor, choice: Tensor, gate: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    experts, capacity = w1.shape[0], 11
+    slot, _, rows = ops.moe_slots(choice, choice.new_zeros(experts), capacity)
+    buf = ops.moe_encode(x, choice, slot, None, experts, capacity)
+    hidden = ops.expert_act(ops.expert_mm(buf, w1, rows), b1, None, rows, "gelu")
+    return ops.moe_decode(ops.expert_mm(hidden, w2, rows), choice, slot, gate)
+
+
+def test_a_layer_trains_as_in_eager() -> None:
+    g = torch.Generator().manual_seed(9)
+    choice = torch.randint(0, 3, (20, 2), generator=g).clamp(max=1)  # the third expert has nobody, the second overflows
+    floats = [torch.randn(s, generator=g) for s in ((20, 24), (20, 2), (3, 24, 40), (3, 40), (3, 40, 24))]
+    found = []
+    for fn in (layer, torch.compile(layer, backend="plait", fullgraph=True)):
+        x, gate, *rest = (v.clone().requires_grad_() for v in floats)
+        y = fn(x, choice, gate, *rest)
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, gate, *rest))])
+    for got, want in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert found[1][4][2].eq(0).all()  # the expert that nobody chose
