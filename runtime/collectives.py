@@ -160,7 +160,7 @@ class Pending:
         """
         job = self._job
         while not job.done.wait(self._channel.patience()):
-            self._channel.watch()
+            self._channel.watch(job)
         if job.error is not None:
             raise job.error
         result = job.result if self._part is None else job.result[self._part]
@@ -264,14 +264,13 @@ class Channel:
         running = self._running
         return 1.0 if running is None else max(running[1].deadline + GRACE_S - time.monotonic(), 0.0)
 
-    def watch(self) -> None:
-        """Raise CollectiveTimedOut where the running collective is overdue and does not notice it by itself."""
+    def watch(self, waited: _Job) -> None:
+        """Raise what a job is to end with where the running collective is overdue and does not notice it by itself."""
         running = self._running
         if running is not None and time.monotonic() >= running[1].deadline + GRACE_S:
             job, progress = running
             failure = self._fail(self._timed_out(job, progress))
-            _disconnect(self.group())
-            raise failure
+            raise failure if job is waited else self._refusal(waited)
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)
@@ -315,9 +314,11 @@ class Channel:
         return result
 
     def _fail(self, failure: PlaitError) -> PlaitError:
+        """The first failure; after it the group is broken everywhere, so that no rank waits for its own time-out."""
         with self._lock:
             if self.failure is None:
                 self.failure = failure
+                _disconnect(self.group())
             return self.failure
 
     def _refusal(self, job: _Job) -> PlaitError:
@@ -364,7 +365,7 @@ def _reason(error: Exception) -> str:
 
 def _disconnect(group: Any) -> None:
     """Break a group so that what hangs in it ends, here and, since its connections close, on the other ranks."""
-    if group is None:
+    if group is None or group.size() == 1:
         return
     peer = (group.rank() + 1) % group.size()
     try:
