@@ -16,6 +16,7 @@ NCCL's own watchdog looks after what runs on the device. None of that has been r
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import queue
 import re
@@ -162,7 +163,7 @@ class Pending:
         while not job.done.wait(self._channel.patience()):
             self._channel.watch(job)
         if job.error is not None:
-            raise job.error
+            raise _again(job.error)
         result = job.result if self._part is None else job.result[self._part]
         if job.end is not None:
             stream = torch.cuda.current_stream(job.device)
@@ -270,7 +271,7 @@ class Channel:
         if running is not None and time.monotonic() >= running[1].deadline + GRACE_S:
             job, progress = running
             failure = self._fail(self._timed_out(job, progress))
-            raise failure if job is waited else self._refusal(waited)
+            raise _again(failure) if job is waited else self._refusal(waited)
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)
@@ -322,9 +323,10 @@ class Channel:
             return self.failure
 
     def _refusal(self, job: _Job) -> PlaitError:
+        assert self.failure is not None
         cause = str(self.failure).splitlines()[0]
         refusal = ChannelBroken(op=job.name, group=self.name, rank=self.rank, cause=cause, source=job.source)
-        refusal.__cause__ = self.failure
+        refusal.__cause__ = _again(self.failure)
         return refusal
 
     def _timed_out(self, job: _Job, progress: Progress) -> PlaitError:
@@ -334,7 +336,9 @@ class Channel:
         )  # fmt: skip
 
     def _explained(self, job: _Job, progress: Progress, error: Exception) -> PlaitError:
+        error = error.with_traceback(None)  # its frames would keep the tensors, and the group, as long as the channel lives
         if isinstance(error, PlaitError):
+            error.add(f"in {job.name} on rank {self.rank} of group {self.name!r}", *([job.source] if job.source else []))
             return error
         if time.monotonic() >= progress.deadline:
             failure = self._timed_out(job, progress)
@@ -345,6 +349,13 @@ class Channel:
             )  # fmt: skip
         failure.__cause__ = error
         return failure
+
+
+def _again(error: PlaitError) -> PlaitError:
+    """An error for another `raise`, which would give it the frames, and with them the values, of those who wait for it."""
+    fresh = copy.copy(error)
+    fresh.__cause__ = error.__cause__
+    return fresh
 
 
 def _first_difference(ours: str, theirs: str) -> tuple[int, str, str]:

@@ -1,12 +1,13 @@
 """Collectives between processes: exchanges with a capacity, channels, and what happens when ranks die or stall."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,7 @@ def test_many_exchanges_in_flight():
     assert all(on_ranks(many, 2))
 
 
-def anew(rank, size):
+def anew(rank, size, path):
     """A group is destroyed, and another one made that gets its name."""
     buf, rows, _, name = arguments(size)
     OP(buf, rows, None, name)
@@ -210,7 +211,7 @@ def anew(rank, size):
     assert not thread.is_alive() and old.group() is None
     with pytest.raises(NoSuchGroup):
         OP(buf, rows, None, name)
-    store = dist.FileStore(f"{tempfile.gettempdir()}/plait-{os.getppid()}-{rows.shape[0]}-anew", size)
+    store = dist.FileStore(path, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     assert dist.group.WORLD.group_name == name and collectives.channel(name) is not old
     OP(buf, rows, None, name)
@@ -219,8 +220,8 @@ def anew(rank, size):
     return True
 
 
-def test_a_channel_ends_with_its_group():
-    assert all(on_ranks(anew, 2))
+def test_a_channel_ends_with_its_group(tmp_path):
+    assert all(on_ranks(anew, 2, f"{tmp_path}/store"))
 
 
 def test_a_process_ends_with_its_channels(tmp_path):
@@ -285,6 +286,37 @@ def test_every_surviving_rank_is_told(how, size):
         assert second.__cause__ is None or isinstance(second.__cause__, type(first))
 
 
+def after_a_failure(rank, size, path):
+    """What a failed call held is freed, and a new group in place of the broken one works."""
+    if rank == 1:
+        os.environ[collectives.VARIABLE] = "0.5"
+    buf, rows, _, name = arguments(size)
+    OP(buf, rows, None, name)
+    seen = weakref.ref(buf)
+    if rank == 0:
+        time.sleep(1.5)
+    with pytest.raises((CollectiveFailed, CollectiveTimedOut)):
+        OP(buf, rows, None, name)
+    del buf
+    with pytest.raises(ChannelBroken):
+        OP(*arguments(size))
+    gc.collect()
+    assert seen() is None
+    thread = next(t for t in threading.enumerate() if t.name == f"plait-group-{name}")
+    dist.destroy_process_group()
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+    store = dist.FileStore(path, size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    OP(*arguments(size))
+    return True
+
+
+def test_a_group_that_failed_can_be_made_anew(tmp_path):
+    assert all(on_ranks(after_a_failure, 2, f"{tmp_path}/store"))
+
+
 def misfits(rank, size, shape, dtype):
     buf = torch.ones(shape, dtype=dtype) if rank == 1 else torch.ones(4, 3, 8)
     start = time.monotonic()
@@ -305,6 +337,7 @@ def misfits(rank, size, shape, dtype):
 )
 def test_ranks_with_other_buffers_are_told(shape, dtype, said):
     found = on_ranks(misfits, 2, shape, dtype)
+    assert "in plait.all_to_all_capacity on rank 0 of group '0'" in found[0][0]
     assert said in found[0][0] and all(seconds < 5 for _, seconds in found)
 
 
