@@ -16,6 +16,7 @@ NCCL's own watchdog looks after what runs on the device. None of that has been r
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import queue
 import re
@@ -160,9 +161,9 @@ class Pending:
         """
         job = self._job
         while not job.done.wait(self._channel.patience()):
-            self._channel.watch()
+            self._channel.watch(job)
         if job.error is not None:
-            raise job.error
+            raise _again(job.error)
         result = job.result if self._part is None else job.result[self._part]
         if job.end is not None:
             stream = torch.cuda.current_stream(job.device)
@@ -264,14 +265,13 @@ class Channel:
         running = self._running
         return 1.0 if running is None else max(running[1].deadline + GRACE_S - time.monotonic(), 0.0)
 
-    def watch(self) -> None:
-        """Raise CollectiveTimedOut where the running collective is overdue and does not notice it by itself."""
+    def watch(self, waited: _Job) -> None:
+        """Raise what a job is to end with where the running collective is overdue and does not notice it by itself."""
         running = self._running
         if running is not None and time.monotonic() >= running[1].deadline + GRACE_S:
             job, progress = running
             failure = self._fail(self._timed_out(job, progress))
-            _disconnect(self.group())
-            raise failure
+            raise _again(failure) if job is waited else self._refusal(waited)
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)
@@ -315,15 +315,18 @@ class Channel:
         return result
 
     def _fail(self, failure: PlaitError) -> PlaitError:
+        """The first failure; after it the group is broken everywhere, so that no rank waits for its own time-out."""
         with self._lock:
             if self.failure is None:
                 self.failure = failure
+                _disconnect(self.group())
             return self.failure
 
     def _refusal(self, job: _Job) -> PlaitError:
+        assert self.failure is not None
         cause = str(self.failure).splitlines()[0]
         refusal = ChannelBroken(op=job.name, group=self.name, rank=self.rank, cause=cause, source=job.source)
-        refusal.__cause__ = self.failure
+        refusal.__cause__ = _again(self.failure)
         return refusal
 
     def _timed_out(self, job: _Job, progress: Progress) -> PlaitError:
@@ -333,7 +336,9 @@ class Channel:
         )  # fmt: skip
 
     def _explained(self, job: _Job, progress: Progress, error: Exception) -> PlaitError:
+        error = error.with_traceback(None)  # its frames would keep the tensors, and the group, as long as the channel lives
         if isinstance(error, PlaitError):
+            error.add(f"in {job.name} on rank {self.rank} of group {self.name!r}", *([job.source] if job.source else []))
             return error
         if time.monotonic() >= progress.deadline:
             failure = self._timed_out(job, progress)
@@ -344,6 +349,13 @@ class Channel:
             )  # fmt: skip
         failure.__cause__ = error
         return failure
+
+
+def _again(error: PlaitError) -> PlaitError:
+    """An error for another `raise`, which would give it the frames, and with them the values, of those who wait for it."""
+    fresh = copy.copy(error)
+    fresh.__cause__ = error.__cause__
+    return fresh
 
 
 def _first_difference(ours: str, theirs: str) -> tuple[int, str, str]:
@@ -364,7 +376,7 @@ def _reason(error: Exception) -> str:
 
 def _disconnect(group: Any) -> None:
     """Break a group so that what hangs in it ends, here and, since its connections close, on the other ranks."""
-    if group is None:
+    if group is None or group.size() == 1:
         return
     peer = (group.rank() + 1) % group.size()
     try:

@@ -8,6 +8,7 @@ numbers, all other rows of the result are zero.
 from __future__ import annotations
 
 import ctypes
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -139,41 +140,70 @@ def _over_sockets(
     tag = _FIRST_TAG + 2 * (progress.number % _TAGS)
     peers = [(rank + step) % size for step in range(1, size)]
     sources = [(rank - step) % size for step in range(1, size)]
-    own = slice(rank * count, rank * count + count)
     out = torch.empty_like(buf)
-    came = torch.empty_like(rows)
-    sends: list[tuple[int, Any]] = []
-    receives: list[tuple[int, Any]] = []
-    announced: list[tuple[int, Any]] = []
-    if expected is None:
-        came[own] = rows[own]
-        announced = [(r, group.recv([came[r * count : r * count + count]], r, tag)) for r in sources if count]
-        sends = [(r, group.send([rows[r * count : r * count + count]], r, tag)) for r in peers if count]
-        progress.bytes += len(sends) * count * 16
+    inbox = torch.empty(size, max(_ROOM, _HEADER + 2 * count), dtype=torch.int64)
+    announced: Works = []
+    receives: Works = []
+    if coming is None:
+        letters = [(r, _letter(buf, sent[r * count : r * count + count])) for r in peers]
+        announced = [(r, group.recv([inbox[r]], r, tag)) for r in sources]
+        announced += [(r, group.send([letter], r, tag)) for r, letter in letters]
+        progress.bytes += sum(letter.numel() * letter.element_size() for _, letter in letters)
     else:
-        came.copy_(expected)
-    if coming is not None:
         receives = _receive(group, out, coming, sources, tag + 1)
+    sends: Works = []
     for r in peers:
         for piece in _pieces(buf, sent, r * count, count):
             sends.append((r, group.send([piece], r, tag + 1)))
             progress.bytes += piece.numel() * piece.element_size()
-    _copy_rows(buf, out, sent, own)
+    _copy_rows(buf, out, sent, range(rank * count, rank * count + count))
     if coming is None:
         _wait(announced, progress)
-        coming = _used(came, buf.shape[1], "rows of another rank:")
+        coming = _read(inbox, buf, sent, rank)
         receives = _receive(group, out, coming, sources, tag + 1)
     _clear_rows(out, coming)
     _wait(receives + sends, progress)
-    return out, came
+    return out, torch.tensor(coming, dtype=torch.int64).reshape(-1, 2) if expected is None else expected.clone()
 
 
-def _receive(group: Any, out: Tensor, coming: Rows, sources: Sequence[int], tag: int) -> list[tuple[int, Any]]:
+Works = list[tuple[int, Any]]
+
+_HEADER = 4
+_ROOM = 4096
+"""Room for announcements, in words: gloo ends a process that is sent more than it has room for."""
+
+
+def _letter(buf: Tensor, rows: Rows) -> Tensor:
+    """What another rank is told: sizes and dtype of the buffer, then which rows are coming."""
+    return torch.tensor([*buf.shape, _code(buf.dtype), *(n for pair in rows for n in pair)], dtype=torch.int64)
+
+
+def _code(dtype: torch.dtype) -> int:
+    return zlib.crc32(str(dtype).encode())
+
+
+def _read(inbox: Tensor, buf: Tensor, sent: Rows, rank: int) -> Rows:
+    """The rows that the other ranks have announced, and our own. Raises BadExchange where they have other buffers."""
+    count, ours = buf.shape[0] // inbox.shape[0], [*buf.shape, _code(buf.dtype)]
+    coming: Rows = []
+    for r, letter in enumerate(inbox.tolist()):
+        if r == rank:
+            coming += sent[r * count : r * count + count]
+            continue
+        if letter[:_HEADER] != ours:
+            other = "" if letter[3] == ours[3] else " of another dtype"
+            raise BadExchange(why=f"rank {r} has a buffer {letter[:3]}{other}, rank {rank} has {_kind(buf)}")
+        words = letter[_HEADER : _HEADER + 2 * count]
+        coming += zip(words[::2], words[1::2], strict=True)
+    return coming
+
+
+def _receive(group: Any, out: Tensor, coming: Rows, sources: Sequence[int], tag: int) -> Works:
     count = out.shape[0] // group.size()
     return [(r, group.recv([piece], r, tag)) for r in sources for piece in _pieces(out, coming, r * count, count)]
 
 
-def _wait(works: list[tuple[int, Any]], progress: Progress) -> None:
+def _wait(works: Works, progress: Progress) -> None:
     for r, work in works:
         progress.awaited = r
         work.wait(progress.left())
@@ -183,9 +213,9 @@ def _wait(works: list[tuple[int, Any]], progress: Progress) -> None:
 # Copying with torch would start its threads beside those that compute; these leave Python's lock as well.
 
 
-def _copy_rows(buf: Tensor, out: Tensor, rows: Rows, groups: slice) -> None:
+def _copy_rows(buf: Tensor, out: Tensor, rows: Rows, groups: range) -> None:
     row = buf.shape[2] * buf.element_size()
-    for g in range(groups.start, groups.stop):
+    for g in groups:
         first, end = rows[g]
         at = (g * buf.shape[1] + first) * row
         ctypes.memmove(out.data_ptr() + at, buf.data_ptr() + at, (end - first) * row)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from plait.errors import InvalidGraph
 from plait.ir import Graph, Loc, Node, SymbolInfo, TensorType, TokenType, Value, op, size_symbol, verify
+from plait.ir.effects import effect_of
 from plait.ir.graph import bind
 from plait.ir.types import ScalarType
 
@@ -230,6 +231,15 @@ def test_collectives_are_ordered_within_their_group():
     late = collective("a", x, ())
     with pytest.raises(InvalidGraph, match="the order of 'collective:a' effects is broken"):
         verify(Graph("f", (x,), (first, other, late), (late.out,)))
+
+
+@pytest.mark.parametrize("name", ["plait.all_to_all_capacity.default", "plait.all_to_all_capacity_start.default"])
+def test_exchanges_with_a_capacity_are_collectives_of_their_group(name):
+    from plait.runtime import exchange  # noqa: F401  registers the ops
+
+    found = op(name)
+    buf, rows = Value(TensorType((4, 8, 16), torch.float32), "buf"), Value(TensorType((4, 2), torch.int64), "rows")
+    assert effect_of(found, bind(found, (buf, rows, None, "a"))) == "collective:a"
 
 
 def test_scalars_bind_symbols():
