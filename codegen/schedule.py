@@ -20,6 +20,7 @@ from .emit import emit, emit_matmul
 from .emit_gpu_matmul import emit_gpu_matmul
 from .emit_ordered import emit_ordered
 from .expand import expand
+from .expert import emit_expert
 from .groups import Group, Grouping
 from .in_place import replaced, with_write_backs, without
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
@@ -76,7 +77,7 @@ def schedule(
             nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
             kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
             if item.units[0].operands and target.kind == "cpu":
-                scratch.append(kernel.buffers[-1])
+                scratch += kernel.buffers[-1 if item.units[0].expert is None else -2 :]
             (late if any(u.value in grouping.last for u in item.units) else items).append(kernel)
         else:
             kind, reason = analysis.calls[item]
@@ -178,6 +179,8 @@ def _kernel_item(
     first = group.units[0]
     if first.attention is not None:
         return emit_attention(first.attention, first.values, stored, first.node)
+    if first.expert is not None:
+        return emit_expert(first.expert, first.node)
     made = emit_ordered(analysis, group, status) if first.alone else emit(analysis, group, stored, status)
     # what a kernel writes and then reads again it does not read from before
     own = made.scratch | {u.value for u in group.units}

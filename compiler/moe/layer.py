@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadMixture
+from ...runtime import exchange as registered
 from ...runtime.moe import KINDS
 from .gates import GATES, GateLike, Routing, balance_loss, z_loss
 from .placement import Compute, Group, LocalExperts, Placement
 
+assert registered is not None  # importing it registers the exchange
 _ops = cast(Any, torch.ops.plait)
 
 
