@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..ir import Builder, Graph, Value, flatten
-from ..runtime.pending import is_start, is_wait
-
-_WAIT = "_c10d_functional.wait_tensor.default"
+from ..runtime.pending import WAIT, is_start, is_wait
 
 
 def with_waits(graph: Graph) -> Graph:
@@ -26,7 +24,7 @@ def with_waits(graph: Graph) -> Graph:
     def wait(values: Any) -> None:
         for v in values:
             if v in pending and v not in builder.subst:
-                builder.subst[v] = builder.call(_WAIT, v, hint=v.hint)
+                builder.subst[v] = builder.call(WAIT, v, hint=v.hint)
                 waited.add(v)
 
     for node in graph.nodes:

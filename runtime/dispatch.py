@@ -15,11 +15,10 @@ from .calls import resolve_op
 from .collectives import Pending, Progress, Task
 from .exchange import exchange
 from .layout import argument_values
+from .pending import ASYNCHRONOUS, START, WAIT
 from .plan import Call, Launch, Plan, SizeExpr, ValueSpec
 
-WAIT = "_c10d_functional.wait_tensor.default"
-EXCHANGES = ("plait.all_to_all_capacity.default", "plait.all_to_all_capacity_start.default")
-_NAMESPACES = ("_c10d_functional.", "_c10d_functional_autograd.")
+EXCHANGES = ("plait.all_to_all_capacity.default", START)
 _UNEVEN = "all_to_all_single"  # ranks may send each other different numbers of rows
 
 
@@ -28,7 +27,7 @@ def is_collective(step: Launch | Call) -> bool:
     return (
         isinstance(step, Call)
         and step.op != WAIT
-        and (step.op in EXCHANGES or step.op.startswith(_NAMESPACES))
+        and (step.op in EXCHANGES or step.op.startswith(ASYNCHRONOUS))
         and group_of(step) is not None
     )
 
@@ -58,10 +57,10 @@ class Collectives:
         self._read = set(_read_otherwise(plan)) if self.numbers else set()
 
     def asynchronous(self, step: Call) -> bool:
-        """Whether the results of a collective are handles that only waits read, at least one of them."""
+        """Whether the results of a collective are handles that only waits read, and at least one of them is waited for."""
         results = [id for id in step.outs if id is not None]
         handles = all(self._specs[id].storage == "handle" for id in results)
-        return bool(results) and handles and self._waited.issuperset(results) and self._read.isdisjoint(results)
+        return handles and not self._waited.isdisjoint(results) and self._read.isdisjoint(results)
 
     def started(self, number: int, step: Call, op: Any, writes: bool) -> Callable[..., Any]:
         """A function that hands a collective to its channel. It gives a `Pending` for each result, or, where something

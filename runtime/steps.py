@@ -10,9 +10,10 @@ import torch
 from ..errors import GuardFailed, KernelMissing, UnsafePlan, WrongOpResult
 from . import native, sizes
 from .calls import Arguments, Values, resolve_op, written_arguments
-from .dispatch import WAIT, Collectives, is_collective
+from .dispatch import Collectives, is_collective
 from .layout import Layout, argument_values
 from .memory import Maker, Memory, Step, describe
+from .pending import is_wait
 from .plan import Call, Launch, OutputSpec
 from .regions import REGION_OPS
 from .streams import Streams
@@ -145,7 +146,7 @@ class Builder:
             written = written_arguments(function, step)
             if is_collective(step):
                 function = self.collectives.started(number, step, function, bool(written))
-            elif step.op == WAIT:
+            elif is_wait(step.op):
                 function = self.collectives.waited(function)
         build = self._arguments.compile(list(step.args))
         names = tuple(name for name, _ in step.kwargs)

@@ -1,32 +1,30 @@
-"""Random graphs with collectives on their way: the worst that memory can meet is a collective that reads at its wait only.
-
-Without a process group: what a start does is put off until the wait, so that memory which is used again too early gives
-wrong numbers, and operands that are freed too early are missed.
+"""Random graphs with collectives on their way, which read their operands when they are waited for: memory that is used again
+too early gives wrong numbers, and operands that are freed too early are missed. No process group is needed.
 """
 
 from __future__ import annotations
 
 import random
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from plait.codegen.compile import CodegenOptions, compile_graph
 from plait.codegen.schedule import schedule
 from plait.ir import Graph, Value
 from plait.ir.graph import map_arg
-from plait.runtime import steps
 from plait.runtime.check import check
-from plait.runtime.plan import Plan, from_json, to_json
+from plait.runtime.pending import WAIT
+from plait.runtime.plan import from_json, to_json
 
 from tests.codegen.test_collectives import in_order
 from tests.helpers import graph, random_inputs
+from tests.runtime.late import put_off
 
 SEED = random.SystemRandom().randrange(1 << 30)
 SQUARE, HALF, COLUMN = "f32[48,48]", "f32[24,48]", "f32[48,1]"
-WAIT = "_c10d_functional.wait_tensor.default"
 
 COLLECTIVES: dict[str, Callable[..., Any]] = {
     "_c10d_functional.all_reduce.default": lambda x, *_: x * 0.5 + 1,
@@ -35,43 +33,16 @@ COLLECTIVES: dict[str, Callable[..., Any]] = {
 }
 
 
-class Pending:
-    """A collective that reads when it is waited for; it does not keep what it was given alive."""
-
-    def __init__(self, fn: Callable[..., Any], given: Any, rest: Sequence[Any], part: int | None) -> None:
-        self.fn, self.rest, self.part = fn, rest, part
-        self.given = [weakref.ref(x) for x in given] if isinstance(given, list) else weakref.ref(given)
-
-    def wait(self) -> torch.Tensor:
-        refs = self.given if isinstance(self.given, list) else [self.given]
-        alive = [ref() for ref in refs]
-        assert all(x is not None for x in alive), "an operand was freed while it was in use"
-        found = self.fn(alive if isinstance(self.given, list) else alive[0], *self.rest)
-        return found if self.part is None else found[self.part]
-
-
-def started(fn: Callable[..., Any]) -> Callable[..., Any]:
-    def start(given: Any, *rest: Any) -> Any:
-        if isinstance(given, list):
-            return [Pending(fn, given, rest, i) for i in range(len(given))]
-        return Pending(fn, given, rest, None)
-
-    return start
-
-
 @pytest.fixture
-def put_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collectives of plans do at their wait what they would do at their start."""
-    fakes = {name: started(fn) for name, fn in COLLECTIVES.items()} | {WAIT: lambda pending: pending.wait()}
-    resolve = steps.resolve_op
-    monkeypatch.setattr(steps, "resolve_op", lambda name: fakes.get(name) or resolve(name))
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_off(monkeypatch, COLLECTIVES)
 
 
-def interpreted(g: Graph, inputs: list[Any]) -> list[Any]:
+def interpreted(g: Graph, inputs: list[Any], collectives: Mapping[str, Callable[..., Any]]) -> list[Any]:
     """Results and written inputs; collectives happen at their start."""
     held: dict[Value, Any] = dict(zip(g.inputs, inputs, strict=True))
     for node in g.nodes:
-        run = COLLECTIVES.get(node.op.name) or ((lambda x: x) if node.op.name == WAIT else node.op.reference)
+        run = collectives.get(node.op.name) or ((lambda x: x) if node.op.name == WAIT else node.op.reference)
         args = [map_arg(a, lambda leaf: held[leaf] if isinstance(leaf, Value) else leaf) for a in node.args]
         args = [list(a) if isinstance(a, tuple) else a for a in args]
         named = {p.name: a for p, a in zip(node.op.params, args, strict=True) if p.keyword_only}
@@ -86,8 +57,9 @@ def interpreted(g: Graph, inputs: list[Any]) -> list[Any]:
 class Program:
     """Writes the text of a random graph: elementwise work, sums, products, views, sorts, collectives, writes to inputs."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, groups: Sequence[str] = ("g", "h")) -> None:
         self.draw = random.Random(seed)
+        self.groups = groups
         self.lines: list[str] = []
         self.values: dict[str, list[str]] = {SQUARE: ["x", "y", "p"], HALF: ["h"], COLUMN: ["c"]}
         self.pending: list[tuple[str, str]] = []  # (result of a start, its type)
@@ -130,7 +102,7 @@ class Program:
         self.waited.append(which)
 
     def start(self) -> None:
-        kind, group = self.draw.choice((SQUARE, SQUARE, HALF, COLUMN)), self.draw.choice("gh")
+        kind, group = self.draw.choice((SQUARE, SQUARE, HALF, COLUMN)), self.draw.choice(self.groups)
         self.count += 1
         one, two = f"s{self.count}", f"r{self.count}"
         what = self.draw.randrange(4)
@@ -183,14 +155,14 @@ class Program:
             self.new(kind, f"aten.{self.draw.choice(('tanh', 'neg', 'relu', 'gelu'))}.default({self.any(kind)})")
 
 
-def agree(seed: int, options: CodegenOptions) -> Plan:
-    """Compile a random graph, check its plan, run it with collectives put off, compare with interpretation."""
-    g = graph(Program(seed).text())
+def agree(seed: int, options: CodegenOptions, groups: Sequence[str] = ("g", "h"), collectives: Any = COLLECTIVES) -> None:
+    """Compile a random graph, check its plan, run it, compare with interpretation."""
+    g = graph(Program(seed, groups).text())
     made = compile_graph(g, options)
     check(made.plan)
     assert from_json(to_json(made.plan)) == made.plan
     inputs = random_inputs(g, seed)
-    wanted = interpreted(g, [x.clone() for x in inputs])
+    wanted = interpreted(g, [x.clone() for x in inputs], collectives)
     for _ in range(2):  # the second call finds the arena as the first left it
         mine = [x.clone() for x in inputs]
         kept = [mine[i] for i, _ in g.writes]
@@ -198,7 +170,6 @@ def agree(seed: int, options: CodegenOptions) -> Plan:
         for g_, w in zip(got, wanted, strict=True):
             scale = max(1.0, float(w.abs().max()))
             torch.testing.assert_close(g_ / scale, w / scale, rtol=1e-3, atol=1e-4, msg=lambda m: f"seed {seed}: {m}")
-    return made.plan
 
 
 @pytest.mark.parametrize("turn", range(40))
@@ -208,10 +179,24 @@ def test_plans_of_random_graphs_are_safe_and_in_order(turn: int) -> None:
 
 
 @pytest.mark.parametrize("turn", range(6))
-def test_kernels_beside_collectives_compute_what_the_graph_says(put_off: None, turn: int) -> None:
+def test_kernels_beside_collectives_compute_what_the_graph_says(late: None, turn: int) -> None:
     agree(SEED + turn, CodegenOptions())
 
 
 @pytest.mark.parametrize("turn", range(20))
-def test_torch_ops_beside_collectives_compute_what_the_graph_says(put_off: None, turn: int) -> None:
+def test_torch_ops_beside_collectives_compute_what_the_graph_says(late: None, turn: int) -> None:
     agree(SEED + turn, CodegenOptions(generate=False))
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[list[str]]:
+    """Two process groups of this process alone, where what is sent comes back."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield [dist.new_group([0]).group_name, dist.new_group([0]).group_name]
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("turn", range(6))
+def test_channels_beside_kernels_compute_what_the_graph_says(groups: list[str], turn: int) -> None:
+    agree(SEED + turn, CodegenOptions(), groups, {name: lambda x, *_: x for name in COLLECTIVES})

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from plait.runtime import steps
 from plait.runtime.check import problems
+from plait.runtime.dispatch import Collectives
 from plait.runtime.executor import Executable
 from plait.runtime.layout import Layout
-from plait.runtime.pending import collective_order, is_collective, is_start, is_wait, starts
+from plait.runtime.pending import WAIT, is_start, is_wait, starts
 from plait.runtime.plan import KernelSpec, Launch, OutputSpec, Plan
 
 from tests.runtime.kit import call, tensor_input, v, value
+from tests.runtime.late import put_off
 
-START, WAIT = "_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"
+START = "_c10d_functional.all_reduce.default"
 SIZE = 64  # bytes of a value
 
 
@@ -55,8 +55,7 @@ def why(made: Plan) -> str:
 def test_ops_that_start_and_wait() -> None:
     assert is_start(START) and not is_wait(START) and is_wait(WAIT) and not is_start(WAIT)
     assert is_start("plait.all_to_all_capacity_start.default") and not is_start("plait.all_to_all_capacity.default")
-    assert is_collective("plait.all_to_all_capacity.default") and not is_collective(WAIT)
-    assert not any(f(op) for f in (is_start, is_wait, is_collective) for op in ("aten.mm.default", "py.add", "plait.cond"))
+    assert not any(f(op) for f in (is_start, is_wait) for op in ("aten.mm.default", "py.add", "plait.cond"))
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -119,19 +118,15 @@ def test_a_wait_for_what_was_not_started_hands_its_operand_on() -> None:
     assert not why(plan(values, [waited(0, 2), launch(2, 4)], [4]))
 
 
+def test_a_collective_of_which_one_result_is_waited_for_does_not_hold_up_the_plan() -> None:
+    both = call("_c10d_functional.all_reduce_coalesced.default", [{"l": [v(0), v(0)]}, {"c": "sum"}, {"c": "g"}], [1, 2])
+    one = plan([handle(1), handle(2), handle(3)], [both, waited(2, 3)], [3])
+    assert not why(one) and Collectives(one).asynchronous(both)
+    assert not Collectives(plan([handle(1), handle(2)], [both], [0])).asynchronous(both)
+
+
 def test_operands_are_held_until_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Pending:
-        def __init__(self, given: torch.Tensor) -> None:
-            self.given = weakref.ref(given)
-
-        def wait(self) -> torch.Tensor:
-            given = self.given()
-            assert given is not None, "it was freed while it was in use"
-            return given * 2
-
-    fakes: dict[str, Any] = {START: lambda x, *_: Pending(x), WAIT: lambda pending: pending.wait()}
-    resolve = steps.resolve_op
-    monkeypatch.setattr(steps, "resolve_op", lambda name: fakes.get(name) or resolve(name))
+    put_off(monkeypatch, {START: lambda x, *_: x * 2})
     values = [handle(id) for id in range(1, 7)]
     relu = "aten.relu.default"
     made = plan(
@@ -148,26 +143,3 @@ def test_operands_are_held_until_the_wait(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         relued, twice, twice_relued = run.run([x.clone()])
         assert torch.equal(relued, x.relu()) and torch.equal(twice, 2 * x) and torch.equal(twice_relued, 2 * x.relu())
-
-
-def test_the_order_of_collectives_as_text() -> None:
-    values = [handle(id) for id in range(1, 9)]
-    exchange = "plait.all_to_all_capacity.default"
-    split = call(
-        "_c10d_functional.all_to_all_single.default",
-        [v(2), {"l": [{"c": 3}, {"c": 5}]}, {"l": [{"c": 4}, {"c": 4}]}, {"c": "h"}],
-        [3],
-    )
-    sent = call("_c10d_functional.isend.default", [v(0), {"c": 1}, {"c": 0}, {"c": "h"}], [7])
-    made = plan(values, [started(0, 1), waited(1, 2), split, sent, waited(3, 4), waited(7, 8)], [4])
-    assert not is_start(exchange) and collective_order(made) == [
-        "_c10d_functional.all_reduce.default in group g: float32[16], reduce_op=sum",
-        "_c10d_functional.all_to_all_single.default in group h: float32[*]",
-    ]
-    gathered = "_c10d_functional.all_gather_into_tensor.default"
-    inner = plan([handle(1), handle(2)], [call(gathered, [v(0), {"c": 2}, {"c": "g"}], [1]), waited(1, 2)], [2])
-    outer = Plan(
-        made.inputs, (), (made.values[0], handle(1)), (call("plait.call", [{"g": "body"}, {"l": [v(0)]}], [1]),),
-        (OutputSpec("value", 1),), (), regions=(("body", inner),),
-    )  # fmt: skip
-    assert collective_order(outer) == ["plait.call:", f"  {gathered} in group g: float32[16], group_size=2"]
