@@ -410,6 +410,29 @@ def test_configuration_and_gradient_mode_stay_as_they_are() -> None:
     assert torch._dynamo.config.capture_scalar_outputs == before
 
 
+@pytest.mark.parametrize("make", [mlp, lambda: mlp(0.3), Shared])
+def test_steps_within_a_budget_begin_op_by_op(make: Any) -> None:
+    torch.manual_seed(0)
+    batches = (
+        [vectors() for _ in range(6)] if make is not Shared else [(torch.rand(6, dtype=torch.float64),) for _ in range(6)]
+    )
+    loss = classes if make is not Shared else (lambda m, x: m(x))
+    model = make().double()
+    theirs = copy.deepcopy(model)
+    optimizers = [OPTIMIZERS["sgd"](m.parameters()) for m in (model, theirs)]
+    step = plait.train_step(model, loss, optimizers[0], options={"compile_budget_s": 0.0})
+    for number, batch in enumerate(batches):
+        if number == 2:
+            plait.wait()
+        torch.manual_seed(number)
+        value = step(*batch)
+        torch.manual_seed(number)
+        assert abs((value - eager_step(theirs, loss, optimizers[1], batch)).item()) < 1e-12
+        same_gradients(model, theirs, 1e-12)
+    assert step.compiled.record.plan == "" and [s.outcome for s in step.compiled.record.swaps] == ["swapped in"]
+    assert max(far(model, theirs).values()) < 1e-12
+
+
 class Clamped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
