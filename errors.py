@@ -1148,7 +1148,7 @@ class NothingToTrain(PlaitError):
 
     code = "P1303"
     message = "there is nothing to train: {why}"
-    fix = "let parameters require gradients (`requires_grad_()`), and compute the loss from them outside torch.no_grad()"
+    fix = "let parameters require gradients (`requires_grad_()`), and compute the loss from them outside no_grad and inference_mode"
 
 
 class ForeignParameters(PlaitError):
@@ -1181,6 +1181,14 @@ class TooManySignatures(PlaitError):
     code = "P1307"
     message = "this training step was compiled for {count} signatures, and another one came: {why}"
     fix = "pad batches to a few shapes, and keep numbers that change in tensors"
+
+
+class NotCompiledYet(PlaitError):
+    """A training step was asked for its graph before there is one."""
+
+    code = "P1309"
+    message = "the training step {name} has not been compiled: its first call does so"
+    fix = "call it with a batch first"
 
 
 class BadMesh(PlaitError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,10 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {"__name__": "example"}
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)  # Dynamo imports the modules of the functions that it captures
     for line, text in blocks(page, "python"):
-        exec(compile("\n" * (line - 1) + text, str(page), "exec"), scope)
+        exec(compile("\n" * (line - 1) + text, str(page), "exec"), vars(module))
 
 
 def test_the_text_form_has_examples() -> None:

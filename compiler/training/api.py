@@ -24,7 +24,15 @@ from torch._dynamo import exc
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ...errors import CannotCaptureStep, ForeignParameters, LossIsNoScalar, PlaitError, TooManySignatures
+from ...errors import (
+    CannotCaptureStep,
+    CannotImport,
+    ForeignParameters,
+    LossIsNoScalar,
+    NotCompiledYet,
+    PlaitError,
+    TooManySignatures,
+)
 from ...ir import Graph, from_fx
 from ...passes.decompositions import table
 from ..capture import real_tensors
@@ -43,6 +51,8 @@ from .ranks import Ranks, average
 
 OVERLAP = ("overlap-chunks", "overlap-dw")
 """Passes that go by measured times."""
+
+TORCH = Path(torch.__file__).parent
 
 SIGNATURES = 16
 """How many signatures a training step is compiled for."""
@@ -98,7 +108,6 @@ class TrainStep:
         self.options, self.name, self.ranks = options, name, ranks
         self.variants: list[CompiledStep] = []
         self._local = local
-        self._trained = [p for p in model.parameters() if p.requires_grad]
 
         def captured(batch: tuple[Any, ...]) -> Any:
             value = loss(model, *batch)
@@ -122,13 +131,14 @@ class TrainStep:
 
     def __call__(self, *batch: Any) -> torch.Tensor:
         """Train on one batch. Raises what is said at `train_step`; then nothing has been changed."""
-        before = [p.grad for p in self._trained]
-        for p in self._trained:  # a parameter that the loss does not reach has no gradient
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        before = [p.grad for p in trained]
+        for p in trained:  # a parameter that the loss does not reach has no gradient
             p.grad = None
         try:
             value = self._value(batch)
         except BaseException:
-            for p, grad in zip(self._trained, before, strict=True):
+            for p, grad in zip(trained, before, strict=True):
                 p.grad = grad
             raise
         self.optimizer.step()
@@ -136,23 +146,25 @@ class TrainStep:
 
     def _value(self, batch: tuple[Any, ...]) -> torch.Tensor:
         try:
-            with torch.enable_grad(), dynamo_config.patch(capture_scalar_outputs=True):
+            with torch.enable_grad(), dynamo_config.patch(capture_scalar_outputs=True, allow_rnn=True):
                 value = self._run(batch)
         except exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, PlaitError):
                 raise error.inner_exception from None
             raise
         except exc.FailOnRecompileLimitHit as error:
-            raise TooManySignatures(count=len(self.variants), why=_first_line(error)) from error
+            raise TooManySignatures(count=len(self.variants), why=_why(error)) from error
         except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, GuardOnDataDependentSymNode) as error:
-            raise CannotCaptureStep(why=_first_line(error), source=_line_of(error)) from error
+            raise CannotCaptureStep(why=_why(error), source=_line_of(error)) from error
         if not isinstance(value, torch.Tensor):
             raise LossIsNoScalar(got=type(value).__name__)
         return value
 
     @property
     def compiled(self) -> CompiledStep:
-        """The step that was compiled last. Raises IndexError before the first call."""
+        """The step that was compiled last. Raises NotCompiledYet."""
+        if not self.variants:
+            raise NotCompiledYet(name=self.name)
         return self.variants[-1]
 
     @property
@@ -173,7 +185,6 @@ class TrainStep:
         """Compile what Dynamo captured for one signature: a callable on its flat inputs that leaves gradients behind."""
         started = time.perf_counter()
         names = {id(p): n for n, p in self.model.named_parameters()}
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
         for n, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
             if isinstance(x, torch.Tensor) and x.requires_grad and id(x) not in names:
                 raise ForeignParameters(what=f"{n.name}, which requires gradients,", way="detach it, or make it a parameter")
@@ -187,7 +198,7 @@ class TrainStep:
             average(found, self.ranks, lambda i: self._is_local(ids[i], inputs[i]), int(self.options.bucket_mb * 2**20))
         record = Record(session.name, "training")
         with real_tensors():
-            record.captured = graph = from_fx(found.module, "step")
+            record.captured = graph = _imported(found.module)
             session.parameters = frozenset(i for i, x in enumerate(inputs) if id(x) in names)
             session.forward_outputs = 1 + found.kept
             if any(p.name in OVERLAP for p in self.options.passes):
@@ -206,12 +217,23 @@ class TrainStep:
         return getattr(parameter, "plait_local", False) or any(fnmatchcase(name, pattern) for pattern in self._local)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)
+def _imported(gm: GraphModule) -> Graph:
+    try:
+        return from_fx(gm, "step")
+    except CannotImport as error:
+        raise CannotCaptureStep(why="{what}: {why}".format(**error.fields), source=error.source) from error
+
+
+def _why(error: BaseException) -> str:
+    """What torch says, in one line: its first one, and its explanation, or what it was that the user's code raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    label = "Developer debug context: " if lines[0] == "Observed exception" else "Explanation: "
+    more = [line.removeprefix(label) for line in lines[1:] if line.startswith(label)]
+    return ": ".join([lines[0], *more[:1]])
 
 
 def _line_of(error: Any) -> str | None:
-    """The user's line that Dynamo stopped at."""
-    stack = getattr(error, "real_stack", None)
-    return f"{stack[-1].filename}:{stack[-1].lineno}" if stack else None
+    """The user's line that torch stopped at."""
+    stack = getattr(error, "real_stack", None) or getattr(error, "user_stack", None) or ()
+    mine = [frame for frame in stack if not Path(frame.filename).is_relative_to(TORCH) and frame.filename != __file__]
+    return f"{mine[-1].filename}:{mine[-1].lineno}" if mine else None

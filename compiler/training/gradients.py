@@ -26,11 +26,12 @@ class Landing:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         self._record.runs += 1
+        plan = self._record.compiled  # the one that runs now; a better one may take its place during the call
         loss, *rest = self._run(list(inputs))
         kept, gradients = rest[: self._kept], rest[self._kept :]
-        if self._plan is not self._record.compiled:
+        if self._plan is not plan:
             self._shared = shared([x for x in inputs if isinstance(x, torch.Tensor)], gradients)
-            self._plan = self._record.compiled
+            self._plan = plan
         for i in self._shared:
             gradients[i] = gradients[i].clone(memory_format=torch.contiguous_format)
         for i, gradient in zip(self._of, gradients, strict=True):

@@ -96,7 +96,9 @@ def capture(gm: GraphModule, inputs: Sequence[Any], decompositions: Decompositio
     for n in places:
         desc = n.meta["desc"]
         if isinstance(desc, TangentAOTInput) and desc.output == PlainAOTOutput(loss):
-            _seed(joint, n)
+            _seed(joint, n, 1)
+        elif isinstance(desc, TangentAOTInput) and isinstance(desc.output, InputMutationAOTOutput):
+            _seed(joint, n, 0)  # what a parameter is changed to outside of autograd has no gradient
         elif numbers.get(getattr(desc, "idx", None)) is not n:
             raise CannotCaptureStep(why=f"input {desc.expr()} is no plain tensor of its own")
     output = joint.graph.output_node()
@@ -129,11 +131,11 @@ def _export(gm: GraphModule, inputs: Sequence[Any], decompositions: Decompositio
         raise CannotCaptureStep(why=str(error).strip().split("\n")[0] or type(error).__name__) from error
 
 
-def _seed(gm: GraphModule, tangent: FxNode) -> None:
-    """The loss's gradient is 1."""
+def _seed(gm: GraphModule, tangent: FxNode, seed: int) -> None:
+    """Let all elements of a gradient that the graph begins with be one number."""
     val = tangent.meta["val"]
     with gm.graph.inserting_before(tangent):
-        made = gm.graph.call_function(aten.full.default, (list(val.shape), 1), {"dtype": val.dtype, "device": val.device})
+        made = gm.graph.call_function(aten.full.default, (list(val.shape), seed), {"dtype": val.dtype, "device": val.device})
     made.meta["val"] = val
     tangent.replace_all_uses_with(made)
     gm.graph.erase_node(tangent)

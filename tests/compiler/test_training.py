@@ -305,6 +305,28 @@ def test_a_step_that_branches_on_data_is_refused_and_changes_nothing() -> None:
     assert model.get_parameter("0.bias").grad is gradient
 
 
+def test_what_torch_says_of_a_failure_is_told_with_the_line() -> None:
+    model = mlp()
+
+    def wrong(m: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no such batch")
+
+    with pytest.raises(errors.CannotCaptureStep, match="no such batch") as caught:
+        plait.train_step(model, wrong, sgd(model))(*vectors(torch.float32))
+    assert str(caught.value.source).endswith(f"test_training.py:{wrong.__code__.co_firstlineno + 1}")
+    with pytest.raises(errors.CannotCaptureStep, match=r"batch_size|batch size|size"):
+        plait.train_step(model, lambda m, x, y: classes(m, x, y[:3]), sgd(model))(*vectors(torch.float32))
+    sparse = nn.EmbeddingBag(10, 4, sparse=True)
+    with pytest.raises(errors.CannotCaptureStep, match="sparse_coo"):
+        plait.train_step(sparse, lambda m, y: m(y[None]).sum(), torch.optim.SGD(sparse.parameters(), 0.1))(torch.arange(5))
+
+
+def test_a_step_has_no_graph_before_its_first_call() -> None:
+    model = mlp()
+    with pytest.raises(errors.NotCompiledYet):
+        _ = plait.train_step(model, classes, sgd(model)).graph
+
+
 def test_too_many_signatures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plait.compiler.training.api.SIGNATURES", 2)
     model = mlp()
@@ -327,3 +349,127 @@ def test_a_fallback_can_be_refused() -> None:
     step = plait.train_step(model, lambda m, x, y: m(x).logcumsumexp(0).sum(), sgd(model), options={"fallback": "error"})
     with pytest.raises(errors.FallbackRefused, match="logcumsumexp"):
         step(*vectors(torch.float32))
+
+
+# -- what else loops do -------------------------------------------------------------------------------------------------
+
+
+def autocast(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return classes(model, x, y)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = mlp(0.3), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False))
+
+
+def test_autocast_is_part_of_the_step() -> None:
+    torch.manual_seed(0)
+    mine, theirs, losses, step = both(mlp(), autocast, "sgd", [vectors(torch.float32) for _ in range(5)])
+    assert max(losses) < 2e-2 and max(far(mine, theirs).values()) < 2e-2
+    assert "bf16" in str(step.graph)
+
+
+def test_checkpointed_models_train() -> None:
+    torch.manual_seed(0)
+    mine, theirs, losses, _ = both(Checkpointed().double(), classes, "sgd", [vectors() for _ in range(5)])
+    assert max(losses) < 1e-12 and max(far(mine, theirs).values()) < 1e-12
+
+
+def test_gradients_can_be_clipped_before_the_optimizer_steps() -> None:
+    torch.manual_seed(0)
+    model = mlp().double()
+    theirs = copy.deepcopy(model)
+    optimizers = [OPTIMIZERS["adamw"](m.parameters()) for m in (model, theirs)]
+    for m, optimizer in zip((model, theirs), optimizers, strict=True):
+        optimizer.register_step_pre_hook(lambda *_, m=m: nn.utils.clip_grad_norm_(m.parameters(), 0.1) and None)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in optimizers]
+    step = plait.train_step(model, classes, optimizers[0])
+    for _ in range(4):
+        batch = vectors()
+        step(*batch)
+        eager_step(theirs, classes, optimizers[1], batch)
+        for schedule in schedules:
+            schedule.step()
+    assert max(far(model, theirs).values()) < 1e-12
+
+
+def test_configuration_and_gradient_mode_stay_as_they_are() -> None:
+    model = mlp()
+    step = plait.train_step(model, classes, sgd(model))
+    before = torch._dynamo.config.capture_scalar_outputs
+    with torch.no_grad():
+        assert not step(*vectors(torch.float32)).requires_grad
+        assert not torch.is_grad_enabled()
+    assert model.get_parameter("0.weight").grad is not None
+    assert torch._dynamo.config.capture_scalar_outputs == before
+
+
+@pytest.mark.parametrize("make", [mlp, lambda: mlp(0.3), Shared])
+def test_steps_within_a_budget_begin_op_by_op(make: Any) -> None:
+    torch.manual_seed(0)
+    batches = (
+        [vectors() for _ in range(6)] if make is not Shared else [(torch.rand(6, dtype=torch.float64),) for _ in range(6)]
+    )
+    loss = classes if make is not Shared else (lambda m, x: m(x))
+    model = make().double()
+    theirs = copy.deepcopy(model)
+    optimizers = [OPTIMIZERS["sgd"](m.parameters()) for m in (model, theirs)]
+    step = plait.train_step(model, loss, optimizers[0], options={"compile_budget_s": 0.0})
+    for number, batch in enumerate(batches):
+        if number == 2:
+            plait.wait()
+        torch.manual_seed(number)
+        value = step(*batch)
+        torch.manual_seed(number)
+        assert abs((value - eager_step(theirs, loss, optimizers[1], batch)).item()) < 1e-12
+        same_gradients(model, theirs, 1e-12)
+    assert step.compiled.record.plan == "" and [s.outcome for s in step.compiled.record.swaps] == ["swapped in"]
+    assert max(far(model, theirs).values()) < 1e-12
+
+
+class Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-0.5, 0.5)
+        return x @ self.weight
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.LSTM(12, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(x[:, None].expand(-1, 3, -1))[0][:, -1])
+
+
+@pytest.mark.parametrize("make", [Clamped, Recurrent, lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(12, 5))])
+def test_models_that_change_parameters_or_recur(make: Any) -> None:
+    torch.manual_seed(0)
+    mine, theirs, losses, _ = both(make().double(), classes, "sgd", [vectors() for _ in range(4)])
+    assert max(losses) < 1e-12 and max(far(mine, theirs).values()) < 1e-12
+
+
+def test_two_steps_on_one_model_do_not_disturb_each_other() -> None:
+    torch.manual_seed(0)
+    model = mlp().double()
+    theirs = copy.deepcopy(model)
+    other = lambda m, x, y: m(x).square().mean()  # noqa: E731
+    mine, eager = sgd(model), sgd(theirs)
+    steps = [(plait.train_step(model, loss, mine), loss) for loss in (classes, other)]
+    for i in range(6):
+        batch = vectors()
+        step, loss = steps[i % 2]
+        assert abs((step(*batch) - eager_step(theirs, loss, eager, batch)).item()) < 1e-12
+    assert [len(step.variants) for step, _ in steps] == [1, 1]
+    assert max(far(model, theirs).values()) < 1e-12

@@ -208,6 +208,16 @@ def meshes(rank: int, size: int) -> bool:
     return True
 
 
+def differing(rank: int, size: int) -> tuple[str]:
+    """What is said where ranks would send different buckets, on a group of its own."""
+    model = mlp()
+    options = {"bucket_mb": 4.0 if rank else 0.001}
+    step = plait.train_step(model, classes, OPTIMIZERS["sgd"](model.parameters()), dist.new_group([0, 1]), options=options)
+    with pytest.raises(errors.PlansDiffer) as caught:
+        step(*vectors(torch.float32))
+    return (str(caught.value),)
+
+
 CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "mlp": (dense, ("mlp", "adamw", 4.0)),
     "gpt": (dense, ("gpt", "sgd", 0.05)),
@@ -218,6 +228,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "uneven-backend": (uneven, ("backend",)),
     "uneven-step": (uneven, ("step",)),
     "meshes": (meshes, ()),
+    "differing": (differing, ()),
 }
 
 
@@ -235,7 +246,7 @@ def run_cases(rank: int, size: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results() -> Callable[[str], list[Any]]:
     """What a case gave on each rank."""
-    found = on_ranks(run_cases, 2, timeout=120.0)
+    found = on_ranks(run_cases, 2, timeout=240.0)
 
     def of(name: str) -> list[Any]:
         failed = [f"rank {r}: {one[name]}" for r, one in enumerate(found) if isinstance(one[name], str)]
@@ -276,3 +287,7 @@ def test_uneven_exchanges_that_data_decide(results: Any, how: str) -> None:
 
 def test_meshes_of_several_dimensions_and_groups_of_others_are_refused(results: Any) -> None:
     assert all(results("meshes"))
+
+
+def test_ranks_that_would_send_different_buckets_say_so(results: Any) -> None:
+    assert all("all_reduce" in text for (text,) in results("differing"))
