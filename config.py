@@ -34,6 +34,13 @@ def _whole(text: str) -> int | None:
     return int(text) if text else None
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e9:
+        raise ValueError(text)
+    return seconds
+
+
 def _one_of(*allowed: str) -> Parse:
     def parse(text: str) -> str:
         if text not in allowed:
@@ -83,6 +90,10 @@ class Config:
     bisect_limit: int | None = setting(
         None, env="PLAIT_BISECT_LIMIT", parse=_whole, expected="a whole number",
         doc="how many choices are allowed in a compilation (firings, generated nodes, fusions, reuses of memory); none: all",
+    )  # fmt: skip
+    collective_timeout_s: float = setting(
+        300.0, env="PLAIT_COLLECTIVE_TIMEOUT_S", parse=_seconds, expected="a number of seconds above 0",
+        doc="how long a collective may wait for other ranks; artifacts that run without the compiler ask the variable alone",
     )  # fmt: skip
     cache_dir: str | None = setting(
         None, env="PLAIT_CACHE_DIR", parse=str, expected="a folder",

@@ -1093,6 +1093,22 @@ class ChannelBroken(PlaitError):
     fix = "make the process group anew on all ranks, or restart them"
 
 
+class PlansDiffer(PlaitError):
+    """Ranks of a process group were about to run programs with different collectives, or in another order.
+
+    Found before the first call of a compiled program, through the store of the process group.
+    """
+
+    code = "P1104"
+    message = (
+        "ranks {rank} and {other} of group {group!r} do not run the same collectives; collective {line} is\n"
+        "    on rank {rank}: {ours}\n    on rank {other}: {theirs}"
+    )
+    fix = (
+        "give all ranks the same program, options and sizes; what depends on the rank must not decide which collectives run"
+    )
+
+
 class BadExchange(PlaitError):
     """The arguments of an all_to_all_capacity do not fit each other or the process group."""
 

@@ -24,6 +24,7 @@ from . import activations, library, pointwise, special  # noqa: F401 (all but th
 from .allow import Allow, always
 from .attention import Attention, attention_of
 from .body import Body, Index, dtype_name
+from .expert import Expert, expert_of
 from .gpu_matmul import gpu_matmul_of
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
@@ -52,7 +53,7 @@ class Memory:
 class Unit:
     """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input; a scatter's: of
     what is scattered). A matmul is a unit whose elements the template provides; what it reads besides its operands belongs
-    to the epilogue. Attention is a template without one; `also` is the second value that it computes."""
+    to the epilogue. Attention and products of experts are templates without one; `also` is attention's second value."""
 
     value: Value
     node: Node
@@ -61,6 +62,7 @@ class Unit:
     matmul: Matmul | None = None
     ordered: Ordered | None = None
     attention: Attention | None = None
+    expert: Expert | None = None
     also: tuple[Value, ...] = ()
     reads: list[tuple[Value, Index]] = field(default_factory=list)
     symbols: tuple[sympy.Symbol, ...] = ()
@@ -73,21 +75,19 @@ class Unit:
     @property
     def operands(self) -> tuple[Value, ...]:
         """What a template reads from memory; nothing for loops."""
-        made = self.matmul or self.attention
+        made = self.matmul or self.attention or self.expert
         return () if made is None else made.operands
 
     @property
     def alone(self) -> bool:
         """Whether nothing shares its kernel."""
-        return self.ordered is not None or self.attention is not None
+        return any(made is not None for made in (self.ordered, self.attention, self.expert))
 
 
-def _template(node: Node) -> Matmul | Attention | str | None:
+def _template(node: Node) -> Matmul | Attention | Expert | str | None:
     """A template's view of a node; a reason where the template does not take it; None for ops without one."""
-    found = gpu_matmul_of(node)
-    if found is None:
-        found = matmul_of(node)
-    return attention_of(node) if found is None else found
+    views = (view(node) for view in (gpu_matmul_of, matmul_of, attention_of, expert_of))
+    return next((found for found in views if found is not None), None)
 
 
 def _is_number(node: Node) -> bool:
@@ -234,11 +234,11 @@ class Analysis:
                 wanted.add(node.args[0])
         return wanted
 
-    def _templated(self, node: Node) -> Matmul | Attention | None:
+    def _templated(self, node: Node) -> Matmul | Attention | Expert | None:
         """What a template computes. Where B of a product is bytes widened for it alone, the kernel reads the bytes."""
         made = _template(node)
         if not isinstance(made, Matmul):
-            return made if isinstance(made, Attention) else None
+            return None if isinstance(made, str) else made
         cast = widened(made, self.graph.producers, self.graph.users)
         if cast is None or cast in self.calls or cast.out in self.graph.results:
             return made
@@ -285,6 +285,10 @@ class Analysis:
             return
         if isinstance(made, Matmul):
             self.units[v] = Unit(v, node, v.tensor.shape, matmul=made)
+            self._in_memory(v)
+            return
+        if isinstance(made, Expert):
+            self.units[v] = Unit(v, node, v.tensor.shape, expert=made)
             self._in_memory(v)
             return
         if isinstance(made, Attention):
@@ -394,7 +398,7 @@ class Analysis:
         probe = Evaluator(self, Body())
         probe.leaf = lambda v, index: _record(probe, unit.reads, v, index)
         index = tuple(0 if n == 1 and type(n) is int else s for n, s in zip(unit.domain, unit.symbols, strict=True))
-        if unit.attention is not None:
+        if unit.attention is not None or unit.expert is not None:
             return
         if isinstance(unit.ordered, Scatter):
             base = tuple(sympy.Symbol(f"e{i}", integer=True, nonnegative=True) for i in range(unit.value.tensor.rank))

@@ -124,6 +124,8 @@ def kind_of(node: Node, why: str, device: str = "cpu") -> tuple[str, str]:
     packet = name.split(".")[1].removesuffix("_backward")
     if packet in _CHECKS:
         return "internal", "a check, which computes nothing"
+    if node.op.effect == "collective":
+        return "library", "a collective"
     found = (LIBRARY if device == "cpu" else CUDA_LIBRARY).get(name)
     if found is None and (found := _LIBRARY_OF.get(packet)) is not None and device != "cpu":
         found = _CUDA_NAMES.get(found, found)

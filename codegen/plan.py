@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -10,6 +11,7 @@ import torch
 
 from ..ir import Graph, Node, OpaqueType, ScalarType, TensorType, Value, flatten
 from ..runtime import plan as P
+from ..runtime.pending import is_start, is_wait
 from .allow import Allow, always
 from .body import dtype_name
 from .items import AliasItem, CallItem, KernelItem, Scheduled
@@ -85,12 +87,13 @@ class _Planner:
             self.define(v, "constant", made.name)
         first: dict[Value, int] = {}
         last: dict[Value, int] = {}
+        used = _used_until(self.scheduled)
         for step, item in enumerate(self.scheduled.items):
             if isinstance(item, CallItem):
                 for v in item.node.results:
                     if not isinstance(v.type, OpaqueType):
                         self.define(v, "handle")
-                for v in item.node.inputs:
+                for v in (*item.node.inputs, *used.get(step, ())):
                     first.setdefault(self.root(v), step)
                     last[self.root(v)] = step
             elif isinstance(item, KernelItem):
@@ -239,10 +242,28 @@ class _Planner:
         )
 
 
+def _used_until(scheduled: Scheduled) -> Mapping[int, Sequence[Value]]:
+    """What collectives read, by the steps that wait for them: until then it must stay as it is."""
+    read: dict[Value, tuple[Value, ...]] = {}
+    found: dict[int, list[Value]] = defaultdict(list)
+    for step, item in enumerate(scheduled.items):
+        if not isinstance(item, CallItem):
+            continue
+        if is_start(item.node.op.name):
+            read.update(dict.fromkeys(item.node.results, item.node.inputs))
+        elif is_wait(item.node.op.name):
+            found[step] += read.get(item.node.args[0], ())
+    return found
+
+
 def _views_by_calls(scheduled: Scheduled) -> Iterator[tuple[Value, Value]]:
-    """(result, operand) of calls that return views: the operand's memory must live as long as the result is read."""
+    """(result, operand) of calls that return views, or the operand as it is, as a wait does for what is not on its way: the
+    operand's memory must live as long as the result is read."""
+    started = {v for i in scheduled.items if isinstance(i, CallItem) and is_start(i.node.op.name) for v in i.node.results}
     for item in scheduled.items:
-        if isinstance(item, CallItem) and item.node.op.has("view"):
+        if not isinstance(item, CallItem):
+            continue
+        if item.node.op.has("view") or (is_wait(item.node.op.name) and item.node.args[0] not in started):
             source = next((v for v in item.node.inputs if isinstance(v.type, TensorType)), None)
             if source is not None:
                 yield from ((v, source) for v in item.node.results)

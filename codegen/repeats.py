@@ -76,6 +76,8 @@ class _Signature:
         template: Any = None
         if unit.attention is not None:
             template = tuple(map(self.of_value, unit.operands)), tuple((self.place(w), w in self.stored) for w in unit.also)
+        if unit.expert is not None:
+            template = tuple(map(self.of_value, unit.operands))
         if made is not None:
             operands = made.m, made.n, made.k, made.a_layout, made.b_layout, made.lda, made.ldb, made.batch, made.window
             kind = None if made.quantized is None else made.quantized.type

@@ -20,6 +20,7 @@ from .emit import emit, emit_matmul
 from .emit_gpu_matmul import emit_gpu_matmul
 from .emit_ordered import emit_ordered
 from .expand import expand
+from .expert import emit_expert
 from .groups import Group, Grouping
 from .in_place import replaced, with_write_backs, without
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
@@ -29,13 +30,14 @@ from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
 from .tuning import default_choice, linear_call, measured_choice
 from .unbacked import bind_sizes
+from .waits import with_waits
 
 assert runtime_ops is not None and runtime_moe is not None  # importing registers the ops `plait.*` that plans call
 
 
 def schedule_calls(graph: Graph) -> Scheduled:
     """Every node as a call of its torch op: the form of region bodies."""
-    graph = bind_sizes(graph)
+    graph = bind_sizes(with_waits(graph))
     nodes = [n for n in graph.nodes if n.op.name != "plait.constant"]
     return Scheduled(graph, tuple(CallItem(n, "fallback", "region bodies run op by op") for n in nodes))
 
@@ -53,7 +55,7 @@ def schedule(
     become where that is safe (`in_place`), else at the end. With `measured` each matmul goes to the fastest of the template
     and the libraries, without it to the template, unless the processor multiplies its dtype in a way that only a library
     uses."""
-    graph = bind_sizes(with_write_backs(expand(graph, allow, log) if generate else graph))
+    graph = bind_sizes(with_write_backs(with_waits(expand(graph, allow, log) if generate else graph)))
     choose = None
     if target.kind == "cpu":
         choose = measured_choice(graph.symbols, graph.producers) if measured else default_choice(graph.symbols)
@@ -75,7 +77,7 @@ def schedule(
             nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
             kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
             if item.units[0].operands and target.kind == "cpu":
-                scratch.append(kernel.buffers[-1])
+                scratch += kernel.buffers[-1 if item.units[0].expert is None else -2 :]
             (late if any(u.value in grouping.last for u in item.units) else items).append(kernel)
         else:
             kind, reason = analysis.calls[item]
@@ -177,6 +179,8 @@ def _kernel_item(
     first = group.units[0]
     if first.attention is not None:
         return emit_attention(first.attention, first.values, stored, first.node)
+    if first.expert is not None:
+        return emit_expert(first.expert, first.node)
     made = emit_ordered(analysis, group, status) if first.alone else emit(analysis, group, stored, status)
     # what a kernel writes and then reads again it does not read from before
     own = made.scratch | {u.value for u in group.units}

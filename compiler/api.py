@@ -225,6 +225,14 @@ class CompiledModel:
         inputs = [*self._held, *self._inputs(args, kwargs)]
         return profile(self.compiled, self.executable, inputs, seconds=seconds)
 
+    def trace(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write a timeline of one call on these inputs (by default the example inputs) as a Chrome trace, which Perfetto
+        opens: each kernel and call, and collectives beside them. State and inputs stay as they are."""
+        from .tracing import measured, write
+
+        inputs = [*self._held, *self._inputs(args, kwargs)]
+        write(path, measured(self.compiled, self.executable, inputs))
+
     def _inputs(self, args: Any, kwargs: Any) -> Sequence[Any]:
         """Flat inputs: those given, else the examples, else random ones."""
         if args or kwargs:

@@ -25,7 +25,6 @@ from ..cost.ops import size_bytes
 from ..cost.profile import Table, Timing, measure_alternating, open_table, user_path
 from ..errors import PlaitError
 from ..ir import Arg, Graph, Node, TensorType, Value, map_arg
-from ..passes.overlap.cuts import SLOTS
 from .debugging.interpret import random_inputs
 
 NODE_BUDGET_S = 0.02
@@ -69,18 +68,7 @@ def estimates(graph: Graph, group: Any, options: CodegenOptions, profile: str | 
         for name, timing in timings.items():
             table.record(key, name, timing)
     ranks = {} if group is None else {str(group.group_name): int(group.size())}
-    return Estimates(rates, table, threads, "cpu", backend, ranks, _fill(graph), slowdown)
-
-
-def _fill(graph: Graph) -> float:
-    """The share of the experts' buffers that holds tokens where every expert gets as many: what gates are trained for."""
-    shares: list[float] = []
-    for node in graph.nodes:
-        if node.op.name == SLOTS:
-            pairs, room = node["choice"].tensor.numel, node["used"].tensor.numel * node["capacity"]
-            if isinstance(pairs, int) and isinstance(room, int) and room:
-                shares.append(min(1.0, pairs / room))
-    return statistics.mean(shares) if shares else 1.0
+    return Estimates(rates, table, threads, "cpu", backend, ranks, slowdown)
 
 
 def _from_first(value: Any, group: Any) -> Any:

@@ -19,6 +19,9 @@ from .. import config
 from ..errors import BadOption, BadPassOption, UnknownMode, UnknownOption, UnknownPassOption
 from ..passes import registry
 from ..passes.base import PASSES, Pass
+from ..runtime import collectives
+
+collectives.follow(lambda: config.current().collective_timeout_s)
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

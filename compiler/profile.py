@@ -148,8 +148,7 @@ def profile(compiled: CompiledGraph, executable: Executable, inputs: Sequence[An
     traced = trace(compiled.graph, compiled.options)
     if traced.compiled.plan.steps != executable.plan.steps:
         executable = traced.compiled.executable
-    written = {position for position, _ in compiled.graph.writes}
-    given = [x.clone() if i in written and isinstance(x, torch.Tensor) else x for i, x in enumerate(inputs)]
+    given = own_copies(compiled, inputs)
     threads = torch.get_num_threads()
     steps = step_work(traced, _sizes(executable, given, traced.scheduled.graph.symbols))
     user_table = open_table(user_path())
@@ -162,6 +161,12 @@ def profile(compiled: CompiledGraph, executable: Executable, inputs: Sequence[An
     ratios = [statistics.median(run[i] for run in runs) / found[i].predicted for i in known]
     total = Spread.of([sum(run) for run in runs])
     return Profile(rows, total, Spread.of(wholes), len(runs), limits, Spread.of(ratios) if ratios else None)
+
+
+def own_copies(compiled: CompiledGraph, inputs: Sequence[Any]) -> list[Any]:
+    """Flat inputs with copies of those that a call writes to."""
+    written = {position for position, _ in compiled.graph.writes}
+    return [x.clone() if i in written and isinstance(x, torch.Tensor) else x for i, x in enumerate(inputs)]
 
 
 def _sizes(executable: Executable, inputs: Sequence[Any], symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, int]:

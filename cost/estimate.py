@@ -20,6 +20,8 @@ from .schedule import Slowdown
 COMPUTE, COMMUNICATION = "compute", "communication"
 """Names of streams."""
 
+_FREE = ("plait.constant", "aten._unsafe_view.default")
+
 MEASURED = "measured"
 EXCHANGES = ("plait.all_to_all_capacity.default", "plait.all_to_all_capacity_start.default")
 
@@ -43,8 +45,8 @@ def node_key(node: Node, threads: int, device: str) -> Key:
 class Estimates:
     """Seconds of the nodes of a graph on one device.
 
-    `ranks` are the sizes of process groups by name, `fill` is the share of the experts' buffers that holds tokens,
-    `slowdown` what streams that are busy at once do to each other. Collectives without a curve take no time.
+    `ranks` are the sizes of process groups by name, `slowdown` is what streams that are busy at once do to each other.
+    Collectives without a curve take no time.
     """
 
     rates: Rates
@@ -53,13 +55,12 @@ class Estimates:
     device: str = "cpu"
     backend: str = "gloo"
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
-    fill: float = 1.0
     slowdown: Slowdown = field(default_factory=dict[tuple[str, str], float])
     curves: dict[tuple[str, int], Curve | None] = field(default_factory=dict[tuple[str, int], "Curve | None"])
 
     def compute(self, node: Node, share: float = 1.0) -> float:
         """Seconds of a node that is no collective, on a share of its rows."""
-        if node.op.has("view") or node.op.name == "plait.constant" or node.op.has("scalar"):
+        if node.op.has("view") or node.op.name in _FREE or node.op.has("scalar"):
             return 0.0
         whole = self.measured(node)
         inside = node.op.has("elementwise")
@@ -79,18 +80,12 @@ class Estimates:
         return None if timing is None else timing.median
 
     def collective(self, node: Node, share: float = 1.0) -> float:
-        """Seconds of a collective between its launch and its end, with nothing else on the link."""
+        """Seconds of a collective between its launch and its end, with nothing else on the link; an exchange that sends a
+        share of its buffer."""
         group = str(node.get("group_name", ""))
         ranks = self.ranks.get(group, 1)
         found = self._curve(node.op, ranks)
-        if found is None:
-            return 0.0
-        return found.seconds(share * self.bytes(node, ranks))
-
-    def bytes(self, node: Node, ranks: int) -> float:
-        """Bytes that curves of a collective are over: those that leave this rank for an exchange, its operand's else."""
-        size = float(sum(_number(size_bytes(v.type)) for v in node.inputs[:1] if isinstance(v.type, TensorType)))
-        return size * self.fill * (ranks - 1) / ranks if node.op.name in EXCHANGES else size
+        return 0.0 if found is None else found.seconds(share * sent(node, ranks))
 
     def _curve(self, op: Op, ranks: int) -> Curve | None:
         name = EXCHANGES[0] if op.name in EXCHANGES else op.name
@@ -101,8 +96,14 @@ class Estimates:
         return self.curves[at]
 
 
+def sent(node: Node, ranks: int) -> float:
+    """Bytes that curves of a collective are over: those that leave this rank for a full exchange, its operand's else."""
+    size = float(sum(_number(size_bytes(v.type)) for v in node.inputs[:1] if isinstance(v.type, TensorType)))
+    return size * (ranks - 1) / ranks if node.op.name in EXCHANGES else size
+
+
 def _number(size: Any) -> float:
     return float(size) if isinstance(size, int | float) else 0.0
 
 
-__all__ = ["COMMUNICATION", "COMPUTE", "EXCHANGES", "MEASURED", "Estimates", "Rates", "node_key"]
+__all__ = ["COMMUNICATION", "COMPUTE", "EXCHANGES", "MEASURED", "Estimates", "Rates", "node_key", "sent"]

@@ -59,33 +59,39 @@ def call_templates(step: Call) -> list[Any]:
     return [*step.args, *(template for _, template in step.kwargs)]
 
 
-def _schema_arguments(op: Callable[..., Any], step: Call) -> Iterator[tuple[Any, list[int]]]:
-    """(argument of the schema, ids of the values given for it)."""
+def schema_arguments(op: Callable[..., Any], step: Call) -> Iterator[tuple[Any, Any]]:
+    """(argument of the schema, template given for it); nothing for what is no torch op."""
     if not isinstance(op, torch._ops.OpOverload):
         return
     named = dict(step.kwargs)
     for position, argument in enumerate(op._schema.arguments):
         if position < len(step.args):
-            yield argument, list(template_parts([step.args[position]], "v"))
+            yield argument, step.args[position]
         elif argument.name in named:
-            yield argument, list(template_parts([named[argument.name]], "v"))
+            yield argument, named[argument.name]
+
+
+def _schema_values(op: Callable[..., Any], step: Call) -> Iterator[tuple[Any, list[int]]]:
+    """(argument of the schema, ids of the values given for it)."""
+    for argument, template in schema_arguments(op, step):
+        yield argument, list(template_parts([template], "v"))
 
 
 def written_arguments(op: Callable[..., Any], step: Call) -> set[int]:
     """The ids of the arguments that the op writes, in place or as `out`."""
-    return {i for a, ids in _schema_arguments(op, step) if a.alias_info and a.alias_info.is_write for i in ids}
+    return {i for a, ids in _schema_values(op, step) if a.alias_info and a.alias_info.is_write for i in ids}
 
 
 def out_arguments(op: Callable[..., Any], step: Call) -> set[int]:
     """The ids of the arguments that the op writes without reading them."""
-    return {i for a, ids in _schema_arguments(op, step) if a.is_out for i in ids}
+    return {i for a, ids in _schema_values(op, step) if a.is_out for i in ids}
 
 
 def aliased_arguments(op: Callable[..., Any], step: Call) -> set[int]:
     """The ids of the arguments whose memory a result may share."""
     if not isinstance(op, torch._ops.OpOverload) or not any(r.alias_info for r in op._schema.returns):
         return set()
-    return {i for a, ids in _schema_arguments(op, step) if a.alias_info for i in ids}
+    return {i for a, ids in _schema_values(op, step) if a.alias_info for i in ids}
 
 
 class Arguments:

@@ -26,16 +26,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..errors import (
+    BadSetting,
     ChannelBroken,
     CollectiveFailed,
     CollectiveTimedOut,
     NoSuchGroup,
     PlaitError,
+    PlansDiffer,
 )
 
 TIMEOUT_S = 300.0
@@ -45,13 +49,20 @@ GRACE_S = 1.0
 
 
 def timeout_s() -> float:
-    """Seconds that a collective may take: what the environment says, else what `follow` was given, else 300."""
+    """Seconds that a collective may take: what the environment says, else what `follow` was given, else 300.
+
+    Raises BadSetting.
+    """
     text = os.environ.get(VARIABLE)
+    if text is None:
+        return _setting()
     try:
-        seconds = _setting() if text is None else float(text)
+        seconds = float(text)
     except ValueError:
         seconds = 0.0
-    return seconds if seconds > 0 else TIMEOUT_S
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise BadSetting(name=VARIABLE, expected="a number of seconds above 0", value=text)
+    return seconds
 
 
 _setting: Callable[[], float] = lambda: TIMEOUT_S  # noqa: E731
@@ -138,6 +149,10 @@ class Pending:
         """The first `count` results of a collective that gives several, each on its own."""
         return tuple(Pending(self._channel, self._job, i) for i in range(count))
 
+    def results(self) -> Any:
+        """Wait for all results of a collective, whatever part of them this is; see `wait`."""
+        return Pending(self._channel, self._job).wait()
+
     def wait(self) -> Any:
         """The result; on CUDA devices the current stream waits for it, not the host.
 
@@ -177,6 +192,8 @@ class Channel:
         self.group = weakref.ref(group, lambda _: jobs.put(None))  # torch drops a group that is destroyed
         self._running: tuple[_Job, Progress] | None = None
         self._count = 0
+        self._asked = 0
+        self._agreed: set[str] = set()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stream: Any = None
@@ -195,6 +212,46 @@ class Channel:
                 self._thread.start()
             self._jobs.put(job)
         return Pending(self, job)
+
+    def agree(self, digest: str, text: str) -> None:
+        """See the function `agree`."""
+        group = self.group()
+        if digest in self._agreed or self.size == 1 or group is None:
+            return
+        self._asked += 1
+        progress = Progress(self._asked, seconds := timeout_s())
+        job = _Job("the agreement on what the ranks run", lambda _: None, None, (), seconds)
+        try:
+            store = dist.PrefixStore(f"plait/agree/{progress.number}", group.get_group_store())
+            other = self._other(store, progress, digest)
+            theirs = "" if other is None else self._text_of(store, progress, other, text)
+        except RuntimeError as error:
+            raise self._explained(job, progress, error) from error
+        if other is not None:
+            line, ours, theirs = _first_difference(text, theirs)
+            raise PlansDiffer(group=self.name, rank=self.rank, other=other, line=line, ours=ours, theirs=theirs)
+        self._agreed.add(digest)
+
+    def _other(self, store: Any, progress: Progress, digest: str) -> int | None:
+        """The first rank that has another digest, after all have told theirs."""
+        store.set(f"digest/{self.rank}", digest)
+        found: list[str] = []
+        for progress.awaited in range(self.size):
+            store.wait([f"digest/{progress.awaited}"], progress.left())
+            found.append(store.get(f"digest/{progress.awaited}").decode())
+        progress.awaited = None
+        other = next((r for r, theirs in enumerate(found) if theirs != digest), None)
+        if other is None and store.add("read", 1) == self.size:  # a group that is made anew may be given the same store
+            for key in ("read", *(f"digest/{r}" for r in range(self.size))):
+                store.delete_key(key)
+        return other
+
+    def _text_of(self, store: Any, progress: Progress, other: int, text: str) -> str:
+        """What another rank was about to run; it is told what this one was."""
+        store.set(f"text/{self.rank}", text)
+        progress.awaited = other
+        store.wait([f"text/{other}"], progress.left())
+        return store.get(f"text/{other}").decode()
 
     def close(self, patience: float) -> None:
         """End the thread when all that was submitted has run; wait for that, but not longer than `patience` seconds."""
@@ -289,6 +346,12 @@ class Channel:
         return failure
 
 
+def _first_difference(ours: str, theirs: str) -> tuple[int, str, str]:
+    """(number of the line, that of ours, that of theirs)."""
+    pairs = zip_longest(ours.splitlines(), theirs.splitlines(), fillvalue="nothing")
+    return next((n, a, b) for n, (a, b) in enumerate(pairs, 1) if a != b)
+
+
 def _awaited(progress: Progress) -> str:
     return "" if progress.awaited is None else f", waiting for rank {progress.awaited}"
 
@@ -336,6 +399,15 @@ def channel(group_name: str) -> Channel:
         if found is None or found.group() is not group:  # groups that are made anew take the names of destroyed ones
             found = _channels[group_name] = Channel(group)
     return found
+
+
+def agree(group_name: str, digest: str, text: str) -> None:
+    """Make sure that all ranks of a group call this with the same digest, of a text such as the collectives of a plan.
+
+    A digest that was agreed on before is not asked for again. Raises PlansDiffer, on every rank, with the first lines that
+    differ; CollectiveTimedOut where a rank does not come; NoSuchGroup.
+    """
+    channel(group_name).agree(digest, text)
 
 
 @atexit.register

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from .calls import aliased_arguments, out_arguments, resolve_op, written_arguments
 from .layout import Layout, argument_values
+from .pending import Start, is_wait, starts
 from .plan import Call, Launch
 from .regions import REGION_OPS
 
@@ -14,8 +15,10 @@ class Dataflow:
     """The accesses of a plan in order.
 
     `accesses[root]` lists (step, writes). A handle that an op may have made as an alias of other values (a view, a
-    reshape) *borrows* their memory: each access to it is one to theirs. `problems` lists reads of unwritten values
-    and of overwritten ones, arena memory that leaves the call, and accesses on different streams that no wait orders.
+    reshape) *borrows* their memory: each access to it is one to theirs. The last wait for a collective is an access to what
+    the collective was given, which is in use until then. `problems` lists reads of unwritten values and of overwritten ones,
+    arena memory that leaves the call, accesses on different streams that no wait orders, writes to what a collective uses,
+    and results of collectives that something else than a wait reads.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -27,7 +30,11 @@ class Dataflow:
         self._overwritten: dict[int, tuple[int, int]] = {}  # input or constant -> (last step that wrote it, as which value)
         self._made: dict[int, int] = {}  # handle -> the step that made it
         self._written = {v.id for v in layout.specs.values() if v.storage in ("input", "constant")}
-        self._access = {k.name: k.access for k in self._plan.kernels}
+        self._modes = {k.name: k.access for k in self._plan.kernels}
+        self._starts = {s.step: s for s in starts(self._plan.steps)}
+        self._pending = {id: s for s in self._starts.values() for id in s.results}
+        self._ending: dict[int, list[Start]] = defaultdict(list)  # by last wait
+        self._in_use: dict[int, list[tuple[Start, bool]]] = defaultdict(list)  # root -> starts, and whether they write it
         self._clocks = self._make_clocks()
         for number, step in enumerate(self._plan.steps):
             if isinstance(step, Launch):
@@ -45,12 +52,33 @@ class Dataflow:
         return self._layout.specs[root].storage
 
     def _touch(self, number: int, id: int, writes: bool) -> None:
+        for owner in self._owners(id):
+            self._access(owner, number, id, writes)
+
+    def _owners(self, id: int) -> list[int]:
+        """Whose memory a value may lie in."""
         root = self._root(id)
-        for owner in (root, *sorted(self._borrowed.get(root, ()))):
-            self.accesses[owner].append((number, writes))
+        return [root, *sorted(self._borrowed.get(root, ()))]
+
+    def _access(self, owner: int, number: int, id: int, writes: bool) -> None:
+        self.accesses[owner].append((number, writes))
+        for start, changes in self._in_use.get(owner, ()):
+            if start.step < number and (writes or changes) and (start.wait is None or number < start.wait):
+                does = "writes to" if writes else "reads"
+                self.problems.append(f"step {number} {does} value {id}, which {self._name(start)} uses until its wait")
+
+    def _name(self, start: Start) -> str:
+        step = self._plan.steps[start.step]
+        assert isinstance(step, Call)
+        return f"the collective {step.op} of step {start.step}"
 
     def _need(self, number: int, id: int) -> None:
         root = self._root(id)
+        if root in self._pending:
+            step = self._plan.steps[number]
+            if not isinstance(step, Call) or not is_wait(step.op) or id != root:
+                start = self._name(self._pending[root])
+                self.problems.append(f"step {number} reads value {id}, a result of {start}, which only a wait may read")
         if root not in self._written:
             self.problems.append(f"step {number} reads value {id} before anything has written it")
         if root in self._overwritten and self._overwritten[root][1] not in self._views(id):
@@ -78,7 +106,7 @@ class Dataflow:
     def _launch(self, number: int, step: Launch) -> None:
         written: list[int] = []
         overwritten: list[int] = []
-        modes = list(zip(step.buffers, self._access[step.kernel], strict=True))
+        modes = list(zip(step.buffers, self._modes[step.kernel], strict=True))
         read = {self._root(id): id for id, mode in modes if mode == "read"}
         for id, mode in modes:
             root = self._root(id)
@@ -108,6 +136,8 @@ class Dataflow:
         else:
             op = resolve_op(step.op)
             written, unread, aliased = (f(op, step) for f in (written_arguments, out_arguments, aliased_arguments))
+            if is_wait(step.op):  # what nothing has started is handed back as it is
+                aliased = aliased | {id for id in arguments if id not in self._pending}
         for id in dict.fromkeys(arguments):
             if id not in unread or self._storage(self._root(id)) in ("handle", "scalar"):
                 self._need(number, id)
@@ -124,13 +154,33 @@ class Dataflow:
                 self._made[id] = number
                 lenders = set(map(self._root, aliased))
                 self._borrowed[id] = lenders.union(*(self._borrowed.get(r, set()) for r in lenders)) - {id}
-            self._touch(number, id, True)
+            for owner in self._owners(id):
+                self._access(owner, number, id, owner == root)  # what makes a view does not write to its base
+        self._follow_collectives(number, written)
+
+    def _follow_collectives(self, number: int, written: set[int]) -> None:
+        """What a collective that starts or ends here means for what it was given."""
+        for start in self._ending.get(number, ()):
+            for id in start.operands:
+                self._touch(number, id, False)
+        start = self._starts.get(number)
+        if start is None:
+            return
+        if start.wait is None:
+            self.problems.append(f"nothing waits for {self._name(start)}")
+        else:
+            self._ending[start.wait].append(start)
+        for id in start.operands:
+            for owner in self._owners(id):
+                self._in_use[owner].append((start, id in written))
 
     def _check_outputs(self) -> None:
         for out in self._plan.outputs:
             if out.kind != "value" or out.ref is None:
                 continue
             root = self._root(out.ref)
+            if root in self._pending:
+                self.problems.append(f"output {out.ref} is a result of {self._name(self._pending[root])}, not yet complete")
             for owner in (root, *sorted(self._borrowed.get(root, ()))):
                 if self._storage(owner) == "arena":
                     self.problems.append(

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from ..errors import KernelMissing, UnsafePlan, WrongInputCount
-from . import native
+from . import dispatch, native
+from .collectives import Pending, drain
 from .inputs import InputCheck
 from .layout import Layout
 from .memory import Memory
@@ -31,6 +32,9 @@ from .steps import Builder
 
 ALIGNMENT = 64
 POOLED_FRAMES = 8
+
+Span = tuple[int, int, int]
+"""Index of a step, its start and its end by `time.perf_counter_ns`."""
 
 
 class Frame:
@@ -60,7 +64,10 @@ class Executable:
     `kernels` maps kernel names to addresses of `void(void* const* bufs, const int64_t* sizes, int nthreads)`, to Python
     callables of (addresses, sizes, threads), or to device kernels with `.launch(addresses, sizes, stream)`. `constants`
     maps names to the weights, which the executable keeps and does not copy. `runner` is the native runner, by default
-    this machine's. With `check=False` the caller vouches for the inputs (torch.compile has guards of its own).
+    this machine's. With `check=False` the caller vouches for the inputs (torch.compile has guards of its own). A `region`
+    is a plan that another one calls.
+
+    Before the first call of a plan with collectives all ranks of their groups agree on these.
 
     Raises the catalogue's WrongInput* errors for inputs that the plan was not compiled for, SharedMemory for those that
     share memory with what it writes.
@@ -74,15 +81,21 @@ class Executable:
         *,
         check: bool = True,
         runner: native.Runner | None = None,
+        region: bool = False,
     ) -> None:
         self.plan = plan
         self._layout = layout = Layout(plan)
-        regions = {name: Executable(region, kernels, constants, check=False, runner=runner) for name, region in plan.regions}
+        regions = {
+            name: Executable(inner, kernels, constants, check=False, runner=runner, region=True)
+            for name, inner in plan.regions
+        }
         builder = Builder(layout, kernels, regions, runner)
         memory = builder.memory
         self._steps, self._numbers, self._results = builder.steps, builder.numbers, builder.results
         self._enter = builder.enter
         self._streams = builder.streams
+        self._collective = bool(builder.collectives.numbers)
+        self._agreed = region or not dispatch.agreements(plan)
         self._guarded = builder.uses_torch
         self._mutated = memory.mutated
         self._arena_slot = builder.arena_slot
@@ -150,14 +163,23 @@ class Executable:
 
     def profile(self, *args: Any) -> tuple[list[Any], list[tuple[int, int]]]:
         """Run once; the results, and (index of the step, nanoseconds) of every step in order."""
-        times: list[tuple[int, int]] = []
-        return self._run(list(args), times), times
+        results, spans = self.trace(*args)
+        return results, [(number, end - start) for number, start, end in spans]
+
+    def trace(self, *args: Any) -> tuple[list[Any], list[Span]]:
+        """Run once; the results, and when every step began and ended, in order.
+
+        Launches that one native call makes follow each other without gaps from where the call began. On devices these are
+        the times at which the host was at it.
+        """
+        spans: list[Span] = []
+        return self._run(list(args), spans), spans
 
     def trim(self) -> None:
         """Free the arenas of calls that have ended."""
         self._idle.clear()
 
-    def _run(self, args: list[Any], times: list[tuple[int, int]] | None) -> list[Any]:
+    def _run(self, args: list[Any], spans: list[Span] | None) -> list[Any]:
         if self._check is not None:
             self._check(args)
             if self._sharing is not None:
@@ -169,23 +191,23 @@ class Executable:
         except IndexError:
             frame = self._new_frame()
         if not self._guarded:
-            results = self._execute(args, frame, times)
+            results = self._execute(args, frame, spans)
         else:
             grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)
             try:
                 if torch._C._is_any_autocast_enabled():  # the captured graph already holds autocast's casts
                     with torch._C._DisableAutocast():
-                        results = self._execute(args, frame, times)
+                        results = self._execute(args, frame, spans)
                 else:
-                    results = self._execute(args, frame, times)
+                    results = self._execute(args, frame, spans)
             finally:
                 torch._C._set_grad_enabled(grad)
         if len(self._idle) < POOLED_FRAMES:  # a frame whose call raised is dropped
             self._idle.append(frame)
         return results
 
-    def _execute(self, args: list[Any], frame: Frame, times: list[tuple[int, int]] | None) -> list[Any]:
+    def _execute(self, args: list[Any], frame: Frame, spans: list[Span] | None) -> list[Any]:
         vals = args + frame.tail
         args.clear()
         slots = frame.slots
@@ -204,11 +226,19 @@ class Executable:
             self._size(vals, frame)
         if self._streams is not None:
             frame.stream = self._streams.begin(frame.stream)
-        if times is None:
-            for step in self._steps:
-                step(vals, frame)
-        else:
-            self._timed_steps(vals, frame, times)
+        if not self._agreed:
+            dispatch.agree(self.plan)
+            self._agreed = True
+        try:
+            if spans is None:
+                for step in self._steps:
+                    step(vals, frame)
+            else:
+                self._timed_steps(vals, frame, spans)
+        except Exception:
+            if self._collective:  # those in flight read the caller's tensors
+                drain(v for v in vals if isinstance(v, Pending))
+            raise
         if self._streams is not None:
             self._streams.finish(frame.stream)
         if self._mutated:
@@ -224,7 +254,7 @@ class Executable:
             vals[self._arity :] = frame.tail
         frame.sized = True
 
-    def _timed_steps(self, vals: list[Any], frame: Frame, times: list[tuple[int, int]]) -> None:
+    def _timed_steps(self, vals: list[Any], frame: Frame, spans: list[Span]) -> None:
         for step, numbers in zip(self._steps, self._numbers, strict=True):
             launches = array("q", [-1] * len(numbers))
             frame.times_at = launches.buffer_info()[0]
@@ -235,4 +265,6 @@ class Executable:
                 frame.times_at = 0
             if len(launches) == 1 and launches[0] < 0:  # not a native segment
                 launches[0] = time.perf_counter_ns() - start
-            times.extend(zip(numbers, launches, strict=True))
+            for number, taken in zip(numbers, launches, strict=True):
+                spans.append((number, start, start + taken))
+                start += taken

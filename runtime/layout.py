@@ -11,6 +11,7 @@ import torch
 from ..errors import UnsafePlan
 from . import sizes
 from .calls import call_templates, template_parts, torch_name
+from .pending import starts
 from .plan import Call, Launch, Plan, SizeExpr, ValueSpec
 
 
@@ -103,12 +104,17 @@ class Layout:
         return None if None in found else tuple(found)  # type: ignore[arg-type]
 
     def _last_uses(self) -> dict[int, int]:
-        """Value id -> the last step that needs it, by itself or through a view; outputs and mutated inputs live on."""
+        """Value id -> the last step that needs it, by itself or through a view; a collective needs what it was given until
+        it is waited for. Outputs and mutated inputs live on."""
         last: dict[int, int] = {}
         end = len(self.plan.steps)
         for number, step in enumerate(self.plan.steps):
             for id in step_values(step):
                 last[id] = last[self.place(id)[0]] = number
+        for start in starts(self.plan.steps):
+            for id in start.operands:
+                for held in (id, self.place(id)[0]):
+                    last[held] = max(last[held], end if start.wait is None else start.wait)
         for out in self.plan.outputs:
             if out.kind == "value" and out.ref is not None:
                 last[out.ref] = last[self.place(out.ref)[0]] = end

@@ -10,6 +10,7 @@ import torch
 from ..errors import GuardFailed, KernelMissing, UnsafePlan, WrongOpResult
 from . import native, sizes
 from .calls import Arguments, Values, resolve_op, written_arguments
+from .dispatch import WAIT, Collectives, is_collective
 from .layout import Layout, argument_values
 from .memory import Maker, Memory, Step, describe
 from .plan import Call, Launch, OutputSpec
@@ -35,6 +36,7 @@ class Builder:
         self._messages = [message for _, message in self._plan.asserts]
         self._hooks: dict[int, list[Callable[[Any], None]]] = {}
         in_segments = any(self._address(s) is not None for s in self._plan.steps)
+        self.collectives = Collectives(self._plan)
         self._runner = (runner or native.default_runner()) if in_segments else None
         cuda = sorted({v.device for v in self._plan.values if v.device.startswith("cuda")})
         self.streams = Streams(self._plan, torch.device(cuda[0])) if cuda else None
@@ -141,6 +143,10 @@ class Builder:
         else:
             function = resolve_op(step.op)
             written = written_arguments(function, step)
+            if is_collective(step):
+                function = self.collectives.started(number, step, function, bool(written))
+            elif step.op == WAIT:
+                function = self.collectives.waited(function)
         build = self._arguments.compile(list(step.args))
         names = tuple(name for name, _ in step.kwargs)
         build_named = self._arguments.compile([template for _, template in step.kwargs])

@@ -250,7 +250,9 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
     if (count <= 0 || d.M <= 0 || d.N <= 0) return;
     const double work = double(d.M) * double(d.N) * double(d.K > 0 ? d.K : 1) * double(by_m || by_k ? 1 : count);
     nt = work < 2 * GRAIN ? 1 : int(least(nt, d.slots));
-    const Cut c = cut(count, by_m ? ceildiv(d.M, count) : d.M, nt);
+    Cut c = cut(count, by_m ? ceildiv(d.M, count) : d.M, nt);
+    // groups may differ much in size: smaller tasks, taken as threads become free
+    if (nt > 1 && (by_m || by_k)) c.n = most(c.n, least(ceildiv(d.N, NR), ceildiv(4 * nt, count * c.m)));
     const int64_t tasks = count * c.m * c.n, step = slot_elements<T>(d, in_place, quantized);
     sum<T>* const scratch = (sum<T>*)call.workspace;
     if (nt <= 1) {
@@ -260,7 +262,12 @@ template <class T, class UA, class U, A a_layout, B b_layout, Kind kind> struct 
 #pragma omp parallel num_threads(nt)
     {
       const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-      for (int64_t i = tasks * id / team; i < tasks * (id + 1) / team; i++) run(task(i, c), scratch + id * step);
+      if (by_m || by_k) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < tasks; i++) run(task(i, c), scratch + id * step);
+      } else {
+        for (int64_t i = tasks * id / team; i < tasks * (id + 1) / team; i++) run(task(i, c), scratch + id * step);
+      }
     }
   }
 };

@@ -65,6 +65,11 @@ class MatmulSpec:
     a_ids, b_ids: the rows in memory of A, or of B, are looked up in an int64 table: row i of the matrix is row ids[i].
     group: "" or the axis that int64 offsets[0 : groups + 1] cut. "m": rows offsets[g] to offsets[g + 1] meet matrix g of
     B, or matrix group_ids[g] with `group_ids`. "k": group g is the product over that range of k (weight gradients).
+    used: groups are the used rows of buffers: of the `count` buffers of `capacity` rows that A has, int64 rows[count, 2] are
+    used, (first, past the last), for group i % groups of buffer i. The kernel finds them; `tables`, int64 scratch of
+    `table_elements`, begins with where the rows lie in memory. For groups along m these rows of A are the product's, and the
+    first of `buffers` is its result [count, capacity, N], row-major: rows that are not used get zeros. For groups along k
+    they are the k of A and of B.
     buffers: what prologue and epilogue read and write, besides A and B. sizes: the symbols that they read.
     prologue: computes `prologue_out` from `a` and loads at (m, k). epilogue: stores what it makes of `acc` at (m, n).
     """
@@ -83,6 +88,7 @@ class MatmulSpec:
     b_ids: bool = False
     group: str = ""
     group_ids: bool = False
+    used: bool = False
     prologue: tuple[Stmt, ...] = ()
     prologue_out: str = A_VALUE
     origin: tuple[str, ...] = ()
@@ -107,6 +113,8 @@ class MatmulSpec:
             raise InvalidMatmul(name=self.name, why="groups and batch axes exclude each other")
         if self.group_ids and self.group != "m":
             raise InvalidMatmul(name=self.name, why="group_ids choose matrices for groups along m")
+        if self.used and ((self.group, self.a, self.b) not in _USED or self.a_ids or self.b_ids or self.prologue):
+            raise InvalidMatmul(name=self.name, why="used rows are groups of plain products, in the layouts that they have")
         for names in (self.buffer_names, self.size_names):
             if twice := {n for n in names if names.count(n) > 1}:
                 raise InvalidMatmul(name=self.name, why=f"two arguments are called {', '.join(sorted(twice))}")
@@ -140,8 +148,10 @@ class MatmulSpec:
         """Names of the kernel's buffers, in the order of `bufs`."""
         quantized = self.b == "quantized"
         tables = {"scales": quantized, "zeros": quantized and self.b_dtype.startswith("u")}
-        tables |= {"a_ids": self.a_ids, "b_ids": self.b_ids, "offsets": bool(self.group), "group_ids": self.group_ids}
-        return ("A", "B", *(n for n, used in tables.items() if used), *(b.name for b in self.buffers), "workspace")
+        tables |= {"a_ids": self.a_ids, "b_ids": self.b_ids, "offsets": bool(self.group) and not self.used}
+        tables |= {"group_ids": self.group_ids, "rows": self.used}
+        scratch = ("tables", "workspace") if self.used else ("workspace",)
+        return ("A", "B", *(n for n, used in tables.items() if used), *(b.name for b in self.buffers), *scratch)
 
     @property
     def size_names(self) -> tuple[str, ...]:
@@ -149,11 +159,13 @@ class MatmulSpec:
 
         lda, ldb: elements from one row in memory to the next, of A and B (0 for packed). slots: threads that the
         workspace has room for. batch0, a_batch0, b_batch0: extent and strides of the first batch axis. groups, b_group:
-        number of groups and elements from one matrix of B to the next. scale_group: k that share a scale of a quantized B.
+        number of groups and elements from one matrix of B to the next. count, capacity: buffers with used rows, and the rows
+        of each; M or K may then be any upper bound. scale_group: k that share a scale of a quantized B.
         WINDOW where an operand is windows. Then the spec's own symbols.
         """
         batch = [f"{part}batch{i}" for i in range(self.batch) for part in ("", "a_", "b_")]
         group = ["groups", "b_group"] if self.group else []
+        group += ["count", "capacity"] if self.used else []
         group += ["scale_group"] if self.b == "quantized" else []
         group += WINDOW if "window" in (self.a, self.b) else ()
         return ("M", "N", "K", "lda", "ldb", "slots", *batch, *group, *(s.name for s in self.sizes))
@@ -173,11 +185,17 @@ def workspace_elements(spec: MatmulSpec, m: Size, n: Size, k: Size, slots: Size)
     return (_most(rows, blocks) * (_K_BLOCK + 16) + panel + sums) * slots
 
 
+def table_elements(count: Size, capacity: Size, groups: Size) -> Size:
+    """Elements of the int64 `tables` of a spec with used rows."""
+    return count * capacity + groups + 1
+
+
 def quantized_dtype(kind: QuantizedType) -> str:
     """What a spec calls the type of a quantized B: sign, bits and the dtype of the scales, such as u4_f16."""
     return f"{'i' if kind.symmetric else 'u'}{kind.bits}_{kind.scale}"
 
 
+_USED = (("m", "k", "k"), ("m", "k", "n"), ("k", "m", "n"))
 _QUANTIZED = frozenset(f"{sign}{bits}_{scale}" for sign in "iu" for bits in range(2, 9) for scale in SCALES)
 
 
@@ -218,6 +236,7 @@ def generate(spec: MatmulSpec) -> str:
         f"// {spec.name}",
         *(f"//   {row}".rstrip() for origin in spec.origin for row in origin.splitlines()),
         '#include "matmul_call.h"',
+        *(['#include "matmul_used.h"'] if spec.used else []),
         '#include "vmath.h"',
         "using namespace plait;",
         "",
@@ -233,6 +252,7 @@ def generate(spec: MatmulSpec) -> str:
         *(f"  call.d.{_FIELDS[name]} = sizes[{i}];" for i, name in enumerate(spec.size_names) if name in _FIELDS),
         *(f"  call.{field} = bufs[{at[name]}];" for name, field in _OPERANDS.items() if name in at),
         *(f"  call.{t} = static_cast<const int64_t*>(bufs[{at[t]}]);" for t in _TABLES if t in at),
+        *_used_rows(spec, at),
         f"  call.batch = {spec.batch};",
         f"  call.group = matmul::Group::{spec.group or 'none'};",
         f"  call.epilogue = {spec.name}_fused::epilogue;",
@@ -241,6 +261,26 @@ def generate(spec: MatmulSpec) -> str:
         "}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _used_rows(spec: MatmulSpec, at: dict[str, int]) -> list[str]:
+    """The statements that find the used rows, and clear the others of the result."""
+    if not spec.used:
+        return []
+    size = {name: f"sizes[{i}]" for i, name in enumerate(spec.size_names)}
+    lines = [
+        f"  const int64_t* const rows = static_cast<const int64_t*>(bufs[{at['rows']}]);",
+        f"  const matmul::Used used{{rows, {size['count']}, {size['capacity']}, {size['groups']}}};",
+        f"  int64_t* const ids = static_cast<int64_t*>(bufs[{at['tables']}]);",
+        "  int64_t* const offsets = ids + used.count * used.capacity;",
+        f"  call.d.{'M' if spec.group == 'm' else 'K'} = used.list(ids, offsets);",
+        f"  call.a_ids = ids, {'call.b_ids = ids, ' if spec.group == 'k' else ''}call.offsets = offsets;",
+    ]
+    if spec.group == "m":
+        out = spec.buffers[0]
+        row = f"{size['N']} * int64_t(sizeof({CTYPE[out.dtype]}))"
+        lines.append(f"  used.clear_others(bufs[{at[out.name]}], {row}, nthreads);")
+    return lines
 
 
 def has_dots(source: str) -> bool:
@@ -330,7 +370,8 @@ def _epilogue(spec: MatmulSpec) -> list[str]:
     body = tuple(_substitute(s, {M: _M0 + _I, N: _N0 + _J}) for s in spec.epilogue)
     load = Load(ACC, spec.dtype, "mm_tile", _I * _STEP + _J)
     nest = Loop(_I, _ROWS, (Loop(_J, _COLS, (load, *body), vector=True),))
-    buffers = (*spec.buffers, Buffer("mm_tile", spec.dtype, "read"))
+    tables = (Buffer("tables", "int64", "read"),) if spec.used else ()
+    buffers = (*spec.buffers, *tables, Buffer("mm_tile", spec.dtype, "read"))
     kernel = Kernel(spec.name, buffers, _scope(spec), (nest,))
     ctype = CTYPE[spec.dtype]
     return [

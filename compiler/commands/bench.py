@@ -29,14 +29,21 @@ from .shared import choices_of_passes, common, inputs_of_source, options_of, wri
     callback=writable,
     help="Write an HTML page with the profile, what runs where, passes and kernels.",
 )
+@click.option(
+    "--trace",
+    "timeline",
+    type=click.Path(dir_okay=False),
+    callback=writable,
+    help="Write a timeline of one call as a Chrome trace, which Perfetto opens.",
+)
 @click.option("--seconds", default=4.0, show_default=True, help="Time to spend on timing, and on a profile.")
 @inputs_of_source
 @choices_of_passes
 @common
 def bench(
-    src: str, peers: tuple[str, ...], profiled: bool, report: str | None, seconds: float, shapes: tuple[str, ...],
-    dynamic: tuple[str, ...], seed: int, passes: tuple[str, ...], disabled: tuple[str, ...], settings: tuple[str, ...],
-    as_json: bool,
+    src: str, peers: tuple[str, ...], profiled: bool, report: str | None, timeline: str | None, seconds: float,
+    shapes: tuple[str, ...], dynamic: tuple[str, ...], seed: int, passes: tuple[str, ...], disabled: tuple[str, ...],
+    settings: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Time SRC through plait and through peers, by turns in one process. Exit code 1 where plait's answer differs.
 
@@ -63,11 +70,14 @@ def bench(
     if report:
         model.report(report, profile)
         data["report"] = report
+    if timeline:
+        model.trace(timeline, *source.inputs)
+        data["trace"] = timeline
 
     def render() -> str:
         parts = [_times(data), coverage_text(data["coverage"])]
         parts += [str(profile)] if profile is not None else []
-        parts += [f"wrote {report}"] if report else []
+        parts += [f"wrote {path}" for path in (report, timeline) if path]
         return "\n\n".join(parts)
 
     emit(data, as_json, render)

@@ -22,6 +22,7 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ...errors import CannotCaptureStep, ForeignParameters, LossIsNoScalar, PlaitError, TooManySignatures
 from ...ir import Graph, from_fx
@@ -143,7 +144,7 @@ class TrainStep:
             raise
         except exc.FailOnRecompileLimitHit as error:
             raise TooManySignatures(count=len(self.variants), why=_first_line(error)) from error
-        except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError) as error:
+        except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError, GuardOnDataDependentSymNode) as error:
             raise CannotCaptureStep(why=_first_line(error), source=_line_of(error)) from error
         if not isinstance(value, torch.Tensor):
             raise LossIsNoScalar(got=type(value).__name__)

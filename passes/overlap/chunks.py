@@ -8,7 +8,7 @@ Ranges hold one layer; they begin and end at boundaries that split the computati
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,8 @@ from ...ir.reach import Reach
 from ...ir.rewrite import HELD_BACK
 from ..base import Context, Numerics, Pass, option, reassociates, register
 from .cuts import DECODE, ENCODE, EXCHANGE, SLOTS, Cutting, Layer, Mode, Whole, between, cutting, layers
-from .pieces import asynchronous, in_pieces, stages
+from .launches import share, used
+from .pieces import asynchronous, in_pieces, is_view, stages
 from .report import ChunksReport, LayerReport
 
 GROUPS = 5
@@ -132,6 +133,7 @@ class _Search:
     def __init__(self, graph: Graph, nodes: Sequence[Node], options: OverlapChunks, costs: Estimates, mode: Mode) -> None:
         self.graph, self.nodes, self.options, self.costs = graph, nodes, options, costs
         self.mode: Mode = mode
+        self.held = used(graph)
         self.at = {node: i for i, node in enumerate(nodes)}
         self.layers = layers(graph, nodes)
         self.cores = [self._core(layer) for layer in self.layers]
@@ -149,7 +151,7 @@ class _Search:
         return min(found), max(found) + 1
 
     def _alone(self, node: Node) -> float:
-        return self.costs.collective(node) if node.op.effect == "collective" else self.costs.compute(node)
+        return _seconds(node, self.costs, self.held)
 
     @cached_property
     def boundaries(self) -> list[list[int]]:
@@ -237,37 +239,40 @@ class _Search:
                 return tuple(
                     tried
                 ), f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
-            tried.append((k, predicted(self.graph, how, k, self.costs)))
+            tried.append((k, predicted(self.graph, how, k, self.costs, self.held)))
             if not self.options.count and tried[-1][1] >= tried[-2][1]:
                 return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms"
         return tuple(tried), f"{counts[-1]} pieces were asked for" if self.options.count else f"{self.options.most} are most"
 
 
-def predicted(graph: Graph, how: Cutting, count: int, costs: Estimates) -> float:
+def predicted(graph: Graph, how: Cutting, count: int, costs: Estimates, held: Mapping[Value, float]) -> float:
     """Seconds of a range in pieces, simulated, joins included."""
     at = stages(graph, how)
-    early, late = (sum(_alone(node, costs) for node in nodes) for nodes in (how.before, how.after))
+    early, late = (sum(_seconds(node, costs, held) for node in nodes) for nodes in (how.before, how.after))
     tasks = [Task("before", COMPUTE, early)]
     launched: dict[tuple[Node, int], int] = {}
     for stage in range(max(at.values(), default=0) + 1):
         mine = [node for node in how.cut if at[node] == stage]
         exchanges = [node for node in mine if node.op.name == EXCHANGE]
-        computing = sum(costs.compute(node, _share(node, how, count)) for node in mine if node.op.name != EXCHANGE)
-        pieces = sum(costs.rates.launch for node in mine if node.op.name not in (EXCHANGE,) and not node.op.has("view"))
+        computing = sum(_seconds(node, costs, held, _share(node, how, count)) for node in mine if node.op.name != EXCHANGE)
         for p in range(count):
             waits = tuple(i for (node, q), i in launched.items() if q == p and at[node] == stage - 1)
-            tasks.append(Task(f"stage {stage} piece {p}", COMPUTE, computing + pieces / count, waits))
+            tasks.append(Task(f"stage {stage} piece {p}", COMPUTE, computing, waits))
             here = len(tasks) - 1
             for node in exchanges:
-                tasks.append(Task(f"exchange {stage} piece {p}", COMMUNICATION, costs.collective(node, 1 / count), (here,)))
+                tasks.append(
+                    Task(f"exchange {stage} piece {p}", COMMUNICATION, _seconds(node, costs, held, 1 / count), (here,))
+                )
                 launched[node, p] = len(tasks) - 1
     waits = tuple(launched.values())
     tasks.append(Task("after", COMPUTE, late + _joins(graph, how, costs), waits))
     return simulate(tasks, slowdown=costs.slowdown).seconds
 
 
-def _alone(node: Node, costs: Estimates) -> float:
-    return costs.collective(node) if node.op.effect == "collective" else costs.compute(node)
+def _seconds(node: Node, costs: Estimates, held: Mapping[Value, float], part: float = 1.0) -> float:
+    """Seconds of a part of a node."""
+    run = costs.collective if node.op.effect == "collective" else costs.compute
+    return run(node, part * share(node, held))
 
 
 def _share(node: Node, how: Cutting, count: int) -> float:
@@ -279,14 +284,16 @@ def _share(node: Node, how: Cutting, count: int) -> float:
 def _joins(graph: Graph, how: Cutting, costs: Estimates) -> float:
     """Seconds of making wholes of what others read."""
     inner = set(how.cut)
-    total = 0.0
-    for node in how.cut:
+    joined: dict[Value, None] = {}
+    for node in reversed(how.cut):
         for v in node.results:
             outside = v in graph.results or any(u not in inner for u in graph.users.get(v, ()))
-            if outside and isinstance(v.type, TensorType):
-                size = size_bytes(v.type)
-                total += 2 * (size if isinstance(size, int) else 0) / costs.rates.bytes
-    return total
+            if outside or v in joined:
+                joined.pop(v, None)
+                joined.update(dict.fromkeys(node.inputs if is_view(node) else (v,)))
+    mine = {v for node in how.cut for v in node.results}
+    sizes = [size_bytes(v.type) for v in joined if v in mine and isinstance(v.type, TensorType)]
+    return 2 * sum(size for size in sizes if isinstance(size, int)) / costs.rates.bytes
 
 
 __all__ = ["OverlapChunks", "predicted"]

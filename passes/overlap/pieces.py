@@ -36,6 +36,11 @@ def stages(graph: Graph, cutting: Cutting) -> dict[Node, int]:
     return found
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node only looks at memory in another way."""
+    return node.op.has("view") or node.op.name == "aten._unsafe_view.default"
+
+
 class Pieces:
     """Emits a range in `count` pieces into a builder, and joins what others read."""
 
@@ -155,6 +160,13 @@ class Pieces:
         return self.builder.subst[v]
 
     def _joined(self, v: Value) -> Arg:
+        producer = self.graph.producers[v]
+        if is_view(producer) and producer in self._maps:  # the same view of the whole, in its layout
+            if v not in self.builder.producers:
+                for operand in producer.inputs:
+                    self.join(operand)
+                self.builder.append(self.builder.resolved(producer))
+            return v
         parts, cut = [self._part(v, p) for p in range(self.count)], self.cutting.cuts[v]
         loc = self.graph.producers[v].loc.by(RULE)
         if cut is Whole.CARRIED:
@@ -246,10 +258,14 @@ def in_pieces(graph: Graph, chosen: Iterable[tuple[Cutting, int]]) -> Graph:
             return
         started.add(id(r))
         emitted.update(r.cutting.cut)
-        mine = {v for node in r.cutting.cut for v in node.results}
+        mine = dict.fromkeys(v for node in r.cutting.cut for v in node.results)
+        inner = set(r.cutting.cut)
         for node in r.cutting.cut:
             need(v for v in node.inputs if v not in mine)
         r.emit()
+        for v in mine:  # pieces that are buffers of the whole size would take the memory of many wholes
+            if any(user not in inner for user in graph.users.get(v, ())) or v in graph.results:
+                r.join(v)
 
     for node in graph.nodes:
         emit(node)
@@ -259,36 +275,30 @@ def in_pieces(graph: Graph, chosen: Iterable[tuple[Cutting, int]]) -> Graph:
 
 
 def asynchronous(graph: Graph) -> Graph:
-    """The graph with every exchange launched where it stands and waited for where it is first read."""
+    """The graph with every exchange launched where it stands and waited for where one of its results is first read."""
     builder = Builder(graph)
-    pending: dict[Value, Value] = {}
+    pending: dict[Value, tuple[Node, tuple[Value, ...]]] = {}  # result -> its exchange, and what stands for its results
+
+    def wait(v: Value) -> None:
+        if v not in pending:
+            return
+        node, started = pending[v]
+        for result, new in zip(node.results, started, strict=True):
+            del pending[result]
+            builder.subst[result] = builder.call(WAIT, new, hint=result.hint, loc=node.loc)
+
     for node in graph.nodes:
         for v in node.inputs:
-            _awaited(builder, pending, v, node)
+            wait(v)
         if node.op.name != EXCHANGE:
             builder.append(builder.resolved(node))
             continue
         args = tuple(builder.resolve(a) for a in node.args)
         made = builder.call(START, *args, hint=node.results[0].hint, loc=node.loc)
-        pending.update(zip(node.results, made, strict=True))
-    for v in (*flatten(graph.outputs), *(v for _, v in graph.writes)):
-        if isinstance(v, Value):
-            _awaited(builder, pending, v, graph.producers.get(v))
-    for v in [v for v in pending if _nothing_waits(graph, v)]:
-        _awaited(builder, pending, v, graph.producers[v])
+        pending.update(dict.fromkeys(node.results, (node, made)))
+    for v in list(pending):  # other ranks take part, so that it must end here too, whoever reads it
+        wait(v)
     return builder.finish()
 
 
-def _awaited(builder: Builder, pending: dict[Value, Value], v: Value, at: Node | None) -> None:
-    started = pending.pop(v, None)
-    if started is not None:
-        builder.subst[v] = builder.call(WAIT, started, hint=v.hint, loc=at.loc if at is not None else None)
-
-
-def _nothing_waits(graph: Graph, v: Value) -> bool:
-    """True for the first result of an exchange whose results nobody reads: it must be waited for all the same."""
-    results = graph.producers[v].results
-    return v is results[0] and not any(graph.users.get(r) or r in graph.results for r in results)
-
-
-__all__ = ["START", "WAIT", "Pieces", "asynchronous", "bounds", "in_pieces", "stages"]
+__all__ = ["START", "WAIT", "Pieces", "asynchronous", "bounds", "in_pieces", "is_view", "stages"]

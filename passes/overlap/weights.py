@@ -6,7 +6,7 @@ after:  start(a); dW0; wait(a); dX1; start(b); dW1; dW2; wait(b); dX2
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,9 +45,10 @@ class OverlapDW(Pass):
         if not parts.exchanges:
             return graph
         before = launches.timeline(graph, costs)
-        placed = _placed(parts, costs)
+        held = launches.used(graph)
+        placed = _placed(parts, costs, held)
         candidates = [_ordered(parts, placed, early=early) for early in (True, False)]
-        best = min(candidates, key=lambda nodes: launches.seconds(nodes, costs))
+        best = min(candidates, key=lambda nodes: launches.seconds(nodes, costs, held))
         made = rethreaded(graph, best)
         after = launches.timeline(made, costs)
         for k, works in enumerate(placed):
@@ -116,18 +117,30 @@ def rethreaded(graph: Graph, nodes: Iterable[Node], *, outputs: bool = False) ->
     )
 
 
-def _placed(parts: _Parts, costs: Estimates) -> list[list[Node]]:
+def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> list[list[Node]]:
     """For each exchange the nodes beside it."""
     reach = parts.reach
+
+    def seconds(node: Node) -> float:
+        run = costs.collective if is_start(node) else costs.compute
+        return run(node, launches.share(node, held))
+
     pinned = [(start, [start, *parts.waits_of(start)]) for start in parts.exchanges]
-    heavy = [n for n in parts.later if costs.compute(n) > 0]
+    later = set(parts.later)
+    heavy = [n for n in parts.later if seconds(n) > 0]
     at = {node: i for i, node in enumerate(heavy)}
+    order = {node: i for i, node in enumerate(parts.core.nodes)}
     works: list[Work] = []
     for node in heavy:
-        beside = tuple(k for k, (_, nodes) in enumerate(pinned) if all(reach.independent(node, n) for n in nodes))
-        needs = tuple(at[n] for n in reach.needed([node]) if n in at and n is not node)
-        works.append(Work(costs.compute(node), beside, needs))
-    found = assign([costs.collective(start) for start in parts.exchanges], works)
+        needed = reach.needed([node])
+        there = max((order[n] for n in needed if n not in later), default=-1)  # from here on all that it needs is computed
+        beside = tuple(
+            k for k, (start, nodes) in enumerate(pinned)
+            if order[start] > there and all(reach.independent(node, n) for n in nodes)
+        )  # fmt: skip
+        needs = tuple(at[n] for n in needed if n in at and n is not node)
+        works.append(Work(seconds(node), beside, needs))
+    found = assign([seconds(start) for start in parts.exchanges], works)
     return [[heavy[i] for i in mine] for mine in found]
 
 

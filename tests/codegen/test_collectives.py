@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+from plait.codegen.compile import CodegenOptions, compile_graph
 from plait.codegen.items import CallItem, KernelItem, Scheduled
 from plait.codegen.schedule import schedule
+from plait.codegen.waits import with_waits
 from plait.ir.effects import intervals, is_collective
+from plait.runtime.check import check
 
-from tests.helpers import graph
+from tests.helpers import assert_structural_equal, graph
 
 
 def scheduled(text: str) -> Scheduled:
@@ -147,3 +151,75 @@ def test_what_a_collective_reads_is_not_written_in_place() -> None:
     """
     )
     assert steps(made) == ["all_reduce", "sub", "wait_tensor", "clone"]
+
+
+def test_every_collective_gets_a_wait_before_its_result_is_read() -> None:
+    text = """def f(x: "f32[40,8]", y: "f32[40,8]"):
+        a, t0 = _c10d_functional.all_reduce.default(x, "sum", "g")
+        b, t1 = _c10d_functional.all_reduce.default(y, "sum", "g", after=(t0,))
+        c, t2 = _c10d_functional.all_reduce.default(y, "max", "g", after=(t1,))
+        v = aten.permute.default(a, (1, 0))
+        m = aten.mul.Tensor(a, 2.0)
+        w, t3 = _c10d_functional.wait_tensor.default(a)
+        d = aten.add.Tensor(w, m)
+        return (v, d, b)
+    """
+    want = graph(
+        """def f(x: "f32[40,8]", y: "f32[40,8]"):
+        a, t0 = _c10d_functional.all_reduce.default(x, "sum", "g")
+        b, t1 = _c10d_functional.all_reduce.default(y, "sum", "g", after=(t0,))
+        c, t2 = _c10d_functional.all_reduce.default(y, "max", "g", after=(t1,))
+        a1, t3 = _c10d_functional.wait_tensor.default(a)
+        v = aten.permute.default(a1, (1, 0))
+        m = aten.mul.Tensor(a1, 2.0)
+        w, t4 = _c10d_functional.wait_tensor.default(a, after=(t3,))
+        d = aten.add.Tensor(w, m)
+        b1, t5 = _c10d_functional.wait_tensor.default(b, after=(t4,))
+        c1, t6 = _c10d_functional.wait_tensor.default(c, after=(t5,))
+        return (v, d, b1)
+    """
+    )
+    assert_structural_equal(with_waits(graph(text)), want)
+    assert with_waits(want) is want
+    check(compile_graph(graph(text)).plan)
+    check(compile_graph(graph(text), CodegenOptions(generate=False)).plan)
+
+
+def test_memory_that_a_collective_reads_is_used_again_after_its_wait() -> None:
+    text = """def f(x: "f32[64,64]"):
+        a = aten.tanh.default(x)
+        v = aten.permute.default(a, (1, 0))
+        h = aten.slice.Tensor(v, 0, 0, 32)
+        s, t0 = _c10d_functional.all_reduce.default(h, "sum", "g")
+        {first}
+        {second}
+        c = aten.sum.dim_IntList(b, (0,))
+        d = aten.sum.dim_IntList(b, (1,))
+        return (w, c, d)
+    """
+    wait, work = "w, t1 = _c10d_functional.wait_tensor.default(s)", "b = aten.sigmoid.default(x)"
+    early = compile_graph(graph(text.format(first=wait, second=work))).plan
+    late = compile_graph(graph(text.format(first=work, second=wait))).plan
+    check(early)
+    check(late)
+    assert (early.arena, late.arena) == (64 * 64 * 4, 2 * 64 * 64 * 4)
+
+
+def test_what_is_waited_for_without_a_start_is_the_operand_itself() -> None:
+    made = compile_graph(
+        graph(
+            """def f(x: "f32[64,64]"):
+        a = aten.tanh.default(x)
+        w, t0 = _c10d_functional.wait_tensor.default(a)
+        b = aten.exp.default(x)
+        s = aten.sum.dim_IntList(b, (1,))
+        u = aten.sum.dim_IntList(w, (1,))
+        v = aten.mul.Tensor(b, w)
+        return (v, s, u, w)
+    """
+        )
+    )
+    check(made.plan)
+    x = torch.randn(64, 64)
+    v, s, u, w = made.executable(x)
+    torch.testing.assert_close((v, s, u, w), (x.exp() * x.tanh(), x.exp().sum(1), x.tanh().sum(1), x.tanh()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import plait
@@ -17,7 +18,10 @@ from plait.compiler.cli import main
 from plait.compiler.peers import PEERS, Peer, Task, chosen
 from plait.compiler.profile import profile
 from plait.compiler.timing import Alternated, Spread, alternate
+from plait.compiler.tracing import events
 from plait.errors import CannotProfile, MissingPackage, PeerRefused, UnknownPeer
+from plait.runtime.collectives import Record
+from plait.runtime.plan import Call, Launch, Plan
 from torch import nn
 
 from tests.compiler.factories import MLP
@@ -191,3 +195,50 @@ def test_bench_shows_and_writes_the_profile(folder: Path) -> None:
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["profile"]["rows"] and "Where the time goes" in (folder / "page.html").read_text()
     assert "roofline" in run(*args, "--profile").stdout
+
+
+# -- traces -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_shows_each_step_of_one_call(tmp_path: Path) -> None:
+    model = plait.compile(Layers().eval(), (torch.randn(64, 256),))
+    model.trace(tmp_path / "call.json")
+    found = json.loads((tmp_path / "call.json").read_text())["traceEvents"]
+    names = {(e["name"], e.get("tid")): e["args"]["name"] for e in found if e["ph"] == "M"}
+    assert names == {("process_name", None): "measured", ("thread_name", 0): "compute"}
+    spans = [e for e in found if e["ph"] == "X"]
+    assert [e["args"]["step"] for e in spans] == list(range(len(model.executable.plan.steps)))
+    assert spans[-1]["name"].startswith("aten.sort") and "test_bench.py" in spans[-1]["args"]["source"]
+    assert spans[0]["ts"] == 0 and all(e["dur"] > 0 for e in spans)
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-6 for a, b in pairwise(spans))
+
+
+def test_a_trace_leaves_state_as_it_is(tmp_path: Path) -> None:
+    model = plait.compile(Counting(), (torch.ones(3),))
+    model.trace(tmp_path / "call.json", torch.ones(3))
+    assert torch.equal(model.state["count"], torch.zeros(3))
+
+
+def test_collectives_are_threads_beside_the_steps() -> None:
+    sort = Call("aten.sort.default", (), (), (), "library", "", "model.py:3")
+    plan = Plan((), (), (), (Launch("k", (), ()), sort), (), ())
+    spans = [(0, 5_000, 9_000), (1, 9_000, 21_000)]
+    records = [
+        Record("g", "all_reduce, collective 1 of the plan,", 4_000, 12_000, 64),
+        Record("h", "exchange", 7_000, 9_000, 0),
+    ]
+    found = events(plan, spans, records, label="rank 1", process=3)
+    assert {e["pid"] for e in found} == {3} and found[0]["args"] == {"name": "rank 1"}
+    assert [e["args"]["name"] for e in found[1:4]] == ["compute", "communication g", "communication h"]
+    shown = [(e["tid"], e["name"], e["ts"], e["dur"]) for e in found[4:]]
+    steps = [(0, "k", 1.0, 4.0), (0, "aten.sort", 5.0, 12.0)]
+    assert shown == [*steps, (1, "all_reduce", 0.0, 8.0), (2, "exchange", 3.0, 2.0)]
+    assert found[5]["args"] == {"step": 1, "source": "model.py:3"} and found[6]["args"] == {"group": "g", "bytes": 64}
+    assert events(plan, [], records[:1])[2]["args"] == {"name": "communication"}
+
+
+def test_bench_writes_a_trace(folder: Path) -> None:
+    args = ("bench_factories:mlp", "--seconds", "0.1", "--peer", "eager", "--trace", "call.json")
+    assert json.loads(run(*args, "--json").stdout)["trace"] == "call.json"
+    assert json.loads((folder / "call.json").read_text())["traceEvents"]
+    assert "wrote call.json" in run(*args).stdout

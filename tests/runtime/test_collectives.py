@@ -2,17 +2,24 @@
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from plait import all_to_all_capacity
-from plait.errors import BadExchange, ChannelBroken, CollectiveFailed, CollectiveTimedOut, NoSuchGroup
+from plait.errors import BadExchange, BadSetting, ChannelBroken, CollectiveFailed, CollectiveTimedOut, NoSuchGroup
 from plait.runtime import collectives
+from plait.runtime.exchange import exchange
 
 from tests.runtime.ranks import Ranks, on_ranks
 
+ROOT = Path(__file__).parent.parent.parent
 OP = torch.ops.plait.all_to_all_capacity
 
 
@@ -158,12 +165,92 @@ def test_it_is_traced():
     assert all(on_ranks(traced, 2))
 
 
-# -- faults -------------------------------------------------------------------------------------------------------------
-
-
 def arguments(size):
     buf = torch.ones(size, 4096, 256)
     return buf, torch.tensor([[0, 4096]] * size), None, dist.group.WORLD.group_name
+
+
+# -- channels -----------------------------------------------------------------------------------------------------------
+
+
+def many(rank, size):
+    """Exchanges of many sizes in flight, waited for in another order, between collectives of torch on the same group."""
+    generator = torch.Generator().manual_seed(rank)
+    channel, name = collectives.channel("0"), dist.group.WORLD.group_name
+    for _ in range(3):
+        flying = []
+        for i in range(40):
+            buf = torch.randint(-99, 99, (2 * size, 1 + 17 * (i % 7), 8 + i), generator=generator).float()
+            rows = make_rows(generator, *buf.shape[:2])
+            task, read = exchange(buf, rows, None, name)
+            flying.append((buf, rows, channel.submit(f"exchange {i}", task, inputs=read)))
+        found = [pending.wait() for _, _, pending in reversed(flying)]
+        for (buf, rows, _), (out, came) in zip(reversed(flying), found, strict=True):
+            expected, announced = reference(buf, rows)
+            assert torch.equal(out, expected) and torch.equal(came, announced)
+    with collectives.recording() as records:
+        OP(*arguments(size))
+    OP(*arguments(size))
+    assert [(r.name, r.bytes) for r in records] == [("plait.all_to_all_capacity", 4096 * 256 * 4 + 16)]
+    return True
+
+
+def test_many_exchanges_in_flight():
+    assert all(on_ranks(many, 2))
+
+
+def anew(rank, size):
+    """A group is destroyed, and another one made that gets its name."""
+    buf, rows, _, name = arguments(size)
+    OP(buf, rows, None, name)
+    old = collectives.channel(name)
+    thread = next(t for t in threading.enumerate() if t.name == f"plait-group-{name}")
+    dist.destroy_process_group()
+    thread.join(5)
+    assert not thread.is_alive() and old.group() is None
+    with pytest.raises(NoSuchGroup):
+        OP(buf, rows, None, name)
+    store = dist.FileStore(f"{tempfile.gettempdir()}/plait-{os.getppid()}-{rows.shape[0]}-anew", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    assert dist.group.WORLD.group_name == name and collectives.channel(name) is not old
+    OP(buf, rows, None, name)
+    half = [dist.new_group([r]) for r in range(size)][rank]
+    assert torch.equal(OP(buf, rows, None, half.group_name)[0], buf)
+    return True
+
+
+def test_a_channel_ends_with_its_group():
+    assert all(on_ranks(anew, 2))
+
+
+def test_a_process_ends_with_its_channels(tmp_path):
+    code = (
+        "import torch, torch.distributed as dist, plait\n"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1)\n"
+        "buf, counts = torch.ones(2, 3, 4), torch.tensor([1, 3])\n"
+        "print(plait.all_to_all_capacity(buf, counts, dist.group.WORLD)[0].sum().item())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=60)
+    assert (run.returncode, run.stdout, "Traceback" in run.stderr) == (0, "16.0\n", False), run.stderr
+
+
+def test_the_time_out_is_a_setting(monkeypatch):
+    from plait import config
+    from plait.compiler import options  # noqa: F401  tells the runtime of the setting
+
+    assert collectives.timeout_s() == 300
+    with config.patch(collective_timeout_s=7):
+        assert collectives.timeout_s() == 7
+        monkeypatch.setenv(collectives.VARIABLE, "2.5")
+        assert collectives.timeout_s() == config.current().collective_timeout_s == 2.5
+    for bad in ("soon", "0", "-1", "nan"):
+        monkeypatch.setenv(collectives.VARIABLE, bad)
+        for ask in (collectives.timeout_s, config.current):
+            with pytest.raises(BadSetting, match="PLAIT_COLLECTIVE_TIMEOUT_S must be a number of seconds above 0"):
+                ask()
+
+
+# -- faults -------------------------------------------------------------------------------------------------------------
 
 
 def failing(rank, size, how):

@@ -1,5 +1,6 @@
 import gc
 import threading
+import time
 
 import pytest
 import torch
@@ -481,5 +482,11 @@ def test_profile_and_trim(kernels):
     assert torch.equal(y, -4 * x)
     assert [number for number, _ in times] == [0, 1, 2]
     assert times[2][1] > 30_000_000
+    before = time.perf_counter_ns()
+    (y,), spans = run.trace(x)
+    after = time.perf_counter_ns()
+    assert torch.equal(y, -4 * x) and [number for number, _, _ in spans] == [0, 1, 2]
+    ends = [before, *(moment for _, *span in spans for moment in span), after]
+    assert ends == sorted(ends) and spans[1][2] == spans[2][1] and spans[2][2] - spans[2][1] > 30_000_000
     run.trim()
     assert torch.equal(run(x)[0], -4 * x)
