@@ -24,7 +24,11 @@ from gpt2_moe import Config, GPT2MoE, Text, loss, sentences
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-OVERLAP = {"none": [], "dw": ["overlap-dw"], "chunks": ["overlap-chunks"], "both": ["overlap-chunks", "overlap-dw"]}
+
+def passes(overlap: str, pieces: int) -> list[str]:
+    """The passes of a compiled step. Without `pieces` it is cut only where that is expected to be faster."""
+    chunks = [f"overlap-chunks:count={pieces}" if pieces else "overlap-chunks"]
+    return {"none": [], "dw": ["overlap-dw"], "chunks": chunks, "both": [*chunks, "overlap-dw"]}[overlap]
 
 
 class EagerStep:
@@ -58,7 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--data", type=Path, help="a text; without one, sentences are made up")
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--overlap", default="none", choices=list(OVERLAP))
+    parser.add_argument("--overlap", default="none", choices=["none", "dw", "chunks", "both"])
+    parser.add_argument("--pieces", type=int, default=0, help="of chunks, 0: as many as are expected to be fastest")
     parser.add_argument("--every", type=int, default=10, help="steps between printed lines")
     parser.add_argument("--report", type=Path, help="write an HTML page about the compiled step")
     return parser.parse_args()
@@ -83,7 +88,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), given.rate)
     step: Any = EagerStep(model, optimizer, ranks)
     if not given.eager:
-        step = plait.train_step(model, loss, optimizer, mesh, passes=OVERLAP[given.overlap])
+        step = plait.train_step(model, loss, optimizer, mesh, passes=passes(given.overlap, given.pieces))
     if rank == 0:
         count = sum(p.numel() * (ranks if getattr(p, "plait_local", False) else 1) for p in model.parameters())
         how = "eager" if given.eager else "compiled"
@@ -92,6 +97,11 @@ def main() -> None:
     for number in range(given.steps):
         x, y = text.batch(given.batch, given.context, seed=number * ranks + rank)
         value = step(x.to(device), y.to(device))
+        if number == 0 and rank == 0 and not given.eager:
+            for done in (s for s in step.compiled.history if s.pass_name.startswith("overlap")):
+                said = [f"{rule} x{count}" for rule, count in done.fired.items()]
+                said += sorted({f"not everywhere: {why}" for _, _, why in done.refused})
+                print(f"{done.pass_name}: {'; '.join(said) or 'nothing to do'}")
         if number % given.every == 0 or number + 1 == given.steps:
             mean = value.clone()
             if ranks > 1:
