@@ -1148,7 +1148,7 @@ class NothingToTrain(PlaitError):
 
     code = "P1303"
     message = "there is nothing to train: {why}"
-    fix = "let parameters require gradients (`requires_grad_()`), and compute the loss from them outside no_grad and inference_mode"
+    fix = "let parameters require gradients (`requires_grad_()`), and compute the loss from them without no_grad"
 
 
 class ForeignParameters(PlaitError):
