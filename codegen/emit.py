@@ -613,6 +613,8 @@ def _is_split(group: Group, outer: tuple[Axis, ...], reduced: tuple[Axis, ...], 
     down = vector != reduced[0].symbol and elements > _CORE_CACHE and reduced[0].extent > 2 * _SERIAL_CHUNK
     if not down and (rows >= _MANY_ROWS or elements <= _SERIAL_LIMIT):
         return False
+    if vector == reduced[0].symbol and reduced[0].extent <= 2 * _CHUNK:
+        return False  # with more rows, such a row is summed whole: its bits must not depend on how many there are
     full_later = any(group.phase[u.value] > 0 and u.value not in group.outer for u in group.units)
     reduce_later = any(group.phase[u.value] > 0 and u.reduce is not None for u in group.units)
     early_outer = any(group.phase[u.value] == 0 and u.reduce is None and u.value in group.outer for u in group.units)

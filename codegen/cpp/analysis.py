@@ -49,7 +49,10 @@ def varying(loop: Loop) -> frozenset[str]:
 
 
 def is_light(body: tuple[Stmt, ...]) -> bool:
-    """Whether the latency of the accumulators is what a tile waits for: few cheap statements and no inner loop."""
+    """Whether the latency of the accumulators is what a tile waits for: few cheap statements and no inner loop.
+
+    Other bodies are not unrolled; the order of their sums is the same.
+    """
     for stmt in walk(body):
         if isinstance(stmt, Loop) or (isinstance(stmt, Compute) and stmt.op in HEAVY):
             return False

@@ -33,7 +33,7 @@ from .analysis import UNKNOWN_EXTENT, is_column, is_light, names, varying, work
 from .index import Affine, affine, index_text, symbols_of
 from .ops import ARG_OPS, CTYPE, REDUCER, compute_text, identifier, literal
 
-_PARTIALS = 4  # independent accumulators per lane in a light reduction; `tiles` and `reduce` in the headers know 1 and 4
+_PARTIALS = 4  # accumulators per lane in every reduction; `tiles` and `reduce` in the headers know 1 and 4
 _CACHE_LINE = 64
 _TILES = 4  # tiles taken as one where columns are reduced
 
@@ -371,7 +371,8 @@ class _Printer:
         updated = dict.fromkeys(s.acc for s in walk(loop.body) if isinstance(s, Accumulate) and s.acc not in declared)
         accs = [self.acc_named(name) for name in updated]
         lanes = {a.name: self.fresh(f"{a.name}_lanes") for a in accs}
-        partials = _PARTIALS if accs and is_light(loop.body) else 1
+        several = any(a.op not in ARG_OPS for a in accs)
+        partials = _PARTIALS if several else 1
         for acc in accs:
             ctype = f"vec<{CTYPE[_value_dtype(acc)]}>"
             if acc.op in ARG_OPS:
@@ -380,10 +381,12 @@ class _Printer:
                 self.line(f"{ctype} {lanes[acc.name]}[{partials}];")
                 self.line(f"fill({lanes[acc.name]}, {_identity(acc)});")
         axis = identifier(loop.axis.name)
-        part = "auto part" if any(a.op not in ARG_OPS for a in accs) else "auto"
+        part = "auto part" if several else "auto"
         wide = not accs and is_column(loop.body)
-        form = f"{partials}, {_TILES}" if wide else f"{partials}"
-        self.open(f"tiles<{form}>({first}, {end}, [&](int64_t {axis}, auto lanes, {part}) PLAIT_BODY {{")
+        form = f"tiles<{partials}, {_TILES}>" if wide else f"tiles<{partials}>"
+        if several and not is_light(loop.body):  # the same sums, whatever is computed beside them
+            form = "tiles_in_turn"
+        self.open(f"{form}({first}, {end}, [&](int64_t {axis}, auto lanes, {part}) PLAIT_BODY {{")
         if wide:
             self.line("constexpr int WIDE = lanes.width;")
         partial = {a.name: lanes[a.name] + ("" if a.op in ARG_OPS else "[part]") for a in accs}

@@ -312,6 +312,15 @@ template <int Partials, int Tiles = 1, class F> PLAIT_FN void tiles(int64_t begi
   if (i < end) body(i, Part{int(end - i)}, Int<Partials - 1>{});
 }
 
+// The same with four partial accumulators for bodies that are too long to unroll: each tile meets the one that it meets
+// there, so that the bits of a sum do not depend on how much is computed beside it.
+template <class F> PLAIT_FN void tiles_in_turn(int64_t begin, int64_t end, F body) {
+  const int64_t fours = begin + (end - begin) / (4 * W) * (4 * W);
+  int64_t i = begin;
+  for (; i + W <= end; i += W) body(i, Full<W>{}, i < fours ? int((i - begin) / W % 4) : 0);
+  if (i < end) body(i, Part{int(end - i)}, Int<3>{});
+}
+
 // ---- threads -----------------------------------------------------------------------------------------------------
 
 extern "C" int omp_get_thread_num() noexcept;

@@ -19,9 +19,9 @@ extern "C" void softmax(void* const* bufs, const int64_t* sizes, int nthreads) {
       });
       accumulate<Max>(top, reduce<Max>(top_lanes));
       float total = 0.0f;
-      vec<float> total_lanes[1];
+      vec<float> total_lanes[4];
       fill(total_lanes, 0.0f);
-      tiles<1>(0, N, [&](int64_t s, auto lanes, auto part) PLAIT_BODY {
+      tiles_in_turn(0, N, [&](int64_t s, auto lanes, auto part) PLAIT_BODY {
         const vec<float> b = load(x + N * i + s, lanes);
         const vec<float> d = b - top;
         const vec<float> e = exp(d);
