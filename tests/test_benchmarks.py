@@ -123,7 +123,10 @@ class TestCommandLine:
     def test_an_unknown_suite_is_refused_by_name(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             __main__.main(["spin"])
-        assert "no suite is called 'spin'; there are: autobatch, debug, quantize, speed, spine" in capsys.readouterr().err
+        assert (
+            "no suite is called 'spin'; there are: autobatch, debug, overlap, quantize, speed, spine"
+            in capsys.readouterr().err
+        )
 
 
 class TestOpDatabase:

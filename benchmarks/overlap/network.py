@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,6 +91,10 @@ class Link:
         for name in self._names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
+    def run(self, rank: int, *words: str) -> None:
+        """Run a command in the namespace of a rank, such as `tc` or `ip link set` on its device."""
+        _ip("netns", "exec", self._names[rank], *words)
+
     def start(
         self, command: Sequence[str], logs: Path, environment: dict[str, str] | None = None
     ) -> list[subprocess.Popen[str]]:
@@ -120,8 +126,6 @@ def _start(command: list[str], rank: int, environment: dict[str, str], logs: Pat
 
 def finish(ranks: Sequence[subprocess.Popen[str]], timeout: float) -> list[int]:
     """Wait for ranks; their exit codes. What takes longer, and the others once one failed, is killed."""
-    import time
-
     end = time.monotonic() + timeout
     while any(p.poll() is None for p in ranks):
         if time.monotonic() > end or any(p.poll() for p in ranks):
@@ -137,6 +141,13 @@ def stop(ranks: Sequence[subprocess.Popen[str]]) -> None:
     for p in ranks:
         if p.poll() is None:
             os.killpg(p.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that nothing listens on just now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def folder() -> Path:
