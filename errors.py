@@ -1125,6 +1125,14 @@ class NoSuchGroup(PlaitError):
     fix = "call torch.distributed.init_process_group first; a compiled program needs the groups that it was compiled with"
 
 
+class NotRecorded(PlaitError):
+    """A rank that runs by itself what it ran with others came to a collective that did not run then."""
+
+    code = "P1107"
+    message = "{op} on group {group!r} was not recorded, so that this rank cannot repeat it alone"
+    fix = "record a call of the very program that is repeated, on the same inputs"
+
+
 class WrappedModel(PlaitError):
     """Something would act on gradients during the backward of a compiled training step, which does all of it at once."""
 

@@ -45,6 +45,7 @@ from .quantize.calibration import flat_batches
 from .terminal import coverage_text
 
 if TYPE_CHECKING:
+    from .predicted import Prediction
     from .profile import Profile
 
 
@@ -225,13 +226,16 @@ class CompiledModel:
         inputs = [*self._held, *self._inputs(args, kwargs)]
         return profile(self.compiled, self.executable, inputs, seconds=seconds)
 
-    def trace(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+    def trace(self, path: str | Path, *args: Any, **kwargs: Any) -> Prediction:
         """Write a timeline of one call on these inputs (by default the example inputs) as a Chrome trace, which Perfetto
-        opens: each kernel and call, and collectives beside them. State and inputs stay as they are."""
-        from .tracing import measured, write
+        opens: each kernel and call, and collectives beside them, as predicted and as measured. State and inputs stay as they
+        are; of several ranks all call this."""
+        from .tracing import both, predicted, write
 
         inputs = [*self._held, *self._inputs(args, kwargs)]
-        write(path, measured(self.compiled, self.executable, inputs))
+        found = predicted(self.compiled, self.executable, inputs)
+        write(path, both(self.executable.plan, found))
+        return found
 
     def _inputs(self, args: Any, kwargs: Any) -> Sequence[Any]:
         """Flat inputs: those given, else the examples, else random ones."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch.distributed as dist
 from ..codegen.ceilings import ceilings
 from ..codegen.compile import CodegenOptions, compile_graph
 from ..cost import communication
+from ..cost.communication import Curve
 from ..cost.estimate import COMMUNICATION, COMPUTE, EXCHANGES, MEASURED, Estimates, Rates, node_key
 from ..cost.ops import size_bytes
 from ..cost.profile import Table, Timing, measure_alternating, open_table, user_path
+from ..cost.schedule import Slowdown
 from ..errors import PlaitError
 from ..ir import Arg, Graph, Node, TensorType, Value, map_arg
 from .debugging.interpret import random_inputs
@@ -69,6 +72,31 @@ def estimates(graph: Graph, group: Any, options: CodegenOptions, profile: str | 
             table.record(key, name, timing)
     ranks = {} if group is None else {str(group.group_name): int(group.size())}
     return Estimates(rates, table, threads, "cpu", backend, ranks, slowdown)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a process group reaches: curves of its collectives by op, measured with nothing beside them, and what streams do
+    to each other."""
+
+    curves: Mapping[str, Curve]
+    slowdown: Slowdown
+
+    def seconds(self, op: str, size: float, announced: bool = False) -> float:
+        """Seconds of a collective that sends `size` bytes, 0 without a curve; `announced`: sizes are exchanged first."""
+        found = self.curves.get(_curve_name(op))
+        if found is None:
+            return 0.0
+        return found.seconds(size) + (found.latency if announced else 0.0)
+
+
+def link(graph: Graph, group: Any) -> Link:
+    """Measure what a graph exchanges and sums on the link of a process group, afresh; all its ranks call this."""
+    ranks, device, table = group.size(), f"cpu/{dist.get_backend(group)}", Table()
+    _measure_collectives(graph, table, group, device)
+    slowdown = _measure_slowdown(group, torch.get_num_threads())
+    curves = {name: communication.curve(table, name, ranks, device) for name in _wanted(graph)}
+    return _from_first(Link({name: c for name, c in curves.items() if c is not None}, slowdown), group)
 
 
 def _from_first(value: Any, group: Any) -> Any:
@@ -130,20 +158,28 @@ def _alone(node: Node, options: CodegenOptions) -> Callable[[], object]:
 def _measure_collectives(graph: Graph, table: Table, group: Any, device: str) -> None:
     """Curves of what the graph exchanges and sums, on this link."""
     ranks = group.size()
-    wanted: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op.effect == "collective" and node.inputs and isinstance(node.inputs[0].type, TensorType):
-            size = size_bytes(node.inputs[0].tensor)
-            name = EXCHANGES[0] if node.op.name in EXCHANGES else node.op.name
-            if name in _RUNS and isinstance(size, int):
-                wanted[name] = max(wanted.get(name, SMALLEST), size)
-    for name, largest in sorted(wanted.items()):
+    for name, largest in sorted(_wanted(graph).items()):
         if _from_first(communication.curve(table, name, ranks, device) is not None, group):
             continue
         for size in _sizes(largest):
             sent, run = _RUNS[name](group, size)
             samples = _timed(run, group)
             communication.record(table, name, ranks, sent, device, Timing.of(samples))
+
+
+def _wanted(graph: Graph) -> dict[str, int]:
+    """Names of the curves that tell about a graph's collectives -> bytes of the largest operand."""
+    wanted: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op.effect == "collective" and node.inputs and isinstance(node.inputs[0].type, TensorType):
+            size, name = size_bytes(node.inputs[0].tensor), _curve_name(node.op.name)
+            if name in _RUNS and isinstance(size, int):
+                wanted[name] = max(wanted.get(name, SMALLEST), size)
+    return wanted
+
+
+def _curve_name(op: str) -> str:
+    return EXCHANGES[0] if op in EXCHANGES else op
 
 
 def _sizes(largest: int) -> list[int]:
@@ -242,4 +278,4 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-__all__ = ["estimates"]
+__all__ = ["Link", "estimates", "link"]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..codegen.compile import CompiledGraph
 from ..codegen.coverage import Coverage, Reported
@@ -46,7 +47,7 @@ class Record:
     program. `torch_reason` is set where the whole graph runs in torch, and then `captured`, `graph` and `compiled` are
     None. `runs` counts executions. `plan` says which plan runs where a better one is on its way ("" otherwise), `swaps` what
     became of those that were compiled in the background; `compiled` is the plan that takes calls of any size. `saved_bytes`
-    is what a forward keeps for its backward besides its inputs.
+    is what a forward keeps for its backward besides its inputs. `said` is what passes report.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Record:
     plan: str = ""
     swaps: tuple[Swap, ...] = ()
     saved_bytes: int = 0
+    said: tuple[Any, ...] = ()
 
     @property
     def coverage(self) -> Coverage:

@@ -27,6 +27,7 @@ def render_report(model: CompiledModel | CompiledStep, profile: Profile | None =
         coverage=model.coverage,
         profile=profile,
         steps=[(s, model.diff(i).splitlines()) for i, s in enumerate(model.history)],
+        said=[str(one) for one in model.record.said],
         graph=model.graph,
         kernels=model.kernels,
     )

@@ -1,6 +1,6 @@
-"""Timelines of calls that were measured, as Chrome traces: what each step took, and collectives that ran beside them.
+"""Timelines of calls, predicted and measured, as Chrome traces: what each step took, and collectives that ran beside them.
 
-model.trace("model.json")    # open it in Perfetto, https://ui.perfetto.dev
+model.trace("model.json")    # predicted and measured; open it in Perfetto, https://ui.perfetto.dev
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 from ..codegen.compile import CompiledGraph
 from ..cost.estimate import COMMUNICATION, COMPUTE
-from ..runtime.collectives import Record, recording
+from ..runtime.collectives import Record
 from ..runtime.executor import Executable, Span
 from ..runtime.plan import Call, Launch, Plan
+from .predicted import Prediction, predict
 from .profile import own_copies
 
 Event = dict[str, Any]
@@ -22,14 +23,16 @@ Event = dict[str, Any]
 PROCESS = 1  # next to what was predicted, which is process 0
 
 
-def measured(compiled: CompiledGraph, executable: Executable, inputs: Sequence[Any]) -> list[Event]:
-    """Events of one call on flat `inputs`, which are left as they are; calls before it warm up. Raises what calls raise."""
+def predicted(compiled: CompiledGraph, executable: Executable, inputs: Sequence[Any]) -> Prediction:
+    """The prediction for a call on flat `inputs`, which are left as they are. Where there are no collectives it is what its
+    steps were measured to take. Raises what calls raise."""
     given = own_copies(compiled, inputs)
-    for _ in range(2):
-        executable(*given)
-    with recording() as records:
-        _, spans = executable.trace(*given)
-    return events(executable.plan, spans, records)
+    return predict(compiled, lambda: executable(*given), executable=executable)
+
+
+def both(plan: Plan, prediction: Prediction) -> list[Event]:
+    """Events of what was predicted of a call, and of a measured one beside it."""
+    return prediction.timeline.trace() + events(plan, prediction.spans, prediction.records)
 
 
 def events(
@@ -70,4 +73,4 @@ def _origin(step: Launch | Call) -> dict[str, str]:
     return {"source": step.origin} if isinstance(step, Call) and step.origin else {}
 
 
-__all__ = ["Event", "events", "measured", "write"]
+__all__ = ["Event", "both", "events", "predicted", "write"]

@@ -8,7 +8,7 @@ of the cores that compute, copies take bandwidth. Streams have any names; nothin
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CircularSchedule
@@ -75,6 +75,19 @@ class Timeline:
     def exposed(self, hidden: Collection[str], behind: Collection[str]) -> float:
         """Seconds in which a stream of `hidden`, such as communication, runs and none of `behind`, such as computation."""
         return _length(self.busy(hidden)) - _common(self.busy(hidden), self.busy(behind))
+
+    def part(
+        self, positions: Sequence[int], streams: Mapping[str, str], *, resident: int = 0, kept: Collection[Hashable] = ()
+    ) -> Timeline:
+        """Some of the tasks, such as those of one rank, at the times that they have here, on `streams` of other names. What
+        they wait for among the others is left out; the most bytes alive are theirs."""
+        new = {old: i for i, old in enumerate(positions)}
+        tasks = tuple(
+            replace(t, stream=streams.get(t.stream, t.stream), after=tuple(new[j] for j in t.after if j in new))
+            for t in (self.tasks[i] for i in positions)
+        )
+        spans = tuple(self.spans[i] for i in positions)
+        return Timeline(tasks, spans, resident + _peak(tasks, spans, frozenset(kept)))
 
     def trace(self, process: int = 0, label: str = "predicted") -> list[dict[str, Any]]:
         """Events of a Chrome trace: a process named `label`, a thread for each stream, times in microseconds."""

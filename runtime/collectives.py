@@ -23,11 +23,11 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from ..errors import (
     CollectiveFailed,
     CollectiveTimedOut,
     NoSuchGroup,
+    NotRecorded,
     PlaitError,
     PlansDiffer,
 )
@@ -79,7 +80,7 @@ def follow(setting: Callable[[], float]) -> None:
 class Record:
     """One collective that has run: the bytes that this rank sent to others, start and end as `time.perf_counter_ns`.
 
-    On CUDA devices these are the times at which the host was at it.
+    On CUDA devices these are the times at which the host was at it. `result` is what it gave, where that was asked for.
     """
 
     group: str
@@ -87,20 +88,52 @@ class Record:
     start: int
     end: int
     bytes: int
+    result: Any = field(default=None, compare=False, repr=False)
 
 
-_recorders: list[list[Record]] = []
+_recorders: list[tuple[list[Record], bool]] = []
 
 
 @contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Collects a `Record` of each collective of every channel that ends within the block."""
+def recording(*, results: bool = False) -> Iterator[list[Record]]:
+    """Collects a `Record` of each collective of every channel that ends within the block; with `results`, what it gave."""
     records: list[Record] = []
-    _recorders.append(records)
+    _recorders.append((records, results))
     try:
         yield records
     finally:
-        _recorders[:] = [r for r in _recorders if r is not records]
+        _recorders[:] = [r for r in _recorders if r[0] is not records]
+
+
+def _tell(record: Record, result: Any) -> None:
+    for records, results in _recorders:
+        records.append(replace(record, result=result) if results else record)
+
+
+_kept: Mapping[tuple[str, str], Iterator[Any]] | None = None
+
+
+@contextmanager
+def alone(records: Iterable[Record]) -> Iterator[None]:
+    """Within the block this rank runs by itself what it ran with the others when `records` were made, with results: each
+    collective gives a copy of what it gave then, at once and in the thread that submits it. Its `Record` is of the copying.
+
+    Meant for measuring what a program computes: same values, same numbers of rows, nothing on the link. One thread at a
+    time. A collective that was not recorded raises NotRecorded.
+    """
+    global _kept
+    found: dict[tuple[str, str], list[Any]] = {}
+    for r in records:
+        found.setdefault((r.group, r.name), []).append(r.result)
+    before, _kept = _kept, {at: cycle(results) for at, results in found.items()}
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def _copied(result: Any) -> Any:
+    return result.clone() if isinstance(result, torch.Tensor) else tuple(t.clone() for t in result)
 
 
 class Progress:
@@ -204,6 +237,8 @@ class Channel:
 
         `inputs` are the tensors that the task reads, which must stay as they are until it has ended. Raises ChannelBroken.
         """
+        if _kept is not None:
+            return self._repeated(name, source, _kept)
         job = _Job(name, task, source, inputs, timeout_s())
         with self._lock:
             if self.failure is not None:
@@ -212,6 +247,18 @@ class Channel:
                 self._thread = threading.Thread(target=self._work, name=f"plait-group-{self.name}", daemon=True)
                 self._thread.start()
             self._jobs.put(job)
+        return Pending(self, job)
+
+    def _repeated(self, name: str, source: str | None, kept: Mapping[tuple[str, str], Iterator[Any]]) -> Pending:
+        """A collective that has ended with what it gave before, see `alone`."""
+        results = kept.get((self.name, name))
+        if results is None:
+            raise NotRecorded(op=name, group=self.name, source=source)
+        job = _Job(name, lambda _: None, source, (), TIMEOUT_S)
+        start = time.perf_counter_ns()
+        job.result = _copied(next(results))
+        _tell(Record(self.name, name, start, time.perf_counter_ns(), 0), job.result)
+        job.done.set()
         return Pending(self, job)
 
     def agree(self, digest: str, text: str) -> None:
@@ -295,9 +342,7 @@ class Channel:
         except Exception as error:
             job.error = self._fail(self._explained(job, progress, error))
         self._running = None
-        record = Record(self.name, job.name, start, time.perf_counter_ns(), progress.bytes)
-        for records in _recorders:
-            records.append(record)
+        _tell(Record(self.name, job.name, start, time.perf_counter_ns(), progress.bytes), job.result)
         del task
         job.inputs = ()
         job.done.set()

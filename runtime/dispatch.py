@@ -40,6 +40,11 @@ def group_of(step: Call) -> str | None:
     return None
 
 
+def announces(step: Call) -> bool:
+    """Whether ranks must tell each other how many rows are coming before an exchange."""
+    return step.op in EXCHANGES and not any(name == "expected" and "v" in template for name, template in _named(step))
+
+
 def _named(step: Call) -> Iterator[tuple[str, Any]]:
     """(parameter, template) of the arguments of a torch op."""
     op: Any = resolve_op(step.op)

@@ -13,10 +13,11 @@ require gradients) is compiled for itself, up to `SIGNATURES` of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo import config as dynamo_config
@@ -24,6 +25,7 @@ from torch._dynamo import exc
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from ...codegen.compile import CompiledGraph
 from ...errors import (
     CannotCaptureStep,
     CannotImport,
@@ -35,6 +37,7 @@ from ...errors import (
 )
 from ...ir import Graph, from_fx
 from ...passes.decompositions import table
+from ...runtime.executor import watching
 from ..capture import real_tensors
 from ..costs import estimates
 from ..decisions import deciding_table
@@ -48,6 +51,10 @@ from .checks import check_devices, check_model, check_optimizer
 from .compiled import CompiledStep
 from .gradients import Landing
 from .ranks import Ranks, average
+
+if TYPE_CHECKING:
+    from ..costs import Link
+    from ..predicted import Prediction
 
 OVERLAP = ("overlap-chunks", "overlap-dw")
 """Passes that go by measured times."""
@@ -176,6 +183,50 @@ class TrainStep:
         """Write one HTML page about it."""
         self.compiled.report(path)
 
+    def predicted(self, *batch: Any, known: Link | None = None) -> Prediction:
+        """How long loss and gradients of this batch are expected to take on this rank, by the measured times of the plan's
+        steps and of collectives apart from each other, and how long they do take. The optimizer is left out.
+
+        A collective: every rank calls it. Parameters, buffers, gradients and random state stay as they are. `known` says
+        what the link reaches; by default that is measured. Raises what a call raises.
+        """
+        from ..predicted import predict
+
+        with self._kept_as_is():
+            return predict(self._compiled_for(batch), lambda: self._value(batch), known=known)
+
+    def trace(self, path: str | Path, *batch: Any) -> Prediction:
+        """Write a Chrome trace, which Perfetto opens, with two processes: loss and gradients of this batch as predicted and
+        as measured on this rank. Gives the prediction; see `predicted`. Raises OSError."""
+        from ..tracing import both, write
+
+        found = self.predicted(*batch)
+        write(path, both(self._compiled_for(batch).plan, found))
+        return found
+
+    def _compiled_for(self, batch: tuple[Any, ...]) -> CompiledGraph:
+        """What runs a batch, compiled now if it is the first of its signature."""
+        with self._kept_as_is(), watching() as calls:
+            self._value(batch)
+        ran = {id(executable) for executable, _ in calls}
+        return next(v.compiled for v in self.variants if id(v.executable) in ran)
+
+    @contextmanager
+    def _kept_as_is(self) -> Iterator[None]:
+        """Gradients, buffers and random state are afterwards what they were before."""
+        grads = [(p, p.grad) for p in self.model.parameters()]
+        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        random = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(random)
+            for p, grad in grads:
+                p.grad = grad
+            with torch.no_grad():
+                for b, before in buffers:
+                    b.copy_(before)
+
     def __repr__(self) -> str:
         return f"<TrainStep {self.name}: {len(self.variants)} compiled>"
 
@@ -206,7 +257,7 @@ class TrainStep:
                 session.costs = estimates(graph, group, codegen_options(self.options, graph), self.options.profile)
             graph, first = session.run(graph, "joint")
             record.graph, steps = session.run(graph, "split")
-            record.history = (*first, *steps)
+            record.history, record.said = (*first, *steps), tuple(session.said)
             run = runnable(session, record.graph, record, lambda made: made.executable.run, started)
         for observation in active():
             observation.graphs.append(record)

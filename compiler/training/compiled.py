@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...codegen.compile import CompiledGraph
 from ...codegen.coverage import Coverage
@@ -61,6 +61,11 @@ class CompiledStep:
         """Which nodes run in generated kernels, and why the rest does not."""
         return self.record.coverage
 
+    @property
+    def said(self) -> tuple[Any, ...]:
+        """What passes report: of the overlap passes, which layers are in pieces and what runs beside which exchange."""
+        return self.record.said
+
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         """What runs, in the order of first launches."""
@@ -75,14 +80,14 @@ class CompiledStep:
         return step_diff(self.step(which))
 
     def report(self, path: str | Path) -> None:
-        """Write one HTML page: coverage, passes with their changes, graph, kernels."""
+        """Write one HTML page: coverage, passes with what they report and change, graph, kernels."""
         from ..report import write_report
 
         write_report(self, path)
 
     def __str__(self) -> str:
         now = [self.record.plan] if self.record.plan else []
-        return "\n".join([coverage_text(asdict(self.coverage)), *now, *map(str, self.record.swaps)])
+        return "\n".join([coverage_text(asdict(self.coverage)), *now, *map(str, self.record.swaps), *map(str, self.said)])
 
     def __repr__(self) -> str:
         return repr(self.record)
