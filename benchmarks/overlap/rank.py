@@ -41,8 +41,8 @@ VARIANTS: Mapping[str, list[str]] = {
     "vii": ["overlap-chunks:backward", "overlap-dw"],
 }
 """What is compared: (i) no overlap, (ii) experts alone split by capacity as Tutel does, in 2, 4 and 8 parts, forward
-and backward, (iii) two pieces everywhere, (iv) weight gradients, (v) pieces, (vi) both, (vii) both, and the experts of the
-backward in pieces too."""
+and backward, (iii) two pieces everywhere, (iv) weight gradients, (v) pieces, (vi) both, (vii) both, and the backward's
+experts in pieces too."""
 
 
 @dataclass
