@@ -7,6 +7,7 @@ does not know what it is connected to. All ranks take the figures of the first o
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
@@ -36,7 +37,9 @@ ROUNDS = 7
 """Exchanges of each size."""
 SMALLEST = 4096
 """Bytes of the smallest exchange that is measured, and of nodes that are."""
-LEAST_LAUNCH_S = 3e-6
+SMALL_EXCHANGE, SMALL_EXCHANGES = 64 << 10, 20
+"""Bytes of the exchanges that tell what handling one takes, and how many."""
+LEAST_LAUNCH_S = 1e-5
 SPECIAL_SHARE = 4
 """Elementwise kernels reach this part of the rate of multiply-adds."""
 
@@ -62,16 +65,17 @@ def estimates(graph: Graph, group: Any, options: CodegenOptions, profile: str | 
         rates = Rates(machine.fma / SPECIAL_SHARE, machine.levels[-1].read, max(machine.region, LEAST_LAUNCH_S))
         kept.save()
     slowdown = {} if group is None else _measure_slowdown(group, threads)
+    handling = 0.0 if group is None else _measure_handling(group, threads)
     wanted = {node_key(node, threads, "cpu") for node in graph.nodes}
     entries = [(k, dict(t)) for k, t in kept if k in wanted] + [(k, dict(t)) for k, t in links if k not in wanted]
-    entries, rates, slowdown = _from_first((entries, rates, slowdown), group)
+    entries, rates, slowdown, handling = _from_first((entries, rates, slowdown, handling), group)
     assert rates is not None
     table = Table()
     for key, timings in entries:
         for name, timing in timings.items():
             table.record(key, name, timing)
     ranks = {} if group is None else {str(group.group_name): int(group.size())}
-    return Estimates(rates, table, threads, "cpu", backend, ranks, slowdown)
+    return Estimates(rates, table, threads, "cpu", backend, ranks, slowdown, handling)
 
 
 @dataclass(frozen=True)
@@ -270,6 +274,19 @@ def _measure_slowdown(group: Any, threads: int) -> dict[tuple[str, str], float]:
         (COMPUTE, COMMUNICATION): max(1.0, rate / statistics.median(rates)),
         (COMMUNICATION, COMPUTE): max(1.0, slower),
     }
+
+
+def _measure_handling(group: Any, threads: int) -> float:
+    """Seconds of the cores that compute which a small exchange takes."""
+    if len(os.sched_getaffinity(0)) > threads:
+        return 0.0
+    _, run = _exchange(group, SMALL_EXCHANGE)
+    run()
+    dist.barrier(group)
+    start = time.process_time()
+    for _ in range(SMALL_EXCHANGES):
+        run()
+    return (time.process_time() - start) / SMALL_EXCHANGES
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -46,7 +46,8 @@ class Estimates:
     """Seconds of the nodes of a graph on one device.
 
     `ranks` are the sizes of process groups by name, `slowdown` is what streams that are busy at once do to each other.
-    Collectives without a curve take no time.
+    `handling` seconds of the computing cores go into each collective, whatever its size: where threads that communicate have
+    cores of their own, none. Collectives without a curve take no time.
     """
 
     rates: Rates
@@ -56,6 +57,7 @@ class Estimates:
     backend: str = "gloo"
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
     slowdown: Slowdown = field(default_factory=dict[tuple[str, str], float])
+    handling: float = 0.0
     curves: dict[tuple[str, int], Curve | None] = field(default_factory=dict[tuple[str, int], "Curve | None"])
 
     def compute(self, node: Node, share: float = 1.0) -> float:

@@ -255,6 +255,7 @@ def predicted(graph: Graph, how: Cutting, count: int, costs: Estimates, held: Ma
         mine = [node for node in how.cut if at[node] == stage]
         exchanges = [node for node in mine if node.op.name == EXCHANGE]
         computing = sum(_seconds(node, costs, held, _share(node, how, count)) for node in mine if node.op.name != EXCHANGE)
+        computing += len(exchanges) * costs.handling
         for p in range(count):
             waits = tuple(i for (node, q), i in launched.items() if q == p and at[node] == stage - 1)
             tasks.append(Task(f"stage {stage} piece {p}", COMPUTE, computing, waits))

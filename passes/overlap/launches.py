@@ -60,25 +60,24 @@ def share(node: Node, held: Mapping[Value, float]) -> float:
 def tasks(
     nodes: Sequence[Node], costs: Estimates, held: Mapping[Value, float] | None = None, graph: Graph | None = None
 ) -> list[Task]:
-    """One task for each node; `held` are the shares that ranges of rows hold. With the graph that nodes are of, buffers are
-    counted too: views share those of what they are views of."""
+    """One task for each node, two for a collective: its launch and itself. `held` are the shares that ranges of rows hold.
+    With the graph that nodes are of, buffers are counted too: views share those of what they are views of."""
     at: dict[Value, int] = {}  # a value -> the task that makes it
     roots = graph.roots if graph is not None else {}
     held = held or {}
     found: list[Task] = []
-    last = -1  # the computation that was launched last
-    for i, node in enumerate(nodes):
+    for node in nodes:
         after = tuple(sorted({at[v] for v in node.inputs if v in at}))
         reads = tuple(dict.fromkeys(roots.get(v, v) for v in node.inputs))
         writes = tuple((v, _bytes(v)) for v in node.results if v not in roots) if graph is not None else ()
         if is_start(node):
             seconds, stream = costs.collective(node, share(node, held)), COMMUNICATION
-            after = tuple(sorted({*after, last})) if last >= 0 else after
+            found.append(Task(f"launch {node.out.hint}", COMPUTE, costs.handling, after))
+            after = (len(found) - 1,)
         else:
             seconds, stream = (0.0 if node.op.name == WAIT else costs.compute(node, share(node, held))), COMPUTE
-            last = i
         found.append(Task(node.out.hint if node.outputs else node.op.name, stream, seconds, after, reads, writes))
-        at.update(dict.fromkeys(node.results, i))
+        at.update(dict.fromkeys(node.results, len(found) - 1))
     return found
 
 

@@ -21,6 +21,11 @@ from .pieces import WAIT, asynchronous
 from .report import WeightsReport
 
 
+LEAST = 0.005
+"""Work that takes less than this part of an exchange stays where it is, or goes with what reads it: moved away from its
+readers it would need a kernel of its own."""
+
+
 @register
 @dataclass(frozen=True)
 class OverlapDW(Pass):
@@ -127,7 +132,8 @@ def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> lis
 
     pinned = [(start, [start, *parts.waits_of(start)]) for start in parts.exchanges]
     later = set(parts.later)
-    heavy = [n for n in parts.later if seconds(n) > 0]
+    least = LEAST * max((seconds(start) for start in parts.exchanges), default=0.0)
+    heavy = [n for n in parts.later if not n.op.has("elementwise") and seconds(n) > least]
     at = {node: i for i, node in enumerate(heavy)}
     order = {node: i for i, node in enumerate(parts.core.nodes)}
     works: list[Work] = []
