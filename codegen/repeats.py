@@ -74,7 +74,7 @@ class _Signature:
             reduced = r.op, r.dims, r.keepdim, r.dtype, r.value_dtype
         made = unit.matmul
         template: Any = None
-        if unit.attention is not None:
+        if unit.attention is not None or unit.moe is not None:
             template = tuple(map(self.of_value, unit.operands)), tuple((self.place(w), w in self.stored) for w in unit.also)
         if unit.expert is not None:
             template = tuple(map(self.of_value, unit.operands))
