@@ -9,7 +9,8 @@ import torch
 
 CLEAR_STATUS, CHECK_ROWS = "plait.clear_status.default", "plait.check_rows.default"
 ROW_OUT_OF_RANGE = (
-    "index out of range in self: an embedding, gather, index or moe op got the id of a row or expert that is not there"
+    "index out of range in self: an embedding, gather or index op got a row id outside its table, or a moe op the id of an "
+    "expert or a row that is not there"
 )
 
 _library = torch.library.Library("plait", "FRAGMENT")
