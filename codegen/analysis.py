@@ -33,6 +33,7 @@ from .moe import Moe, moe_of
 from .ordered import Ordered, Scan, Scatter, ordered
 from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
+from .unread import rows_alone
 from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
 
 HELD_BACK = "held back by bisection"
@@ -144,12 +145,14 @@ class Analysis:
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.interval = intervals(graph)  # work stays between the collectives that it stands between
         self.checks_rows = False
+        self.unread: set[Value] = set()  # of which nobody reads rows that are not used: they are not cleared
         self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
         self.reordered: dict[Value, Reordered] = {}  # weights of convolutions, laid out for oneDNN
         self._classify()
         self._place()
         self.given = frozenset(self.memory[v].root for v in graph.results if v in self.memory)  # memory that a caller gets
         self._pack()
+        self._find_unread()
         for unit in dict.fromkeys(self.units.values()):
             self._probe(unit)
 
@@ -351,6 +354,13 @@ class Analysis:
             return False
         mine, theirs = v.tensor.numel, user.out.tensor.numel
         return bool(mine != theirs) and not (isinstance(mine, int) and isinstance(theirs, int) and theirs <= mine)
+
+    def _find_unread(self) -> None:
+        """Templates for GPUs compute whole buffers."""
+        for v, unit in self.units.items():
+            found = self.target.kind == "cpu" and rows_alone(unit.node, self.graph)
+            if found and self.allow("unread", "unread", unit.node):
+                self.unread.add(v)
 
     # -- weights that the graph owns ------------------------------------------------------------------------------------
 

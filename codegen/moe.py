@@ -140,8 +140,9 @@ _OPS: Mapping[str, Callable[[Node], Moe | str]] = {
 }
 
 
-def emit_moe(made: Moe, status: Value | None, node: Node) -> KernelItem:
-    """The kernel of such a node. Its scratch are the last buffers."""
+def emit_moe(made: Moe, status: Value | None, node: Node, *, clear: bool = True) -> KernelItem:
+    """The kernel of such a node, which clears rows that are not used if `clear`: what `encode` has as its last size. Its
+    scratch are the last buffers."""
     name = "moe_" + "_".join(made.call.replace("moe::", "").replace(",", "").replace("<", " ").replace(">", "").split())
     checked = _some(status) if made.checks else ()
     scratch = tuple(Value(TensorType((_elements(n),), dtype), "scratch") for n, dtype in made.scratch)
@@ -149,7 +150,8 @@ def emit_moe(made: Moe, status: Value | None, node: Node) -> KernelItem:
     buffers = (*made.reads, *results, *checked, *scratch)
     access = (*("read" for _ in made.reads), *("write" for _ in results), *("read_write" for _ in checked))
     access = (*access, *("write" for _ in scratch))
-    return KernelItem(name, buffers, access, made.sizes, (node,), source=_text(name, made.call))
+    sizes = (*made.sizes, int(clear)) if made.call.startswith("encode") else made.sizes
+    return KernelItem(name, buffers, access, sizes, (node,), source=_text(name, made.call))
 
 
 def _elements(n: Any) -> Dim:

@@ -87,8 +87,8 @@ class _Signature:
             read = tuple(map(self.of_value, made.operands))
             template = read, packed, operands, kind, bias, scale, made.alpha, made.beta
         return (
-            self.place(v), v in self.stored, v in group.in_place, self.analysis.weight.get(v), unit.domain, reduced,
-            template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,
+            self.place(v), v in self.stored, v in group.in_place, v in self.analysis.unread, self.analysis.weight.get(v),
+            unit.domain, reduced, template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,
             v in group.down,
             self.of_node(unit.node, v),
         )  # fmt: skip

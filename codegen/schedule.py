@@ -181,9 +181,9 @@ def _kernel_item(
     if first.attention is not None:
         return emit_attention(first.attention, first.values, stored, first.node)
     if first.expert is not None:
-        return emit_expert(first.expert, first.node)
+        return emit_expert(first.expert, first.node, clear=first.value not in analysis.unread)
     if first.moe is not None:
-        return emit_moe(first.moe, status, first.node)
+        return emit_moe(first.moe, status, first.node, clear=first.value not in analysis.unread)
     made = emit_ordered(analysis, group, status) if first.alone else emit(analysis, group, stored, status)
     # what a kernel writes and then reads again it does not read from before
     own = made.scratch | {u.value for u in group.units}

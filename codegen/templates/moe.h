@@ -65,7 +65,8 @@ struct Pairs {
   }
 };
 
-// bufs: tokens, choice, slot, weights if G is not None, the buffer, status, scratch [E * C].
+// bufs: tokens, choice, slot, weights if G is not None, the buffer, status, scratch [E * C]. The last size says whether rows
+// that are not used are cleared.
 template <class T, class G> void encode(void* const* bufs, const int64_t* sizes, int nthreads) {
   const Pairs p = Pairs::of(sizes);
   const T* const x = static_cast<const T*>(bufs[0]);
@@ -74,6 +75,7 @@ template <class T, class G> void encode(void* const* bufs, const int64_t* sizes,
   T* const out = static_cast<T*>(bufs[more]);
   int64_t* const pair = static_cast<int64_t*>(bufs[more + 2]);  // that each row is from, counted from 1; 0: none
   __builtin_memset(pair, 0, p.E * p.C * sizeof *pair);
+  const bool clear = sizes[sizeof(Pairs) / sizeof(int64_t)];
   bool wrong = false;
   for (int64_t s = 0; s < p.S; s++)
     for (int64_t j = 0; j < p.k; j++) {
@@ -88,7 +90,7 @@ template <class T, class G> void encode(void* const* bufs, const int64_t* sizes,
       if (pair[row] == 0) {
         const int64_t first = row;
         while (row < end && pair[row] == 0) row++;
-        __builtin_memset(out + first * p.h, 0, (row - first) * p.h * sizeof(T));
+        if (clear) __builtin_memset(out + first * p.h, 0, (row - first) * p.h * sizeof(T));
         continue;
       }
       const int64_t s = (pair[row] - 1) / p.k;
