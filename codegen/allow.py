@@ -7,8 +7,8 @@ from collections.abc import Callable
 from ..ir import Node
 
 Allow = Callable[[str, str, Node | None], bool]
-"""Whether a stage (`expand`, `generate`, `inline`, `fuse`, `reuse`) may apply a rule to a node. All that is held back leaves
-the result right."""
+"""Whether a stage (`expand`, `generate`, `inline`, `unread`, `fuse`, `reuse`) may apply a rule to a node. All that is held
+back leaves the result right."""
 
 
 def always(_stage: str, _rule: str, _node: Node | None) -> bool:

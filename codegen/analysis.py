@@ -29,9 +29,11 @@ from .gpu_matmul import gpu_matmul_of
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
 from .matmul import Chooser, Matmul, matmul_of, widened
+from .moe import Moe, moe_of
 from .ordered import Ordered, Scan, Scatter, ordered
 from .reductions import ReduceSpec, reduction
 from .target import CPU, Target
+from .unread import rows_alone
 from .views import INDEX_MAPS, MAPS, SPLITS, part_of_split
 
 HELD_BACK = "held back by bisection"
@@ -53,7 +55,8 @@ class Memory:
 class Unit:
     """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input; a scatter's: of
     what is scattered). A matmul is a unit whose elements the template provides; what it reads besides its operands belongs
-    to the epilogue. Attention and products of experts are templates without one; `also` is attention's second value."""
+    to the epilogue. Attention, products of experts and what moves their rows are templates without one; `also` are what such
+    a template computes besides."""
 
     value: Value
     node: Node
@@ -63,6 +66,7 @@ class Unit:
     ordered: Ordered | None = None
     attention: Attention | None = None
     expert: Expert | None = None
+    moe: Moe | None = None
     also: tuple[Value, ...] = ()
     reads: list[tuple[Value, Index]] = field(default_factory=list)
     symbols: tuple[sympy.Symbol, ...] = ()
@@ -75,18 +79,23 @@ class Unit:
     @property
     def operands(self) -> tuple[Value, ...]:
         """What a template reads from memory; nothing for loops."""
-        made = self.matmul or self.attention or self.expert
+        made = self.matmul or self.attention or self.expert or self.moe
         return () if made is None else made.operands
+
+    @property
+    def scratch(self) -> int:
+        """How many of its kernel's last buffers are scratch of its own, where it is a template."""
+        return 2 if self.expert is not None else len(self.moe.scratch) if self.moe is not None else 1
 
     @property
     def alone(self) -> bool:
         """Whether nothing shares its kernel."""
-        return any(made is not None for made in (self.ordered, self.attention, self.expert))
+        return any(made is not None for made in (self.ordered, self.attention, self.expert, self.moe))
 
 
-def _template(node: Node) -> Matmul | Attention | Expert | str | None:
+def _template(node: Node) -> Matmul | Attention | Expert | Moe | str | None:
     """A template's view of a node; a reason where the template does not take it; None for ops without one."""
-    views = (view(node) for view in (gpu_matmul_of, matmul_of, attention_of, expert_of))
+    views = (view(node) for view in (gpu_matmul_of, matmul_of, attention_of, expert_of, moe_of))
     return next((found for found in views if found is not None), None)
 
 
@@ -136,12 +145,14 @@ class Analysis:
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.interval = intervals(graph)  # work stays between the collectives that it stands between
         self.checks_rows = False
+        self.unread: set[Value] = set()  # of which nobody reads rows that are not used: they are not cleared
         self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
         self.reordered: dict[Value, Reordered] = {}  # weights of convolutions, laid out for oneDNN
         self._classify()
         self._place()
         self.given = frozenset(self.memory[v].root for v in graph.results if v in self.memory)  # memory that a caller gets
         self._pack()
+        self._find_unread()
         for unit in dict.fromkeys(self.units.values()):
             self._probe(unit)
 
@@ -234,7 +245,7 @@ class Analysis:
                 wanted.add(node.args[0])
         return wanted
 
-    def _templated(self, node: Node) -> Matmul | Attention | Expert | None:
+    def _templated(self, node: Node) -> Matmul | Attention | Expert | Moe | None:
         """What a template computes. Where B of a product is bytes widened for it alone, the kernel reads the bytes."""
         made = _template(node)
         if not isinstance(made, Matmul):
@@ -291,10 +302,11 @@ class Analysis:
             self.units[v] = Unit(v, node, v.tensor.shape, expert=made)
             self._in_memory(v)
             return
-        if isinstance(made, Attention):
+        if isinstance(made, Attention | Moe):
             first, *also = node.outputs
             if v is first:
-                self.units[v] = Unit(v, node, v.tensor.shape, attention=made, also=tuple(also))
+                attention, moe = (made, None) if isinstance(made, Attention) else (None, made)
+                self.units[v] = Unit(v, node, v.tensor.shape, attention=attention, moe=moe, also=tuple(also))
             else:
                 self.units[v] = self.units[first]
             self._in_memory(v)
@@ -342,6 +354,13 @@ class Analysis:
             return False
         mine, theirs = v.tensor.numel, user.out.tensor.numel
         return bool(mine != theirs) and not (isinstance(mine, int) and isinstance(theirs, int) and theirs <= mine)
+
+    def _find_unread(self) -> None:
+        """Templates for GPUs compute whole buffers."""
+        for v, unit in self.units.items():
+            found = self.target.kind == "cpu" and rows_alone(unit.node, self.graph)
+            if found and self.allow("unread", "unread", unit.node):
+                self.unread.add(v)
 
     # -- weights that the graph owns ------------------------------------------------------------------------------------
 
@@ -399,6 +418,9 @@ class Analysis:
         probe.leaf = lambda v, index: _record(probe, unit.reads, v, index)
         index = tuple(0 if n == 1 and type(n) is int else s for n, s in zip(unit.domain, unit.symbols, strict=True))
         if unit.attention is not None or unit.expert is not None:
+            return
+        if unit.moe is not None:
+            self.checks_rows = self.checks_rows or unit.moe.checks
             return
         if isinstance(unit.ordered, Scatter):
             base = tuple(sympy.Symbol(f"e{i}", integer=True, nonnegative=True) for i in range(unit.value.tensor.rank))

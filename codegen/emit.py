@@ -341,9 +341,11 @@ class GroupBody(Evaluator):
         chunk = sympy.Symbol(f"{last.symbol.name}c", integer=True, nonnegative=True)
         partial = {u.value: self._partial(u, dim(chunks * rows)) for u in reductions}
         self.down = {v: (scratch, chunk * rows + row) for v, scratch in partial.items()}
-        if self._goes_by_rows(reductions, extent, rows):
-            with self.body.loop(chunk, chunks, kind="parallel"):
-                self._chunk_of_rows(reductions, chunk, last)
+        columns = self._by_rows(reductions, extent)
+        if columns:
+            apart = self.order.outer[: len(self.order.outer) - len(columns)]
+            with self.body.loop(chunk, chunks, kind="parallel"), self.loops(apart, "parallel"):
+                self._chunk_of_rows(reductions, chunk, last, columns)
         else:
             with self.body.loop(chunk, chunks, kind="parallel"), self.loops(self.order.outer, "parallel"):
                 parts = {u.value: self._accumulator(u) for u in reductions}
@@ -356,28 +358,34 @@ class GroupBody(Evaluator):
             self.now, self.kept = 1, {}
             self._outer_units(1)
 
-    def _goes_by_rows(self, sums: list[Unit], extent: Any, columns: Any) -> bool:
-        """Whether chunks are read row after row, their sums in memory, rather than column by column with sums in registers:
-        a column's rows lie on as many pages. There must be enough chunks for every core."""
-        last = self.order.reduced[-1]
-        down = self.order.vector != last.symbol and len(self.order.outer) > 0
+    def _by_rows(self, sums: list[Unit], extent: Any) -> tuple[Axis, ...]:
+        """The innermost outer axes, where chunks are read row after row of these, their sums in memory; none where columns
+        are read one after the other, with sums in registers: a column's rows lie on as many pages, and what is stored
+        beside sums at one place in each of them makes the loads behind it wait. There must be enough rows of chunks for
+        every core."""
+        outer, last = self.order.outer, self.order.reduced[-1]
         only = all(u.reduce is not None and u.reduce.op == "sum" for u in self.group.units if self._runs_in(u, 0))
-        sizes = int(columns), int(extent)
-        return down and only and bool(sums) and sizes[0] >= LONG_ROW and sizes[1] >= ROW_CHUNKS * self.chunk
+        if self.order.vector == last.symbol or not outer or not sums:
+            return ()
+        if only:
+            rows = product(axis.extent for axis in outer)
+            return outer if int(rows) >= LONG_ROW and int(extent) >= ROW_CHUNKS * self.chunk else ()
+        sums_alone = all(u.reduce is None or u.reduce.op == "sum" for u in self.group.units if self._runs_in(u, 0))
+        tasks = product((*(axis.extent for axis in outer[:-1]), -(-int(extent) // self.chunk)))
+        wide = self.order.vector == outer[-1].symbol and int(outer[-1].extent) >= LONG_ROW
+        return outer[-1:] if sums_alone and wide and int(tasks) >= ROW_CHUNKS else ()
 
-    def _chunk_of_rows(self, sums: list[Unit], chunk: sympy.Symbol, last: Axis) -> None:
-        """The sums down the rows of one chunk."""
-        outer, extent = self.order.outer, sympy.sympify(last.extent)
-        self._clear(sums, outer)
+    def _chunk_of_rows(self, sums: list[Unit], chunk: sympy.Symbol, last: Axis, columns: tuple[Axis, ...]) -> None:
+        """The sums down the rows of one chunk, and what is stored beside them."""
+        extent = sympy.sympify(last.extent)
+        self._clear(sums, columns)
         inner = sympy.Symbol(f"{last.symbol.name}e", integer=True, nonnegative=True)
         with (
             self._moved({last.symbol: chunk * self.chunk + inner}),
             self.body.loop(inner, sympy.Min(self.chunk, extent - chunk * self.chunk)),
-            self.loops(outer, "serial"),
+            self.loops(columns, "serial"),
         ):
-            for u in sums:
-                self._add_down(u)
-            self.kept = {}
+            self._point([u for u in self.group.units if self._runs_in(u, 0)], {})
 
     def _partial(self, unit: Unit, elements: Dim) -> str:
         """A scratch buffer for the partial results of a reduction."""
@@ -447,7 +455,7 @@ class GroupBody(Evaluator):
                 last.append(u)
             elif u.reduce is None:
                 self._store(u, self.full(u))
-            elif u.value in self.group.down:
+            elif u.value not in accs:
                 self._add_down(u)
             else:
                 element = self.evaluate(u, self.form[u.value])

@@ -64,7 +64,7 @@ class _OrderedBody(GroupBody):
             self.body.store(buffer, dtype, address, value)
 
     def used_rows(self, unit: Unit) -> None:
-        """Compute the rows that are used, and write zeros to the others."""
+        """Compute the rows that are used, and write zeros to the others if anybody reads them."""
         out = unit.value
         groups, capacity, features = out.tensor.shape
         dtype, buffer = dtype_name(out.tensor.dtype), self.param(self.analysis.memory[out].root)
@@ -75,9 +75,10 @@ class _OrderedBody(GroupBody):
             many = self.body.op("where", is_used(at), self.body.index(features), self.body.const(0, "int64"))
             with self.body.loop(computed, self.body.symbol(many), vector=True):
                 self.body.store(buffer, dtype, self.address(out, at.index), activation(at))
-            with self.body.loop(cleared, features - self.body.symbol(many), vector=True):
-                zero = self.body.cast(self.body.const(0, at.dtype), dtype)
-                self.body.store(buffer, dtype, self.address(out, (group, row, cleared)), zero)
+            if out not in self.analysis.unread:
+                with self.body.loop(cleared, features - self.body.symbol(many), vector=True):
+                    zero = self.body.cast(self.body.const(0, at.dtype), dtype)
+                    self.body.store(buffer, dtype, self.address(out, (group, row, cleared)), zero)
 
     def scan(self, unit: Unit, made: Scan) -> None:
         """Store the running value at every step."""

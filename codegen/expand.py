@@ -19,6 +19,7 @@ from ..ir.types import product
 from .allow import Allow, always
 from .attention import BY_ROWS
 from .convolution import check_pad_first, pad_first
+from .moe import MOE_BY_ROWS
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -407,6 +408,7 @@ RULES: tuple[Rule, ...] = (
     _rule("aten.new_ones.default", _filled(1)),
     _rule("aten.new_full.default", _filled(None), _plain_number),
     BY_ROWS,
+    MOE_BY_ROWS,
 )
 
 

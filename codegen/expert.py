@@ -107,16 +107,17 @@ def _spec(made: Expert, node: Node) -> T.MatmulSpec:
                         made.b_layout, group=made.group, used=True, origin=origin)  # fmt: skip
 
 
-def emit_expert(made: Expert, node: Node) -> KernelItem:
-    """The template's kernel for a product of experts. The last two buffers are scratch: its tables and its workspace."""
+def emit_expert(made: Expert, node: Node, *, clear: bool = True) -> KernelItem:
+    """The template's kernel for a product of experts, which clears rows that are not used if `clear`. The last two buffers
+    are scratch: its tables and its workspace."""
     spec = _spec(made, node)
     digest = sha256(repr(replace(spec, origin=())).encode()).hexdigest()[:12]
     spec = replace(spec, name=f"{node.op.name.split('.')[1]}_{digest}")
     used = made.count * made.capacity  # at most
     m, k = (used, made.other) if made.group == "m" else (made.other, used)
     known = {"M": m, "N": made.n, "K": k, "lda": made.lda, "ldb": made.ldb, "slots": threads(), "groups": made.groups,
-             "b_group": made.b_group, "count": made.count, "capacity": made.capacity, _OUT_ROW.name: made.n,
-             _OUT_GROUP.name: made.other * made.n}  # fmt: skip
+             "b_group": made.b_group, "count": made.count, "capacity": made.capacity, "clear": int(clear),
+             _OUT_ROW.name: made.n, _OUT_GROUP.name: made.other * made.n}  # fmt: skip
     workspace = _scratch(T.workspace_elements(spec, m, made.n, k, threads()), getattr(torch, spec.dtype), "workspace")
     tables = _scratch(T.table_elements(made.count, made.capacity, made.groups), torch.int64, "tables")
     buffers = (*made.operands, node.out, tables, workspace)

@@ -24,12 +24,6 @@ LIBRARY: dict[str, str] = {
     "aten.sort.default": "torch's sort",
     "aten.topk.default": "torch's selection",
     "aten.embedding_dense_backward.default": "torch's scatter",
-    "plait.moe_keep.default": "torch's stable sort",
-    "plait.moe_slots.default": "torch's stable sort",
-    "plait.moe_encode.default": "copies of whole rows",
-    "plait.moe_decode.default": "copies of whole rows",
-    "plait.moe_decode_weight.default": "products of whole rows",
-    "plait.moe_join.default": "copies of whole rows",
 }
 
 #: The same by what runs them, for every overload and for the backward op of that name.
@@ -113,6 +107,12 @@ CUDA_LIBRARY: dict[str, str] = {
     **dict.fromkeys(("aten.bmm.default", "aten.baddbmm.default"), "cuBLAS's matmul"),
     "aten._int_mm.default": "cuBLAS's matmul of bytes",
     **dict.fromkeys(("plait.expert_mm.default", "plait.expert_mm_weight.default"), "cuBLAS's matmul of whole buffers"),
+    "plait.moe_keep.default": "torch's stable sort",
+    "plait.moe_slots.default": "torch's stable sort",
+    "plait.moe_encode.default": "copies of whole rows",
+    "plait.moe_decode.default": "copies of whole rows",
+    "plait.moe_decode_weight.default": "products of whole rows",
+    "plait.moe_join.default": "copies of whole rows",
 }
 
 _CUDA_NAMES = {"LAPACK": "cuSOLVER", "MKL's matmul": "cuBLAS's matmul", "MKL's Fourier transform": "cuFFT"}

@@ -74,7 +74,7 @@ class _Signature:
             reduced = r.op, r.dims, r.keepdim, r.dtype, r.value_dtype
         made = unit.matmul
         template: Any = None
-        if unit.attention is not None:
+        if unit.attention is not None or unit.moe is not None:
             template = tuple(map(self.of_value, unit.operands)), tuple((self.place(w), w in self.stored) for w in unit.also)
         if unit.expert is not None:
             template = tuple(map(self.of_value, unit.operands))
@@ -87,8 +87,8 @@ class _Signature:
             read = tuple(map(self.of_value, made.operands))
             template = read, packed, operands, kind, bias, scale, made.alpha, made.beta
         return (
-            self.place(v), v in self.stored, v in group.in_place, self.analysis.weight.get(v), unit.domain, reduced,
-            template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,
+            self.place(v), v in self.stored, v in group.in_place, v in self.analysis.unread, self.analysis.weight.get(v),
+            unit.domain, reduced, template, group.form[v], group.place[v], group.phase[v], group.ready[v], v in group.outer,
             v in group.down,
             self.of_node(unit.node, v),
         )  # fmt: skip

@@ -25,6 +25,7 @@ from .groups import Group, Grouping
 from .in_place import replaced, with_write_backs, without
 from .items import AliasItem, CallItem, Item, KernelItem, Scheduled
 from .matmul import Matmul, matmul_of
+from .moe import emit_moe
 from .repeats import Repeats
 from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
@@ -77,7 +78,7 @@ def schedule(
             nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
             kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
             if item.units[0].operands and target.kind == "cpu":
-                scratch += kernel.buffers[-1 if item.units[0].expert is None else -2 :]
+                scratch += kernel.buffers[len(kernel.buffers) - item.units[0].scratch :]
             (late if any(u.value in grouping.last for u in item.units) else items).append(kernel)
         else:
             kind, reason = analysis.calls[item]
@@ -180,7 +181,9 @@ def _kernel_item(
     if first.attention is not None:
         return emit_attention(first.attention, first.values, stored, first.node)
     if first.expert is not None:
-        return emit_expert(first.expert, first.node)
+        return emit_expert(first.expert, first.node, clear=first.value not in analysis.unread)
+    if first.moe is not None:
+        return emit_moe(first.moe, status, first.node, clear=first.value not in analysis.unread)
     made = emit_ordered(analysis, group, status) if first.alone else emit(analysis, group, stored, status)
     # what a kernel writes and then reads again it does not read from before
     own = made.scratch | {u.value for u in group.units}

@@ -20,7 +20,7 @@ TORCH_BISECTOR = "torch._inductor.compiler_bisector"
 #: As torch's bisector calls us and our two kinds of choices.
 BACKEND, SUBSYSTEMS = "plait", ("passes", "code generation")
 #: Stages of code generation; everything else is the name of a pass, or "decompose".
-CODEGEN_STAGES = frozenset(("expand", "generate", "inline", "pack", "fuse", "reuse"))
+CODEGEN_STAGES = frozenset(("expand", "generate", "inline", "pack", "unread", "fuse", "reuse"))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from .effects import advance, effect_of, is_collective, order_after
 from .graph import NOWHERE, Arg, Graph, Loc, Node, Value, bind, map_arg, symbols_in
 from .infer import infer, type_of
 from .op import Op, op
-from .types import TUPLE, ScalarType, Symbols, TokenType
+from .types import TUPLE, OpaqueType, ScalarType, Symbols, TokenType
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +371,8 @@ def became(value: Value, replaced: Mapping[Value, Arg]) -> Arg:
 
 def _type_change(old: Value, new: Arg) -> Reason | None:
     if not isinstance(new, Value):
-        return None if isinstance(old.type, ScalarType) else Reason(f"{new!r} is no {old.type}", old)
+        nothing = new is None and old.type == OpaqueType("none")  # an op was not asked for this result
+        return None if nothing or isinstance(old.type, ScalarType) else Reason(f"{new!r} is no {old.type}", old)
     return None if new.type == old.type else Reason(f"the replacement is {new.type}, not {old.type}", old)
 
 

@@ -130,13 +130,13 @@ def _found(buf: Tensor, choice: Tensor, slot: Tensor) -> Iterator[tuple[int, Ten
 def moe_decode(buf: Tensor, choice: Tensor, slot: Tensor, weight: Tensor | None) -> Tensor:
     """Rows of a buffer [E, C, h] back at their tokens: [S, h], the sum over a token's pairs, in order, of weight * row.
 
-    Halves are added in float32 and rounded once.
+    Halves are added in float32 and rounded once. Dropped pairs add nothing, whatever their weights are.
     """
     wide = _summed(buf.dtype) if weight is None else torch.promote_types(_summed(buf.dtype), weight.dtype)
     y = buf.new_zeros((choice.shape[0], buf.shape[2]), dtype=wide)
     if buf.numel():
         for j, row in _found(buf, choice, slot):
-            y += row if weight is None else _weighted(row, weight[:, j])
+            y += row if weight is None else _weighted(row, torch.where(slot[:, j] >= 0, weight[:, j], 0))
     return y.to(buf.dtype)
 
 
@@ -157,7 +157,7 @@ def moe_decode_weight(buf: Tensor, choice: Tensor, slot: Tensor, grad: Tensor) -
     out = buf.new_zeros(choice.shape, dtype=wide)
     if buf.numel():
         for j, row in _found(buf, choice, slot):
-            out[:, j] = _halved(row.to(wide) * grad.to(wide))
+            out[:, j] = torch.where(slot[:, j] >= 0, _halved(row.to(wide) * grad.to(wide)), 0)
     return out
 
 

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 
 CLEAR_STATUS, CHECK_ROWS = "plait.clear_status.default", "plait.check_rows.default"
-ROW_OUT_OF_RANGE = "index out of range in self: an embedding, gather or index op got a row id outside its table"
+ROW_OUT_OF_RANGE = (
+    "index out of range in self: an embedding, gather or index op got a row id outside its table, or a moe op the id of an "
+    "expert or a row that is not there"
+)
 
 _library = torch.library.Library("plait", "FRAGMENT")
 _library.define("clear_status(*, Tensor(a!) status) -> ()")  # keyword-only: written, not read

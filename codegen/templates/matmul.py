@@ -166,6 +166,7 @@ class MatmulSpec:
         batch = [f"{part}batch{i}" for i in range(self.batch) for part in ("", "a_", "b_")]
         group = ["groups", "b_group"] if self.group else []
         group += ["count", "capacity"] if self.used else []
+        group += ["clear"] if self.used and self.group == "m" else []
         group += ["scale_group"] if self.b == "quantized" else []
         group += WINDOW if "window" in (self.a, self.b) else ()
         return ("M", "N", "K", "lda", "ldb", "slots", *batch, *group, *(s.name for s in self.sizes))
@@ -279,7 +280,7 @@ def _used_rows(spec: MatmulSpec, at: dict[str, int]) -> list[str]:
     if spec.group == "m":
         out = spec.buffers[0]
         row = f"{size['N']} * int64_t(sizeof({CTYPE[out.dtype]}))"
-        lines.append(f"  used.clear_others(bufs[{at[out.name]}], {row}, nthreads);")
+        lines.append(f"  if ({size['clear']}) used.clear_others(bufs[{at[out.name]}], {row}, nthreads);")
     return lines
 
 

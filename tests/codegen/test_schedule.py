@@ -255,6 +255,36 @@ def test_long_columns_are_summed_in_chunks_of_rows():
     assert launches(compiled) == 1 and compiled.plan.arena == 2 * 71 * 130 * 4 // 64 * 64 + 64
 
 
+def test_what_is_stored_beside_sums_down_is_computed_row_after_row_with_the_same_bits():
+    """Column by column, stores at one place of every page would make the loads behind them wait."""
+    text = """def f(x: "f32[4,640,{n}]", r: "f32[4,640,1]"):
+        d = aten.mul.Tensor(x, r)
+        e = aten.exp.default(d)
+        s = aten.sum.dim_IntList(e, (1,))
+        return (e, s)
+    """
+    x, r = rand(4, 640, 450), rand(4, 640, 1, seed=1)
+    wide = run(text.format(n=450), x, r)
+    assert launches(wide) == 1
+    (source,) = wide.sources.values()
+    rows, _, columns = source[: source.index("exp(")].rpartition("for (int64_t")
+    assert "tiles" in columns and "tiles" in rows  # zeros for the sums, then the columns of each row
+    narrow = compile_graph(parse_graph(text.format(n=40))).executable(x[:, :, 5:45].contiguous(), r)
+    for a, b in zip(wide.executable(x, r), narrow, strict=True):
+        assert torch.equal(a[..., 5:45], b)
+
+
+def test_gradients_of_norms_that_nobody_asked_for_are_no_reason_for_a_fallback():
+    compiled = run(
+        """def f(g: "f32[9,16]", x: "f32[9,16]", m: "f32[9,1]", r: "f32[9,1]"):
+        a, b, c = aten.native_layer_norm_backward.default(g, x, (16,), m, r, None, None, (True, False, False))
+        return (a, b)
+    """,
+        *(rand(9, n, seed=i) for i, n in enumerate((16, 16, 1, 1))),
+    )
+    assert calls(compiled) == [] and launches(compiled) == 1
+
+
 def test_wide_columns_are_summed_row_after_row_with_the_same_bits():
     """A row of sums in memory takes the rows of a chunk in the order in which a register would."""
     text = """def f(x: "f32[{n},{m}]", r: "f32[{n},1]"):

@@ -1,0 +1,87 @@
+"""Rows of buffers that nobody reads are not cleared; results and whoever reads whole buffers find zeros there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plait.codegen.analysis import Analysis
+from plait.codegen.compile import CodegenOptions, compile_graph, trace
+from plait.ir import parse_graph
+
+HEAD = 'def f(x: "f32[4,9,8]", w: "f32[4,8,8]", r: "i64[4,2]", s: "i64[4,2]", b: "f32[4,9,8]"):\n'
+ACT = '    z = plait.expert_act.default(y, None, None, r, "gelu")\n'
+MM = "    y = plait.expert_mm.default(x, w, r)\n"
+
+
+def unread(body: str, head: str = HEAD) -> list[str]:
+    """Hints of what is not cleared."""
+    analysis = Analysis(parse_graph(head + body))
+    return sorted(v.hint for v in analysis.unread)
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (MM + ACT + "    return (z,)\n", ["y"]),
+        (MM + ACT + "    o = plait.expert_mm.default(z, w, r)\n    return (o,)\n", ["y", "z"]),
+        (MM + "    g = plait.expert_mm_weight.default(x, y, r, 4)\n    return (g,)\n", ["y"]),
+        (MM + '    z = plait.expert_act.default(b, None, y, r, "silu")\n    return (z,)\n', ["y"]),
+        (MM + "    j = plait.moe_join.default((y, b), (r, s))\n    return (j,)\n", ["y"]),
+        (MM + "    j = plait.moe_join.default((b, y), (r, s))\n    return (j,)\n", []),  # by other rows
+        (MM + "    j = plait.moe_join.default((y, y), (r, s))\n    return (j,)\n", []),
+        (MM + '    z = plait.expert_act.default(y, None, None, s, "gelu")\n    return (z,)\n', []),
+        (MM + ACT + "    return (y, z)\n", []),  # the caller reads all of it
+        (MM + ACT + "    a = aten.relu.default(y)\n    return (z, a)\n", []),
+        (MM + ACT + "    v = aten.view.default(y, (36, 8))\n    a = aten.relu.default(v)\n    return (z, a)\n", []),
+        (MM + "    o = plait.expert_mm.default(b, y, r)\n    return (o,)\n", []),  # as weights (of a shape that fits them)
+    ],
+)
+def test_what_is_not_cleared(body: str, found: list[str]) -> None:
+    if "default(b, y" in body:
+        head = 'def f(x: "f32[4,8,8]", w: "f32[4,8,8]", r: "i64[4,2]", b: "f32[4,9,8]"):\n'
+        assert unread(body, head) == found
+        return
+    assert unread(body) == found
+
+
+@pytest.mark.parametrize(
+    ("encode", "found"),
+    [("c, p, None, 4, 9", ["y"]), ("d, p, None, 4, 9", []), ("c, q, None, 4, 9", []), ("c, p, None, 5, 9", []),
+     ("c, p, None, 4, 10", [])],
+)  # fmt: skip
+def test_rows_of_encoded_tokens_are_those_of_their_slots(encode: str, found: list[str]) -> None:
+    e = encode.split(", ")[3]
+    assert found == unread(
+        "    p, v, r = plait.moe_slots.default(c, u, 9)\n"
+        f"    y = plait.moe_encode.default(x, {encode})\n"
+        f"    j = plait.moe_join.default((y,), ({'r' if e == '4' else 'k'},))\n    return (j, v)\n",
+        'def f(x: "f32[6,8]", c: "i64[6,1]", d: "i64[6,1]", q: "i64[6,1]", u: "i64[4]", k: "i64[5,2]"):\n',
+    )
+
+
+def test_memory_that_is_not_cleared_changes_no_result() -> None:
+    """Arenas are filled with not-a-numbers between calls."""
+    text = (
+        'def f(x: "f32[6,8]", c: "i64[6,1]", w: "f32[4,8,8]"):\n'
+        "    u = aten.full.default((4,), 0, dtype=torch.int64)\n"
+        "    p, v, r = plait.moe_slots.default(c, u, 9)\n"
+        "    a = plait.moe_encode.default(x, c, p, None, 4, 9)\n"
+        "    y = plait.expert_mm.default(a, w, r)\n"
+        '    z = plait.expert_act.default(y, None, None, r, "gelu")\n'
+        "    o = plait.expert_mm.default(z, w, r)\n"
+        "    g = plait.expert_mm_weight.default(z, y, r, 4)\n    return (o, g)\n"
+    )
+    graph = parse_graph(text)
+    made = compile_graph(graph)
+    held = trace(graph, CodegenOptions(), lambda stage, _rule, _node: stage != "unread").compiled
+    g = torch.Generator().manual_seed(0)
+    x, w, c = torch.randn(6, 8, generator=g), torch.randn(4, 8, 8, generator=g), torch.tensor([[0], [2], [0], [2], [2], [1]])
+    want = held.executable(x, c, w)
+    for _ in range(2):
+        got = made.executable(x, c, w)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        for frame in made.executable._idle:
+            frame.arena.view(torch.uint8).fill_(0xFF)
+    assert made.executable._idle, "the arena of a call was not kept"
+    assert len(made.sources) == len(held.sources)
