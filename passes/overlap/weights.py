@@ -20,7 +20,6 @@ from .launches import EXCHANGE_STARTS, is_start
 from .pieces import WAIT, asynchronous
 from .report import WeightsReport
 
-
 LEAST = 0.005
 """Work that takes less than this part of an exchange stays where it is, or goes with what reads it: moved away from its
 readers it would need a kernel of its own."""
