@@ -1,8 +1,8 @@
 """Letter c: steps of two ranks as the cost model predicts them, against steps that were measured, on links of several rates.
 
 What a prediction knows: the seconds of the plan's steps with nothing on the link, curves of collectives on this link with
-nothing computed beside them, and by what factors the two slow each other. Nothing is fitted to steps with both, so that every
-combination of rate, batch size and passes is held out.
+nothing computed beside them, and by what factors the two slow each other. Nothing is fitted to steps with both, so that
+every combination of rate, batch size and passes is held out.
 
     python -m benchmarks.overlap.model JOB.json      # one rank, told by RANK, MASTER_ADDR, .. like `rank`
 """
