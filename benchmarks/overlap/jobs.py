@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,11 @@ from ..machine import ROOT, commit
 from .network import Link, finish, folder, free_port, start_on_loopback
 
 KEPT = ROOT / "build" / "overlap"
+
+
+def surroundings() -> dict[str, str]:
+    """Environment variables of ranks: this checkout, and a port of their own."""
+    return {"PYTHONPATH": os.pathsep.join(map(str, (ROOT.parent, ROOT))), "MASTER_PORT": str(free_port())}
 
 
 def result(module: str, job: Mapping[str, Any], link: Link | None, timeout: float, *, fresh: bool) -> Any:
@@ -28,7 +34,7 @@ def result(module: str, job: Mapping[str, Any], link: Link | None, timeout: floa
     out = where / "out.json"
     (where / "job.json").write_text(json.dumps({**job, "out": str(out)}))
     command = [sys.executable, "-m", f"benchmarks.overlap.{module}", str(where / "job.json")]
-    started = (link.start if link else start_on_loopback)(command, where, {"MASTER_PORT": str(free_port())})
+    started = (link.start if link else start_on_loopback)(command, where, surroundings())
     codes = finish(started, timeout)
     if any(codes) or not out.exists():
         worst = next((r for r, code in enumerate(codes) if code > 0), 0)

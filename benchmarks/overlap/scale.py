@@ -207,5 +207,5 @@ def measure(run: Run) -> Outcome | None:
         if not mine:
             continue
         figure[f"{name} mean"], figure[f"{name} most"] = round(sum(mine) / len(mine), 3), round(max(mine), 3)
-        holds = holds and sum(mine) / len(mine) >= mean - 0.05
+        holds = holds and sum(mine) / len(mine) >= (1.0 if run.quick else mean - 0.05)
     return Outcome(figure, holds, rows)
