@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from benchmarks import __main__, beside, harness, op_db, overhead, plait_seam, runner, soak, speeds
+from benchmarks.overlap import exact as exactness
+from benchmarks.overlap import exact_rank, faults, jobs, steps
 from benchmarks.runner import Letter, Outcome, Run, Suite
 
 # a worker that obeys the protocol of op_db_worker: sample 1 of every op kills it, sample 2 of `slow` hangs
@@ -326,3 +328,69 @@ class TestSoak:
         (tmp_path / "c" / "v3" / "tmp" / "x").mkdir()
         assert soak.leftovers(tmp_path / "c") == ["v3/tmp/x"]
         assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["third"]))])[0].endswith("KeyError: 'third'")
+
+
+class TestOverlap:
+    def test_the_best_of_no_overlap_and_tutels_degrees_is_the_baseline(self) -> None:
+        seconds = {"i": 1.0, "ii/2": 0.8, "ii/4": 0.9, "iii": 0.7, "vi": 0.5}
+        waited = {"i": 0.4, "ii/2": 0.2, "ii/4": 0.1, "iii": 0.1, "vi": 0.03}
+        variants = {n: {"seconds": seconds[n], "waited": waited[n], "largest_loss_difference": 0.0} for n in seconds}
+        found = {**steps.compared(variants), "variants": variants}
+        assert found["baseline"] == "ii/2" and found["speedup"] == pytest.approx(1.6)
+        assert found["share"] == pytest.approx(0.4) and found["removed"] == pytest.approx(0.85)
+        assert found["speedups"]["iii"] == pytest.approx(1.4)
+        assert all(steps.meets(share, found, quick=False) for share in steps.SHARES)
+        assert "1.60x the best of (i), (ii), which is ii/2, 1.40x (iii)" in steps.said(found)
+        assert not steps.meets(0.45, {**found, "removed": 0.7}, quick=False)
+        assert not steps.meets(0.45, {**found, "speedup": 1.2}, quick=False)
+        assert steps.meets(0.3, {**found, "speedup": 1.2}, quick=False)
+
+    def test_every_difference_that_must_not_be_makes_exactness_fail(self) -> None:
+        exact = {"exact": True, "routing": True, "forward": True, "loss": True, "differ": [], "error": 0.0}
+        exact["as in float64"] = True
+        floats = {**exact, "exact": False, "as in float64": False, "differ": ["grad x"], "error": 3.0, "loss": False}
+        curves = [{"equal": 20, "steps": 50, "error": 2.0}]
+        good = exactness.judged([exact, floats], curves, [True], None)
+        assert good.holds and good.figure["gradients equal, floats"] == "0 of 1" and good.figure["losses equal"] == "1 of 2"
+        for change in ({"routing": False}, {"forward": False}, {"differ": ["grad x"]}, {"as in float64": False}):
+            assert not exactness.judged([{**exact, **change}, floats], curves, [True], None).holds, change
+        assert not exactness.judged([exact, {**floats, "error": 4.1}], curves, [True], None).holds
+        assert not exactness.judged([exact], [{**curves[0], "error": 4.1}], [True], None).holds
+        assert not exactness.judged([exact], curves, [False], None).holds
+
+    def test_an_error_must_come_in_time_and_everything_after_it_be_refused(self) -> None:
+        fault = faults.Fault({0: ("P1101",)}, lambda ranks, link: None)
+        line = {"at": 11.0, "code": "P1101", "then": "P1103"}
+        assert faults._in_time(fault, [[{"at": 1.0, "loss": 0.5}, line], []], 10.0)
+        for change in ({"code": "P1102"}, {"at": 30.0}, {"then": ""}):
+            assert not faults._in_time(fault, [[{**line, **change}], []], 10.0), change
+        assert not faults._in_time(fault, [[], [line]], 10.0)
+
+    def test_results_of_a_job_are_kept_for_a_commit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ran: list[dict[str, str]] = []
+
+        def ranks(command: list[str], where: Path, environment: dict[str, str]) -> list[object]:
+            ran.append(json.loads(Path(command[-1]).read_text()))
+            Path(ran[-1]["out"]).write_text(json.dumps(len(ran)))
+            return []
+
+        monkeypatch.setattr(jobs, "KEPT", tmp_path / "kept")
+        monkeypatch.setattr(jobs, "commit", lambda: "abc")
+        monkeypatch.setattr(jobs, "folder", lambda: tmp_path)
+        monkeypatch.setattr(jobs, "start_on_loopback", ranks)
+        assert [jobs.result("m", {"x": x}, None, 1.0, fresh=False) for x in (1, 1, 2)] == [1, 1, 2]
+        assert jobs.result("m", {"x": 1}, None, 1.0, fresh=True) == 3
+        monkeypatch.setattr(jobs, "commit", lambda: "abc+")
+        assert jobs.result("m", {"x": 1}, None, 1.0, fresh=False) == 4
+        (tmp_path / "out.json").unlink()
+        (tmp_path / "rank0.log").write_text("why")
+        monkeypatch.setattr(jobs, "start_on_loopback", lambda *_: [])
+        with pytest.raises(SystemExit, match="why"):
+            jobs.result("m", {"x": 3}, None, 1.0, fresh=False)
+
+    def test_ranks_without_tokens_for_an_expert_draw_none(self) -> None:
+        sizes = exact_rank.Sizes(12, 5, 16, 24, 4)
+        for rank, experts in ((0, {0, 1, 3}), (1, {0})):
+            x, target, draw, exact = exact_rank.batch(sizes, "empty", True, rank, 0)
+            assert set((torch.rand(50, 4) + draw).argmax(1).tolist()) == experts
+            assert torch.equal(x, x.round()) and torch.equal(target, target.round()) and exact == 1

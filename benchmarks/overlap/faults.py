@@ -22,7 +22,8 @@ from plait.errors import ChannelBroken, CollectiveFailed, CollectiveTimedOut, Pl
 from plait.runtime.collectives import VARIABLE
 
 from ..runner import Outcome, Run
-from .network import Link, folder, free_port, start_on_loopback, stop
+from .jobs import surroundings
+from .network import Link, folder, start_on_loopback, stop
 
 TIMEOUT_S = 4.0
 """The setting collective_timeout_s of these ranks."""
@@ -112,7 +113,7 @@ def tried(fault: Fault) -> dict[str, Any]:
     where = folder()
     (where / "job.json").write_text(json.dumps({"passes": fault.passes, "gate": fault.gate, "ends": not fault.codes}))
     command = [sys.executable, "-m", "benchmarks.overlap.fault_rank", str(where)]
-    given = {VARIABLE: f"{TIMEOUT_S:g}", "MASTER_PORT": str(free_port())}
+    given = {**surroundings(), VARIABLE: f"{TIMEOUT_S:g}"}
     with Link() if fault.linked else contextlib.nullcontext() as link:
         ranks = (link.start if link else start_on_loopback)(command, where, given)
         try:
