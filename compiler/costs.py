@@ -270,26 +270,28 @@ def _measure_slowdown(group: Any, threads: int) -> dict[tuple[str, str], float]:
     torch.set_num_threads(threads)
     try:
         run()
-        alone = statistics.median(_timed(run, group))
-        span = max(alone, 0.05)
-        rate = statistics.median(compute(span) for _ in range(3))
+        single: list[float] = []
         together: list[float] = []
+        plain: list[float] = []
         rates: list[float] = []
-        for _ in range(5):
+        for _ in range(ROUNDS):  # by turns, so that what else the machine does disturbs all alike
+            single += _timed(run, group, 1)
+            span = 0.9 * statistics.median(single)
+            plain.append(compute(span))
             dist.barrier(group)
             took: list[float] = []
             thread = threading.Thread(target=lambda: took.append(_seconds(run)))  # noqa: B023 (joined below)
             thread.start()
-            rates.append(compute(0.9 * alone))
+            rates.append(compute(span))
             while thread.is_alive():
                 torch.mm(a, a)
             thread.join()
             together += took
     finally:
         torch.set_num_threads(before)
-    slower = statistics.median(together) / alone
+    slower = statistics.median(together) / statistics.median(single)
     return {
-        (COMPUTE, COMMUNICATION): max(1.0, rate / statistics.median(rates)),
+        (COMPUTE, COMMUNICATION): max(1.0, statistics.median(plain) / statistics.median(rates)),
         (COMMUNICATION, COMPUTE): max(1.0, slower),
     }
 
