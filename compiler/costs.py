@@ -93,6 +93,19 @@ class Link:
             return 0.0
         return found.seconds(size) + (found.latency if announced else 0.0)
 
+    @staticmethod
+    def between(slow: tuple[float, Link], fast: tuple[float, Link], rate: float) -> Link:
+        """The link at a rate that was not measured, from (rate, link) of two that were: seconds are a fixed part and a part
+        inverse to the rate; what the processor has to do for it grows with the rate."""
+        (r0, a), (r1, b) = slow, fast
+        inverse, straight = (1 / rate - 1 / r0) / (1 / r1 - 1 / r0), (rate - r0) / (r1 - r0)
+        curves = {
+            op: Curve.of((size, s + inverse * (b.curves[op].seconds(size) - s)) for size, s in curve.points)
+            for op, curve in a.curves.items()
+        }
+        slowdown = {k: max(1.0, v + straight * (b.slowdown.get(k, 1.0) - v)) for k, v in a.slowdown.items()}
+        return Link(curves, slowdown)
+
 
 def link(graph: Graph, group: Any) -> Link:
     """Measure what a graph exchanges and sums on the link of a process group, afresh; all its ranks call this."""
@@ -165,10 +178,15 @@ def _measure_collectives(graph: Graph, table: Table, group: Any, device: str) ->
     for name, largest in sorted(_wanted(graph).items()):
         if _from_first(communication.curve(table, name, ranks, device) is not None, group):
             continue
-        for size in _sizes(largest):
-            sent, run = _RUNS[name](group, size)
-            samples = _timed(run, group)
-            communication.record(table, name, ranks, sent, device, Timing.of(samples))
+        runs = [_RUNS[name](group, size) for size in _sizes(largest)]
+        for _, run in runs:
+            run()
+        samples: list[list[float]] = [[] for _ in runs]
+        for _ in range(ROUNDS):  # all sizes by turns, so that what disturbs for a while disturbs them alike
+            for (_, run), found in zip(runs, samples, strict=True):
+                found += _timed(run, group, 1)
+        for (sent, _), found in zip(runs, samples, strict=True):
+            communication.record(table, name, ranks, sent, device, Timing.of(found))
 
 
 def _wanted(graph: Graph) -> dict[str, int]:
@@ -193,11 +211,10 @@ def _sizes(largest: int) -> list[int]:
     return found
 
 
-def _timed(run: Callable[[], object], group: Any) -> list[float]:
+def _timed(run: Callable[[], object], group: Any, rounds: int = ROUNDS) -> list[float]:
     """Seconds of a collective that all ranks begin together."""
-    run()
     samples: list[float] = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         dist.barrier(group)
         start = time.perf_counter()
         run()
@@ -252,26 +269,29 @@ def _measure_slowdown(group: Any, threads: int) -> dict[tuple[str, str], float]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        alone = statistics.median(_timed(run, group))
-        span = max(alone, 0.05)
-        rate = statistics.median(compute(span) for _ in range(3))
+        run()
+        single: list[float] = []
         together: list[float] = []
+        plain: list[float] = []
         rates: list[float] = []
-        for _ in range(5):
+        for _ in range(ROUNDS):  # by turns, so that what else the machine does disturbs all alike
+            single += _timed(run, group, 1)
+            span = 0.9 * statistics.median(single)
+            plain.append(compute(span))
             dist.barrier(group)
             took: list[float] = []
             thread = threading.Thread(target=lambda: took.append(_seconds(run)))  # noqa: B023 (joined below)
             thread.start()
-            rates.append(compute(0.9 * alone))
+            rates.append(compute(span))
             while thread.is_alive():
                 torch.mm(a, a)
             thread.join()
             together += took
     finally:
         torch.set_num_threads(before)
-    slower = statistics.median(together) / alone
+    slower = statistics.median(together) / statistics.median(single)
     return {
-        (COMPUTE, COMMUNICATION): max(1.0, rate / statistics.median(rates)),
+        (COMPUTE, COMMUNICATION): max(1.0, statistics.median(plain) / statistics.median(rates)),
         (COMMUNICATION, COMPUTE): max(1.0, slower),
     }
 

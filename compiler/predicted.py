@@ -26,7 +26,7 @@ from ..errors import SizeFailed
 from ..runtime import dispatch
 from ..runtime.collectives import Record, alone, recording, resolve
 from ..runtime.executor import Executable, Span, watching
-from ..runtime.layout import Layout, argument_values
+from ..runtime.layout import Layout, argument_values, step_values
 from ..runtime.pending import is_wait
 from ..runtime.plan import Call, Launch, Plan, ValueSpec
 from ..runtime.sizes import evaluate
@@ -40,11 +40,11 @@ REST = "outside of the plan"
 @dataclass(frozen=True)
 class Computed:
     """What one rank computes: seconds of each step of a plan with no collective running, of what a call does outside of the
-    plan, and the bytes that each collective sends, by step."""
+    plan, and the bytes that come in each collective, by step."""
 
     steps: tuple[float, ...]
     rest: float
-    sent: Mapping[int, int]
+    received: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -86,41 +86,61 @@ class Prediction:
         )
 
 
-def predict(
-    compiled: CompiledGraph,
-    call: Callable[[], object],
-    *,
-    executable: Executable | None = None,
-    known: Link | None = None,
-    rounds: int = ROUNDS,
-) -> Prediction:
-    """Measure the parts of `call`, which calls the plan once, and whole calls, in turns; all ranks of the plan's process
-    group do this together. `executable` is what runs the plan in it; `known` says what the link reaches, which is measured
-    otherwise."""
-    executable, plan = executable or compiled.executable, compiled.plan
+@dataclass(frozen=True)
+class Parts:
+    """What was measured of a call that runs a plan once: what this rank computes, seconds of whole calls (the median), steps
+    and collectives of one of them."""
+
+    plan: Plan
+    group: Any
+    computed: Computed
+    seconds: float
+    spans: tuple[Span, ...]
+    records: tuple[Record, ...]
+
+    def on(self, known: Link) -> Prediction:
+        """The prediction for a link; all ranks of the group ask for it together."""
+        return Prediction(expected(self.plan, self.computed, known, self.group), self.seconds, self.spans, self.records)
+
+
+def parts_of(executable: Executable, call: Callable[[], object], rounds: int = ROUNDS) -> Parts:
+    """Measure the parts of `call`, in which `executable` runs once, and whole calls, in turns; all ranks of the plan's
+    process group do this together."""
+    plan = executable.plan
     group = group_of(plan)
-    if known is None:
-        measurable = group is not None and compiled.options.target == "cpu"
-        known = link(compiled.graph, group) if measurable else Link({}, {})
     call()
     with recording(results=True) as kept:
         call()
-    parts: list[Computed] = []
+    runs: list[Computed] = []
     wholes: list[float] = []
     for _ in range(rounds):
         _together(group)
-        parts.append(_alone(executable, call, kept))
+        runs.append(_alone(executable, call, kept))
         _together(group)
         start = time.perf_counter()
         call()
         wholes.append(time.perf_counter() - start)
-    with recording() as records, watching() as calls:
+    with recording(results=True) as records, watching() as calls:
         _together(group)
         call()
     spans = next(spans for e, spans in calls if e is executable)
-    sent = _sent(plan, records)
-    line = expected(plan, replace(_typical(parts), sent=sent), known, group)
-    return Prediction(line, statistics.median(wholes), tuple(spans), tuple(records))
+    computed = replace(_typical(runs), received=_received(plan, records, group))
+    done = tuple(replace(r, result=None) for r in records)
+    return Parts(plan, group, computed, statistics.median(wholes), tuple(spans), done)
+
+
+def predict(
+    compiled: CompiledGraph, call: Callable[[], object], *, executable: Executable | None = None, known: Link | None = None
+) -> Prediction:
+    """Predict `call`, which runs a plan once, from its parts; all ranks of the plan's process group do this together.
+
+    `executable` is what runs the plan; `known` says what the link reaches, which is measured otherwise.
+    """
+    parts = parts_of(executable or compiled.executable, call)
+    if known is None:
+        measurable = parts.group is not None and compiled.options.target == "cpu"
+        known = link(compiled.graph, parts.group) if measurable else Link({}, {})
+    return parts.on(known)
 
 
 def group_of(plan: Plan) -> Any:
@@ -158,10 +178,21 @@ def _typical(runs: Sequence[Computed]) -> Computed:
     return Computed(tuple(scale * s for s in steps), scale * rest, {})
 
 
-def _sent(plan: Plan, records: Sequence[Record]) -> dict[int, int]:
-    """Bytes by step, from the collectives of one call, which come in the plan's order."""
-    numbers = dispatch.Collectives(plan).numbers
-    return dict(zip(numbers, (r.bytes for r in records), strict=False))
+def _received(plan: Plan, records: Sequence[Record], group: Any) -> dict[int, int]:
+    """Bytes that came, by step, from the collectives of one call, which come in the plan's order. Of sums these are the
+    operand's, of exchanges the rows of other ranks."""
+    found: dict[int, int] = {}
+    for number, record in zip(dispatch.Collectives(plan).numbers, records, strict=False):
+        step = plan.steps[number]
+        assert isinstance(step, Call)
+        found[number] = record.bytes
+        if step.op in dispatch.EXCHANGES:
+            buf, rows = record.result
+            own = len(rows) // group.size()
+            used = (rows[:, 1] - rows[:, 0]).tolist()
+            del used[group.rank() * own : group.rank() * own + own]
+            found[number] = sum(used) * buf.shape[2] * buf.element_size()
+    return found
 
 
 # -- from a plan to tasks ---------------------------------------------------------------------------------------------
@@ -171,27 +202,32 @@ def tasks_of(plan: Plan, computed: Computed, known: Link) -> tuple[list[Task], l
     """One rank's tasks, and which of them are collectives, each right behind its start. Buffers are value numbers."""
     layout, collectives = Layout(plan), dispatch.Collectives(plan)
     made: dict[int, int] = {}  # what a collective gives -> its task
+    held = {v.id: v.id for v in plan.values if v.storage in ("fresh", "handle")}  # what is waited for is what was given
+    sized: set[int] = set()
     found: list[Task] = []
     running: list[int] = []
-    fixed = {v.id: v.storage not in ("fresh", "handle") for v in plan.values}
     for number, step in enumerate(plan.steps):
-        values = step.buffers if isinstance(step, Launch) else argument_values(step)
-        reads = tuple(r for r in dict.fromkeys(layout.place(v)[0] for v in values) if not fixed[r])
-        outs = () if isinstance(step, Launch) else tuple(v for v in step.outs if v is not None and not fixed[v])
         waits = isinstance(step, Call) and is_wait(step.op)
-        writes = () if waits else tuple((v, _bytes(layout, layout.specs[v])) for v in outs)
-        after = tuple(sorted({made[r] for r in reads if r in made})) if waits else ()
+        touched = list(dict.fromkeys(held[r] for v in step_values(step) if (r := layout.place(v)[0]) in held))
+        if isinstance(step, Call) and waits:
+            given = [held[v] for v in argument_values(step) if v in held]
+            held.update((v, given[0]) for v in step.outs if v is not None and given)
+            touched = given
+        fresh = [v for v in touched if v not in sized]
+        sized.update(fresh)
+        writes = tuple((v, _bytes(layout, layout.specs[v])) for v in fresh)
         name = step.kernel if isinstance(step, Launch) else step.op.removesuffix(".default")
         if isinstance(step, Call) and dispatch.is_collective(step):
             found.append(Task(f"start {name}", COMPUTE, computed.steps[number]))
-            seconds = known.seconds(step.op, computed.sent.get(number, 0), dispatch.announces(step))
+            seconds = known.seconds(step.op, computed.received.get(number, 0), dispatch.announces(step))
             running.append(len(found))
-            made.update(dict.fromkeys(outs, len(found)))
-            found.append(Task(name, COMMUNICATION, seconds, (len(found) - 1,), reads, writes))
+            made.update((v, len(found)) for v in step.outs if v is not None)
+            found.append(Task(name, COMMUNICATION, seconds, (len(found) - 1,), tuple(touched), writes))
             if not collectives.asynchronous(step):
                 found.append(Task(f"wait {name}", COMPUTE, 0.0, (len(found) - 1,)))
         else:
-            found.append(Task(name, COMPUTE, computed.steps[number], after, reads, writes))
+            after = tuple(sorted({made[v] for v in touched if v in made})) if waits else ()
+            found.append(Task(name, COMPUTE, computed.steps[number], after, tuple(touched), writes))
     found.append(Task(REST, COMPUTE, computed.rest))
     return found, running
 
@@ -228,8 +264,8 @@ def expected(plan: Plan, computed: Computed, known: Link, group: Any = None) -> 
 
 
 def merged(ranks: Sequence[tuple[Sequence[Task], Sequence[int]]]) -> tuple[list[Task], list[range]]:
-    """Tasks of several ranks in one schedule, streams and buffers told apart by rank: each collective waits until every
-    rank has started it, and takes as long as it takes the rank that sends most. Also which tasks are whose."""
+    """Tasks of several ranks in one schedule, streams and buffers told apart by rank: a collective begins when every rank
+    has started it and has got all of the one before; a rank to which more is sent ends later. Also which tasks are whose."""
     found: list[Task] = []
     ranges: list[range] = []
     starts: list[list[int]] = []
@@ -241,12 +277,13 @@ def merged(ranks: Sequence[tuple[Sequence[Task], Sequence[int]]]) -> tuple[list[
             found.append(replace(t, stream=f"{t.stream} {r}", after=after, reads=reads, writes=writes))
         ranges.append(range(begin, len(found)))
         starts.append([begin + i for i in running])
+    before: tuple[int, ...] = ()
     for same in zip(*starts, strict=True):
-        longest = max(found[i].seconds for i in same)
         begins = tuple(i - 1 for i in same)
         for i in same:
-            found[i] = replace(found[i], seconds=longest, after=begins)
+            found[i] = replace(found[i], after=(*begins, *before))
+        before = same
     return found, ranges
 
 
-__all__ = ["Computed", "Prediction", "expected", "merged", "predict", "tasks_of"]
+__all__ = ["Computed", "Parts", "Prediction", "expected", "merged", "parts_of", "predict", "tasks_of"]

@@ -16,7 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-BURST = "256kb"
+BURST = "20kb"
+"""What an idle link lets through at once: little, so that exchanges go at the rate that is set. Packets are smaller."""
+PACKET = "16000"
 LIMIT = "64mb"
 
 
@@ -74,6 +76,7 @@ class Link:
             for name, device, address in zip(self._names, self.devices, self.addresses, strict=True):
                 _ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
                 _ip("-n", name, "link", "set", "lo", "up")
+                _ip("-n", name, "link", "set", device, "gso_max_size", PACKET)
                 _ip("-n", name, "link", "set", device, "up")
             probe = ["ip", "netns", "exec", self._names[0], "tc", "qdisc", "add", "dev", a, "root", "tbf", "rate", "1gbit"]
             subprocess.run([*probe, "burst", BURST, "limit", LIMIT], check=True, capture_output=True)

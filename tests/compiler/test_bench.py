@@ -204,10 +204,13 @@ def test_a_trace_shows_each_step_of_one_call(tmp_path: Path) -> None:
     model = plait.compile(Layers().eval(), (torch.randn(64, 256),))
     model.trace(tmp_path / "call.json")
     found = json.loads((tmp_path / "call.json").read_text())["traceEvents"]
+    predicted = [e["name"] for e in found if e["pid"] == 0 and e["ph"] == "X"]
+    found = [e for e in found if e["pid"] == 1]
     names = {(e["name"], e.get("tid")): e["args"]["name"] for e in found if e["ph"] == "M"}
     assert names == {("process_name", None): "measured", ("thread_name", 0): "compute"}
     spans = [e for e in found if e["ph"] == "X"]
     assert [e["args"]["step"] for e in spans] == list(range(len(model.executable.plan.steps)))
+    assert predicted == [*(e["name"] for e in spans), "outside of the plan"]
     assert spans[-1]["name"].startswith("aten.sort") and "test_bench.py" in spans[-1]["args"]["source"]
     assert spans[0]["ts"] == 0 and all(e["dur"] > 0 for e in spans)
     assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-6 for a, b in pairwise(spans))

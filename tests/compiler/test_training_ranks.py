@@ -197,6 +197,23 @@ def uneven(rank: int, size: int, compiled: str) -> float:
     return max(distances)
 
 
+def predicted(rank: int, size: int) -> tuple[bool, int, int, float]:
+    """Whether a step trains on as if nothing had been predicted in between; collectives predicted and measured; seconds."""
+    losses: list[list[float]] = []
+    for asks in (False, True):
+        model = mixture(dist.group.WORLD).float()
+        step = plait.train_step(model, classes, OPTIMIZERS["sgd"](model.parameters()), dist.group.WORLD)
+        torch.manual_seed(rank)
+        batches = [vectors(torch.float32, 12) for _ in range(3)]
+        losses.append([])
+        for batch in batches:
+            found = step.predicted(*batch) if asks else None
+            losses[-1].append(step(*batch).item())
+    assert found is not None and found.measured > 0 and found.exposed > 0
+    planned = sum(t.stream == "communication" for t in found.timeline.tasks)
+    return losses[0] == losses[1], planned, len(found.records), found.seconds
+
+
 def meshes(rank: int, size: int) -> bool:
     model = mlp()
     with pytest.raises(errors.BadMesh, match="2 dimensions"):
@@ -227,6 +244,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "moe": (moe, ()),
     "uneven-backend": (uneven, ("backend",)),
     "uneven-step": (uneven, ("step",)),
+    "predicted": (predicted, ()),
     "meshes": (meshes, ()),
     "differing": (differing, ()),
 }
@@ -283,6 +301,11 @@ def test_experts_train_as_they_do_on_one_rank(results: Any) -> None:
 @pytest.mark.parametrize("how", ["backend", "step"])
 def test_uneven_exchanges_that_data_decide(results: Any, how: str) -> None:
     assert max(results(f"uneven-{how}")) < 1e-12
+
+
+def test_predictions_change_nothing_and_take_both_ranks_together(results: Any) -> None:
+    for same, planned, measured, seconds in results("predicted"):
+        assert same and planned == measured == 5 and seconds > 0
 
 
 def test_meshes_of_several_dimensions_and_groups_of_others_are_refused(results: Any) -> None:
