@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from plait.ir import Graph, from_fx
+from plait.runtime import exchange  # noqa: F401 (registers its op)
 from plait.runtime.moe import KINDS
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_export_joint_simple
@@ -72,7 +73,7 @@ def draw(seed: int, ranks: int = 1, dtypes: tuple[torch.dtype, ...] = (torch.flo
             gated=r.random() < 0.4,
             shared=r.random() < 0.3,
             weight_first=r.random() < 0.15,
-            balance=r.choice((0.0, 0.0, 0.02)),
+            balance=r.choice((0.0, 0.0, 0.02)) if experts > 1 else 0.0,
         )
         for _ in range(r.randint(1, 3))
     )
