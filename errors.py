@@ -1125,6 +1125,17 @@ class NoSuchGroup(PlaitError):
     fix = "call torch.distributed.init_process_group first; a compiled program needs the groups that it was compiled with"
 
 
+class PlansWouldChange(PlaitError):
+    """A program with collectives was to be compiled with an option that lets another plan take over between two calls.
+
+    Each rank would change at another call, and meanwhile wait for collectives that the others do not run.
+    """
+
+    code = "P1107"
+    message = "all ranks must run one plan of a program with {op}, but with {option} it would change between calls"
+    fix = "leave the option out for programs with collectives"
+
+
 class WrappedModel(PlaitError):
     """Something would act on gradients during the backward of a compiled training step, which does all of it at once."""
 
