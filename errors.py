@@ -1133,6 +1133,17 @@ class NotRecorded(PlaitError):
     fix = "record a call of the very program that is repeated, on the same inputs"
 
 
+class PlansWouldChange(PlaitError):
+    """A program with collectives was to be compiled with an option that lets another plan take over between two calls.
+
+    Each rank would change at another call, and meanwhile wait for collectives that the others do not run.
+    """
+
+    code = "P1108"
+    message = "all ranks must run one plan of a program with {op}, but with {option} it would change between calls"
+    fix = "leave the option out for programs with collectives"
+
+
 class WrappedModel(PlaitError):
     """Something would act on gradients during the backward of a compiled training step, which does all of it at once."""
 

@@ -26,6 +26,7 @@ from .attention import Attention, attention_of
 from .body import Body, Index, dtype_name
 from .expert import Expert, expert_of
 from .gpu_matmul import gpu_matmul_of
+from .joined import summed_across
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
 from .matmul import Chooser, Matmul, matmul_of, widened
@@ -146,6 +147,7 @@ class Analysis:
         self.interval = intervals(graph)  # work stays between the collectives that it stands between
         self.checks_rows = False
         self.unread: set[Value] = set()  # of which nobody reads rows that are not used: they are not cleared
+        self.joined = summed_across(graph) if generate else frozenset[Value]()
         self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
         self.reordered: dict[Value, Reordered] = {}  # weights of convolutions, laid out for oneDNN
         self._classify()
@@ -232,7 +234,7 @@ class Analysis:
 
     def _wanted(self) -> set[Value]:
         """Values that must be in memory, or be views of memory."""
-        wanted = set(self.graph.results)
+        wanted = {*self.graph.results, *self.joined}
         for _, copy in self.graph.writes:
             # what goes back to an input is finished before the first input changes: it may be made of any of them
             wanted.update(self.graph.producers[copy].inputs)

@@ -141,7 +141,7 @@ class Grouping:
     # -- fusion -------------------------------------------------------------------------------------------------------
 
     def _add_unit(self, unit: Unit) -> None:
-        alone = unit.value in self.last or unit.alone
+        alone = self._is_alone(unit)
         for item in () if alone else self._candidates(unit):
             group = self.items[item]
             assert isinstance(group, Group)
@@ -155,6 +155,9 @@ class Grouping:
             self.run_after(item, mask)
             return
         self._open(unit)
+
+    def _is_alone(self, unit: Unit) -> bool:
+        return unit.value in self.last or unit.alone or unit.value in self.analysis.joined
 
     def _candidates(self, unit: Unit) -> list[int]:
         found: dict[int, None] = {}
@@ -183,7 +186,7 @@ class Grouping:
             return None
         if self.analysis.interval[unit.node] != self.interval(group):
             return None
-        if any(u.value in self.last or u.alone for u in group.units):
+        if any(map(self._is_alone, group.units)):
             return None
         if not group.reduced and any(u.reduce is not None for u in group.units):
             return None  # it reduces dimensions of size 1 only, and has no loop to share

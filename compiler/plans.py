@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from ..codegen.compile import CodegenOptions, CompiledGraph
-from ..errors import FallbackRefused, NoQuantizedKernel
-from ..ir import Graph, TensorType
+from ..errors import FallbackRefused, NoQuantizedKernel, PlansWouldChange
+from ..ir import Graph, Node, TensorType
 from ..ir.quantized_rules import LINEAR as QUANTIZED
 from .cache import compile_cached
 from .deferred import FIRST_PLAN_S, Making, compile_within, op_by_op
@@ -45,6 +45,27 @@ def check_fallbacks(compiled: CompiledGraph, options: Options) -> None:
             raise FallbackRefused(what=reported.op, why=reported.reason, source=reported.source or None)
 
 
+def check_one_plan(options: Options, graph: Graph) -> None:
+    """Raise PlansWouldChange for a program with collectives whose plan the options would let change between calls."""
+    option = "compile_budget_s" if options.compile_budget_s is not None else "specialise='measured'"
+    if options.compile_budget_s is None and options.specialise != "measured":
+        return
+    node = _collective(graph)
+    if node is not None:
+        raise PlansWouldChange(op=node.op.name, option=option, source=node.loc.short or None)
+
+
+def _collective(graph: Graph) -> Node | None:
+    """The first collective of a graph, those of its regions included."""
+    for node in graph.nodes:
+        if node.op.effect == "collective":
+            return node
+        found = next((n for n in map(_collective, node.regions) if n is not None), None)
+        if found is not None:
+            return found
+    return None
+
+
 def generated(
     session: Session, graph: Graph, finish: Callable[[CompiledGraph], CompiledGraph] = lambda made: made
 ) -> CompiledGraph:
@@ -67,8 +88,9 @@ def runnable(
 
     A budget counts from `started`, as `time.perf_counter` does. While choices are counted or held back there is neither
     budget nor specialisation: a bisection would otherwise find other choices in each run. Raises CannotLower,
-    FallbackRefused, and what building raises.
+    FallbackRefused, PlansWouldChange, and what building raises.
     """
+    check_one_plan(session.options, graph)
     options, plain = session.options, session.decisions.watched
     target, budget = codegen_options(options, graph), options.compile_budget_s
     if budget is None or plain:

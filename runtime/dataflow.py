@@ -18,7 +18,7 @@ class Dataflow:
     reshape) *borrows* their memory: each access to it is one to theirs. The last wait for a collective is an access to what
     the collective was given, which is in use until then. `problems` lists reads of unwritten values and of overwritten ones,
     arena memory that leaves the call, accesses on different streams that no wait orders, writes to what a collective uses,
-    and results of collectives that something else than a wait reads.
+    results of collectives that something else than a wait reads or that another step gives too.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -136,8 +136,10 @@ class Dataflow:
         else:
             op = resolve_op(step.op)
             written, unread, aliased = (f(op, step) for f in (written_arguments, out_arguments, aliased_arguments))
-            if is_wait(step.op):  # what nothing has started is handed back as it is
-                aliased = aliased | {id for id in arguments if id not in self._pending}
+        passed_on: set[int] = set()
+        if is_wait(step.op):  # what nothing has started is handed back as it is, what works in place in its operand's memory
+            aliased = aliased | {id for id in arguments if id not in self._pending}
+            passed_on = passed_on.union(*(self._borrowed.get(self._root(id), set()) for id in arguments))
         for id in dict.fromkeys(arguments):
             if id not in unread or self._storage(self._root(id)) in ("handle", "scalar"):
                 self._need(number, id)
@@ -149,10 +151,12 @@ class Dataflow:
             if id is None or id in written:
                 continue
             root = self._root(id)
+            if id in self._pending and (root in self._written or self._pending[id].step != number):
+                self.problems.append(f"step {number} gives value {id} too, a result of {self._name(self._pending[id])}")
             self._written.add(root)
             if self._storage(id) == "handle":
                 self._made[id] = number
-                lenders = set(map(self._root, aliased))
+                lenders = set(map(self._root, aliased)) | passed_on
                 self._borrowed[id] = lenders.union(*(self._borrowed.get(r, set()) for r in lenders)) - {id}
             for owner in self._owners(id):
                 self._access(owner, number, id, owner == root)  # what makes a view does not write to its base
@@ -166,6 +170,9 @@ class Dataflow:
         start = self._starts.get(number)
         if start is None:
             return
+        for id in start.results:
+            if id not in written and self._storage(id) != "handle":
+                self.problems.append(f"value {id}, a result of {self._name(start)}, has memory of its own in the plan")
         if start.wait is None:
             self.problems.append(f"nothing waits for {self._name(start)}")
         else:

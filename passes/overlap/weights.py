@@ -121,8 +121,21 @@ def rethreaded(graph: Graph, nodes: Iterable[Node], *, outputs: bool = False) ->
     )
 
 
-def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> list[list[Node]]:
-    """For each exchange the nodes beside it."""
+@dataclass(frozen=True)
+class Problem:
+    """What is to be assigned: seconds of the exchanges, pieces of work, and the node that each of these is."""
+
+    seconds: tuple[float, ...]
+    works: tuple[Work, ...]
+    nodes: tuple[Node, ...]
+
+    @staticmethod
+    def of(graph: Graph, costs: Estimates, forward_outputs: int = 1) -> Problem:
+        """That of a joint graph whose exchanges are asynchronous."""
+        return _problem(_Parts(graph, forward_outputs), costs, launches.used(graph))
+
+
+def _problem(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> Problem:
     reach = parts.reach
 
     def seconds(node: Node) -> float:
@@ -132,7 +145,7 @@ def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> lis
     pinned = [(start, [start, *parts.waits_of(start)]) for start in parts.exchanges]
     later = set(parts.later)
     least = LEAST * max((seconds(start) for start in parts.exchanges), default=0.0)
-    heavy = [n for n in parts.later if not n.op.has("elementwise") and seconds(n) > least]
+    heavy = tuple(n for n in parts.later if not n.op.has("elementwise") and seconds(n) > least)
     at = {node: i for i, node in enumerate(heavy)}
     order = {node: i for i, node in enumerate(parts.core.nodes)}
     works: list[Work] = []
@@ -145,8 +158,13 @@ def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> lis
         )  # fmt: skip
         needs = tuple(at[n] for n in needed if n in at and n is not node)
         works.append(Work(seconds(node), beside, needs))
-    found = assign([seconds(start) for start in parts.exchanges], works)
-    return [[heavy[i] for i in mine] for mine in found]
+    return Problem(tuple(seconds(start) for start in parts.exchanges), tuple(works), heavy)
+
+
+def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> list[list[Node]]:
+    """For each exchange the nodes beside it."""
+    problem = _problem(parts, costs, held)
+    return [[problem.nodes[i] for i in mine] for mine in assign(problem.seconds, problem.works)]
 
 
 def _ordered(parts: _Parts, placed: Sequence[Sequence[Node]], *, early: bool) -> list[Node]:
@@ -230,4 +248,4 @@ class _Order:
         return (self.producers.get(v) for v in node.inputs)
 
 
-__all__ = ["OverlapDW", "rethreaded"]
+__all__ = ["OverlapDW", "Problem", "rethreaded"]

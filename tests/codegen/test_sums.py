@@ -72,3 +72,30 @@ def test_a_row_does_not_depend_on_how_many_there_are(columns: int) -> None:
     whole = sums(40)
     for rows in (1, 2, 7, 8, 15, 16, 17):
         assert torch.equal(sums(rows), whole[:rows]), f"{rows} rows"
+
+
+@pytest.mark.parametrize(("joined", "summed"), [(0, "()"), (0, "(0, 1)"), (1, "(0, 1, 2)"), (1, "(1, 2)"), (2, "(0, 1)")])
+def test_a_sum_over_several_axes_of_joined_parts(joined: int, summed: str) -> None:
+    shape, part = [9, 5, 48], [9, 5, 48]
+    sizes = [2, shape[joined] - 3, 1]
+    whole = rand(*shape)
+    inputs = []
+    for i, size in enumerate(sizes):
+        part[joined] = size
+        inputs.append(f'p{i}: "f32[{",".join(map(str, part))}]"')
+    (parts,) = compiled(
+        f"""def f({", ".join(inputs)}):
+        whole = aten.cat.default((p0, p1, p2), {joined})
+        y = aten.mul.Tensor(whole, whole)
+        s = aten.sum.dim_IntList(y, {summed})
+        return (s,)""",
+        *(x.contiguous() for x in whole.split(sizes, joined)),
+    )
+    (alone,) = compiled(
+        f"""def f(whole: "f32[9,5,48]"):
+        y = aten.mul.Tensor(whole, whole)
+        s = aten.sum.dim_IntList(y, {summed})
+        return (s,)""",
+        whole,
+    )
+    assert torch.equal(parts, alone)

@@ -93,6 +93,34 @@ def test_a_collective_in_place_is_alone_with_its_operand() -> None:
     assert not why(plan(values, [in_place, waited(1, 2), launch(2, 3)], [3]))
 
 
+def test_what_works_in_place_gives_its_operand_back() -> None:
+    in_place = call("_c10d_functional.all_reduce_.default", [v(1), {"c": "sum"}, {"c": "g"}], [2])
+    values = [arena(1, 0), handle(2), handle(3), arena(4, 0), value(5, "fresh", (16,))]
+    made = [launch(0, 1), in_place, waited(2, 3), launch(0, 4), launch(3, 4, 5)]
+    assert "values 1 and 4 may share bytes" in why(plan(values, made, [5]))
+    assert "output 3 lies in the arena (value 1)" in why(plan(values[:3], made[:3], [3]))
+    of_input = call("_c10d_functional.all_reduce_.default", [v(0), {"c": "sum"}, {"c": "g"}], [1])
+    values = [handle(1), handle(2), value(3, "fresh", (16,))]
+    made = [of_input, waited(1, 2), launch(0), launch(2, 3)]
+    assert "step 3 reads value 2, which may lie where step 2 has written value 0" in why(plan(values, made, [3]))
+
+
+def test_a_result_is_given_once() -> None:
+    values, relu = [handle(1), handle(2), handle(3)], "aten.relu.default"
+    twice = "gives value 1 too, a result of the collective"
+    assert twice in why(plan(values, [started(0, 1), started(0, 1), waited(1, 2)], [2]))
+    assert twice in why(plan(values, [started(0, 1), waited(1, 2), started(0, 1), waited(1, 3)], [2, 3]))
+    assert twice in why(plan(values, [started(0, 1), call(relu, [v(0)], [1]), waited(1, 2)], [2]))
+    assert twice in why(plan(values, [call(relu, [v(0)], [1]), started(0, 1), waited(1, 2)], [2]))
+    assert twice in why(plan(values, [started(0, 1), waited(1, 1)], [1]))
+
+
+@pytest.mark.parametrize("result", [arena(1, 0), value(1, "fresh", (16,)), value(1, "view", (16,), 0)])
+def test_a_result_is_memory_of_the_collective(result: Any) -> None:
+    made = plan([result, handle(2)], [started(0, 1), waited(1, 2)], [2])
+    assert "has memory of its own in the plan" in why(made)
+
+
 def test_only_waits_read_what_a_start_gives() -> None:
     values = [handle(1), handle(2), value(3, "fresh", (16,)), value(4, "view", (8,), 1), handle(5)]
     fine = [started(0, 1), waited(1, 2)]
