@@ -54,11 +54,13 @@ class Plan:
     layers: tuple[Layer, ...]
 
 
-def draw(seed: int, ranks: int = 1, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> Plan:
-    """The program of a seed, for so many ranks."""
+def draw(
+    seed: int, ranks: int = 1, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), layers: int = 3
+) -> Plan:
+    """The program of a seed, for so many ranks, with at most so many layers."""
     r = random.Random(seed)
     width, experts, flat = r.choice((4, 6, 10, 16, 24)), ranks * r.randint(1, 4), r.random() < 0.3
-    layers = tuple(
+    made = tuple(
         Layer(
             heads=0 if flat or r.random() < 0.4 else r.choice((1, 2)),
             norm=r.random() < 0.6,
@@ -75,9 +77,9 @@ def draw(seed: int, ranks: int = 1, dtypes: tuple[torch.dtype, ...] = (torch.flo
             weight_first=r.random() < 0.15,
             balance=r.choice((0.0, 0.0, 0.02)) if experts > 1 else 0.0,
         )
-        for _ in range(r.randint(1, 3))
+        for _ in range(r.randint(1, layers))
     )
-    return Plan(seed, r.randint(2, 13), r.choice((1, 2, 3, 5)), width, experts, flat, r.choice(dtypes), layers)
+    return Plan(seed, r.randint(2, 13), r.choice((1, 2, 3, 5)), width, experts, flat, r.choice(dtypes), made)
 
 
 def options(seed: int) -> tuple[dict[str, Any], bool, bool]:
