@@ -79,7 +79,7 @@ def draw(
         )
         for _ in range(r.randint(1, layers))
     )
-    return Plan(seed, r.randint(2, 13), r.choice((1, 2, 3, 5)), width, experts, flat, r.choice(dtypes), made)
+    return Plan(seed, r.randint(2, 13), r.choice((2, 3, 5)), width, experts, flat, r.choice(dtypes), made)
 
 
 def options(seed: int) -> tuple[dict[str, Any], bool, bool]:
