@@ -144,6 +144,8 @@ def emit_moe(made: Moe, status: Value | None, node: Node, *, clear: bool = True)
     """The kernel of such a node, which clears rows that are not used if `clear`: what `encode` has as its last size. Its
     scratch are the last buffers."""
     name = "moe_" + "_".join(made.call.replace("moe::", "").replace(",", "").replace("<", " ").replace(">", "").split())
+    if made.call == "join":
+        name += f"_{len(node['parts'])}"  # a plan holds one list of accesses for each name
     checked = _some(status) if made.checks else ()
     scratch = tuple(Value(TensorType((_elements(n),), dtype), "scratch") for n, dtype in made.scratch)
     results = tuple(node.outputs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from plait.codegen.compile import compile_graph
 from plait.compiler.debugging.interpret import interpret, replay
 from plait.cost.communication import record
 from plait.cost.estimate import Estimates, Rates
@@ -17,7 +18,7 @@ from plait.ir.reach import Reach
 from plait.passes.base import Context
 from plait.passes.overlap.chunks import OverlapChunks
 from plait.passes.overlap.cuts import EXCHANGE, Layer, cutting, layers
-from plait.passes.overlap.pieces import START, WAIT
+from plait.passes.overlap.pieces import START, WAIT, in_pieces
 from plait.passes.overlap.report import ChunksReport
 
 from tests import moe_programs as programs
@@ -186,6 +187,22 @@ def test_a_layer_whose_experts_mix_rows_says_so(group: str) -> None:
 def test_without_figures_nothing_changes(group: str) -> None:
     graph, _ = programs.step(Sizes(), "switch", group)
     assert OverlapChunks().run(graph, Context(at="joint")) is graph
+
+
+def test_layers_in_different_numbers_of_pieces_compile_together(group: str) -> None:
+    graph, inputs = programs.step(Sizes(), "switch", group)
+    whole, nodes = compile_graph(graph), forward(graph)
+    first, second = layers(graph, nodes)
+    at = {n: i for i, n in enumerate(nodes)}
+    hows = [
+        cutting(graph, nodes[: at[second.dispatch] - 8], first),
+        cutting(graph, nodes[at[second.dispatch] - 2 :], second),
+    ]
+    parts = [(how, count) for how, count in zip(hows, (2, 3), strict=True) if not isinstance(how, Reason)]
+    assert len(parts) == 2
+    made = in_pieces(graph, parts)
+    for found, wanted in zip(compile_graph(made).executable(*inputs), whole.executable(*inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
 
 
 def test_held_back_layers_stay_whole(group: str) -> None:
