@@ -2,10 +2,10 @@
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=.. MASTER_PORT=.. python -m benchmarks.overlap.fault_rank FOLDER
 
-The folder has a job.json: `passes` of each rank, the `gate`, and whether the run `ends`. Lines go to toldRANK.jsonl there,
-each with the time `at` of a clock that all processes of a machine share: "asks" when this rank is ready to compare plans,
-"loss" after the first step, "code" of an error and of the next call `then`; at the end whether losses were "equal" to those
-of the plain step.
+The folder has a job.json: `passes` of each rank, the `gate`, the `timeout` from the first step on, and whether the run
+`ends`. Lines go to toldRANK.jsonl there, each with the time `at` of a clock that all processes of a machine share: "asks"
+when this rank is ready to compare plans, "loss" after the first step, "code" of an error and of the next call `then`; at the
+end whether losses were "equal" to those of the plain step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import plait
 import torch
 import torch.distributed as dist
 from plait.errors import PlaitError
-from plait.runtime.collectives import Channel
+from plait.runtime.collectives import VARIABLE, Channel
 from torch import Tensor, nn
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 32, 64, 4, 64
@@ -111,6 +111,7 @@ def main() -> None:
     try:
         with asking(tell):
             tell(loss=step(x).item())
+            os.environ[VARIABLE] = str(job["timeout"])  # not before: ranks need not have compiled at the same time
             while True:
                 step(x)
     except PlaitError as error:

@@ -19,14 +19,13 @@ from subprocess import Popen
 from typing import Any
 
 from plait.errors import ChannelBroken, CollectiveFailed, CollectiveTimedOut, PlansDiffer
-from plait.runtime.collectives import VARIABLE
 
 from ..runner import Outcome, Run
 from .jobs import surroundings
 from .network import Link, folder, start_on_loopback, stop
 
 TIMEOUT_S = 4.0
-"""The setting collective_timeout_s of these ranks."""
+"""The setting collective_timeout_s of these ranks, from their first step on."""
 GRACE_S = 5.0
 """How much later than its time-out an error may come, and a process end after its error."""
 STARTING_S = 180.0
@@ -67,6 +66,10 @@ class Fault:
     passes: tuple[str, str] = ("overlap-chunks:around=layer,count=2",) * 2
     linked: bool = False
     gate: str = "switch"
+
+    def job(self) -> dict[str, Any]:
+        """What the ranks are told."""
+        return {"passes": self.passes, "gate": self.gate, "ends": not self.codes}
 
 
 BOTH_STALL = {0: (STALLED, DIED), 1: (STALLED, DIED)}
@@ -111,11 +114,10 @@ def said(found: Mapping[str, Any]) -> str:
 def tried(fault: Fault) -> dict[str, Any]:
     """Run one fault: the errors of ranks that have one, whether they are as they must be, and the logs otherwise."""
     where = folder()
-    (where / "job.json").write_text(json.dumps({"passes": fault.passes, "gate": fault.gate, "ends": not fault.codes}))
+    (where / "job.json").write_text(json.dumps({**fault.job(), "timeout": TIMEOUT_S}))
     command = [sys.executable, "-m", "benchmarks.overlap.fault_rank", str(where)]
-    given = {**surroundings(), VARIABLE: f"{TIMEOUT_S:g}"}
     with Link() if fault.linked else contextlib.nullcontext() as link:
-        ranks = (link.start if link else start_on_loopback)(command, where, given)
+        ranks = (link.start if link else start_on_loopback)(command, where, surroundings())
         try:
             begun = _training(ranks, where)
             if fault.happens is not None:
