@@ -90,6 +90,7 @@ def trained_on_a_rank(rank: int, size: int) -> dict[str, tuple[list[float], dict
     return found
 
 
+@pytest.mark.slow
 def test_pieces_change_no_bit_of_training_on_two_ranks() -> None:
     ranks = on_ranks(trained_on_a_rank, 2, timeout=240)
     for found in ranks:
