@@ -322,6 +322,7 @@ class TestSoak:
         found = soak.hammer(broken, model, 400)
         assert found["wrong"] > 10 and {w.split(":")[0] for w in found["examples"]} <= {"2 rows", "3 rows"}
 
+    @pytest.mark.slow
     def test_a_child_says_whether_it_is_right(self, tmp_path: Path) -> None:
         assert soak._complaints([soak.ended(soak.start(tmp_path / "c", ["second"]))]) == []
         assert soak._state(tmp_path / "c") == [] and soak.leftovers(tmp_path / "c") == []

@@ -210,7 +210,7 @@ def test_row_ids_out_of_range_are_reported(interpreter: Interpreter):
 SCALE = models.Scale(layers=1, width=16, image=16)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "unet" else n for n in models.MODELS])
 def test_known_models(name: str, interpreter: Interpreter):
     graph = cuda_models.captured(models.build(name, SCALE), models.example(name, SCALE, 2, 8))
     inputs = random_inputs(graph)

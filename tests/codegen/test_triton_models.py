@@ -105,6 +105,7 @@ def test_training_a_perceptron(triton_checker: Checker) -> None:
     assert len(found) == 2 and min(found) >= 1
 
 
+@pytest.mark.slow
 def test_training_a_convolutional_model(triton_checker: Checker) -> None:
     model, x = models.build("resnet", SCALE), models.example("resnet", SCALE)["pixel_values"]
     compiled = torch.compile(model.train(), backend="plait", dynamic=False)

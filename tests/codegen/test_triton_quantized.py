@@ -144,6 +144,7 @@ def test_quantized_products_compile_for_every_target(target: str, triton_cache) 
         )
 
 
+@pytest.mark.slow
 def test_configs_fit_their_devices(triton_cache, tmp_path: Path) -> None:
     kind = QuantizedType((4096, 4096), 4, 128)
     for rows in (0, 1):

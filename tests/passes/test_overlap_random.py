@@ -69,6 +69,7 @@ def test_interpreted(group: str, turn: int) -> None:
             close(found, wanted, 1e-5)  # libraries give rows of few other last bits, and probabilities are float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(2))
 def test_compiled(group: str, turn: int) -> None:
     """Plait's own kernels keep every bit."""
