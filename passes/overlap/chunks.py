@@ -85,7 +85,8 @@ class OverlapChunks(Pass):
                 ctx.log.refuse("chunks", r.layer.dispatch, why or HELD_BACK)
                 said.append(dataclasses.replace(r, pieces=1, why=str(why or HELD_BACK)).report())
         ctx.report(ChunksReport(tuple(said)))
-        return asynchronous(in_pieces(graph, taken))
+        made = in_pieces(graph, taken) if taken else graph
+        return asynchronous(made) if ctx.allowed("launch") else made
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class _Search:
         self.layers = layers(graph, nodes)
         self.cores = [self._core(layer) for layer in self.layers]
         self._seconds = [self._alone(node) for node in nodes]
+        self._signatures: dict[Node, Any] = {}
         self._known: dict[Any, tuple[tuple[tuple[int, float], ...], str]] = {}
 
     def _core(self, layer: Layer) -> tuple[int, int]:
@@ -210,10 +212,6 @@ class _Search:
         axis = "capacity" if self.mode == "capacity" else "tokens"
         return _Range(self.layers[j], first, end, nodes, cut, pieces, seconds, tried, axis, why)
 
-    @cached_property
-    def _signatures(self) -> dict[Node, Any]:
-        return {}
-
     def _signature(self, node: Node) -> Any:
         """What decides how a node is cut and what it costs; equal for the same node of equal layers."""
         if node not in self._signatures:
@@ -236,9 +234,8 @@ class _Search:
         counts = [self.options.count] if self.options.count > 1 else [2, 3, 4, 6, 8, 12, 16]
         for k in counts:
             if k > how.unit or (k > self.options.most and not self.options.count):
-                return tuple(
-                    tried
-                ), f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
+                why = f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
+                return tuple(tried), why
             tried.append((k, predicted(self.graph, how, k, self.costs, self.held)))
             if not self.options.count and tried[-1][1] >= tried[-2][1]:
                 return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms"

@@ -13,6 +13,7 @@ from typing import ClassVar
 from ...cost.estimate import Estimates
 from ...ir import Arg, Builder, Graph, Node, Reason, Value, flatten
 from ...ir.reach import Reach, deferrable
+from ...ir.rewrite import HELD_BACK
 from ..base import Context, Pass, register
 from . import launches
 from .assignment import Work, assign
@@ -44,23 +45,19 @@ class OverlapDW(Pass):
         costs = ctx.costs
         if costs is None or not any(n.op.effect == "collective" for n in graph.nodes):
             return graph
-        graph = asynchronous(graph)
+        given, graph = graph, asynchronous(graph)
         parts = _Parts(graph, ctx.forward_outputs)
         if not parts.exchanges:
-            return graph
+            return given
         before = launches.timeline(graph, costs)
         held = launches.used(graph)
-        placed = _placed(parts, costs, held)
-        candidates = [_ordered(parts, placed, early=early) for early in (True, False)]
+        if not ctx.allowed("launch", parts.exchanges[0]):
+            return given
+        placed = [self._allowed(ctx, *pair) for pair in zip(parts.exchanges, _placed(parts, costs, held), strict=True)]
+        candidates = [_Order(parts, placed, early=early).run() for early in (True, False)]
         best = min(candidates, key=lambda nodes: launches.seconds(nodes, costs, held))
         made = rethreaded(graph, best)
         after = launches.timeline(made, costs)
-        for k, works in enumerate(placed):
-            start = parts.exchanges[k]
-            if not works:
-                ctx.log.refuse(self.name, start, Reason("nothing that may run beside it is left"))
-            elif ctx.allowed("beside", start):
-                ctx.log.fire("beside", len(works))
         ctx.report(
             WeightsReport(
                 tuple(node.loc.short for node in parts.exchanges),
@@ -70,6 +67,18 @@ class OverlapDW(Pass):
             )
         )  # fmt: skip
         return made
+
+    @staticmethod
+    def _allowed(ctx: Context, start: Node, works: Sequence[Node]) -> Sequence[Node]:
+        """What is moved beside an exchange."""
+        if not works:
+            ctx.log.refuse("beside", start, Reason("nothing that may run beside it is left"))
+        elif ctx.allowed("beside", start):
+            ctx.log.fire("beside", len(works))
+            return works
+        else:
+            ctx.log.refuse("beside", start, HELD_BACK)
+        return ()
 
 
 class _Parts:
@@ -167,13 +176,10 @@ def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> lis
     return [[problem.nodes[i] for i in mine] for mine in assign(problem.seconds, problem.works)]
 
 
-def _ordered(parts: _Parts, placed: Sequence[Sequence[Node]], *, early: bool) -> list[Node]:
+class _Order:
     """The nodes of the step in the order in which they are launched. Sums over ranks start as soon as their operands are
     there where it is `early`, else behind the last exchange."""
-    return _Order(parts, placed, early=early).run()
 
-
-class _Order:
     def __init__(self, parts: _Parts, placed: Sequence[Sequence[Node]], *, early: bool) -> None:
         self.parts, self.early = parts, early
         self.beside = dict(zip(parts.exchanges, placed, strict=True))
@@ -241,11 +247,8 @@ class _Order:
     def _launch_sums(self) -> None:
         if self.left and not self.early:
             return
-        while self.sums and all(p is None or p in self.emitted for p in self._operands(self.sums[0])):
+        while self.sums and self._ready(self.sums[0]):
             self.emit(self.sums.pop(0))
-
-    def _operands(self, node: Node) -> Iterable[Node | None]:
-        return (self.producers.get(v) for v in node.inputs)
 
 
 __all__ = ["OverlapDW", "Problem", "rethreaded"]

@@ -101,6 +101,23 @@ def test_sums_over_ranks_are_placed_anew(group: str) -> None:
         assert wanted is None or torch.equal(found, wanted)
 
 
+def test_held_back_work_stays_where_it_is(group: str) -> None:
+    graph, inputs = programs.step(Sizes(batch=8, length=32, width=64, hidden=128), "switch", group)
+    _, said = run(graph, costs(group))
+    first = next(names for names in said.beside if names)
+    count = iter([True, True] + 99 * [False])  # the launches, and the first exchange that has work
+    held: list[WeightsReport] = []
+    ctx = Context(at="joint", costs=costs(group), report=held.append, allow=lambda *_: next(count))
+    made = OverlapDW().run(graph, ctx)
+    verify(made)
+    assert [names for names in held[0].beside if names] == [first]
+    assert sum(rule == "beside" and "held back" in str(why) for rule, _, why in ctx.log.refused) > 0
+    for found, wanted in zip(interpret(made, inputs), interpret(graph, inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
+    nothing = Context(at="joint", costs=costs(group), allow=lambda *_: False)
+    assert OverlapDW().run(graph, nothing) is graph
+
+
 def test_without_exchanges_or_figures_nothing_changes(group: str) -> None:
     graph, _ = programs.step(Sizes(), "switch", group)
     assert OverlapDW().run(graph, Context(at="joint")) is graph
