@@ -156,12 +156,25 @@ class Progress:
 Task = Callable[[Progress], Any]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a channel runs: the task; the tensors on devices that it reads, which must stay as they are until it has ended;
+    `begin`, where there is something to begin with while others still run, is called where the work is submitted, with its
+    number."""
+
+    task: Task
+    inputs: Sequence[torch.Tensor] = ()
+    begin: Callable[[int], None] | None = None
+
+
 class _Job:
     """A collective that was submitted, and what became of it."""
 
-    def __init__(self, name: str, task: Task, source: str | None, inputs: Sequence[torch.Tensor], timeout: float) -> None:
+    def __init__(self, name: str, work: Work, source: str | None, timeout: float) -> None:
         self.name, self.source, self.timeout = name, source, timeout
-        self.task: Task | None = task
+        self.task: Task | None = work.task
+        self.number = 0
+        inputs = work.inputs
         self.done = threading.Event()
         self.result: Any = None
         self.error: PlaitError | None = None
@@ -232,29 +245,46 @@ class Channel:
         self._thread: threading.Thread | None = None
         self._stream: Any = None
 
-    def submit(self, name: str, task: Task, *, inputs: Sequence[torch.Tensor] = (), source: str | None = None) -> Pending:
-        """Run `task` after all that was submitted before. `name` and `source`, a line of the user's, are for messages.
+    def submit(self, name: str, work: Work, *, source: str | None = None) -> Pending:
+        """Run `work` after all that was submitted before. `name` and `source`, a line of the user's, are for messages.
 
-        `inputs` are the tensors that the task reads, which must stay as they are until it has ended. Raises ChannelBroken.
+        Raises ChannelBroken.
         """
         if _kept is not None:
             return self._repeated(name, source, _kept)
-        job = _Job(name, task, source, inputs, timeout_s())
+        job = _Job(name, work, source, timeout_s())
         with self._lock:
             if self.failure is not None:
                 raise self._refusal(job)
+            self._count += 1
+            job.number = self._count
+            if work.begin is not None:
+                self._begin(job, work.begin)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"plait-group-{self.name}", daemon=True)
                 self._thread.start()
             self._jobs.put(job)
         return Pending(self, job)
 
+    @staticmethod
+    def _begin(job: _Job, begin: Callable[[int], None]) -> None:
+        """Begin with a job; what that raises is said where it would have run."""
+        try:
+            begin(job.number)
+        except Exception as error:
+            failure = error
+
+            def task(_: Progress) -> None:
+                raise failure
+
+            job.task = task
+
     def _repeated(self, name: str, source: str | None, kept: Mapping[tuple[str, str], Iterator[Any]]) -> Pending:
         """A collective that has ended with what it gave before, see `alone`."""
         results = kept.get((self.name, name))
         if results is None:
             raise NotRecorded(op=name, group=self.name, source=source)
-        job = _Job(name, lambda _: None, source, (), TIMEOUT_S)
+        job = _Job(name, Work(lambda _: None), source, TIMEOUT_S)
         start = time.perf_counter_ns()
         job.result = _copied(next(results))
         _tell(Record(self.name, name, start, time.perf_counter_ns(), 0), job.result)
@@ -268,7 +298,7 @@ class Channel:
             return
         self._asked += 1
         progress = Progress(self._asked, seconds := timeout_s())
-        job = _Job("the agreement on what the ranks run", lambda _: None, None, (), seconds)
+        job = _Job("the agreement on what the ranks run", Work(lambda _: None), None, seconds)
         try:
             store = dist.PrefixStore(f"plait/agree/{progress.number}", group.get_group_store())
             other = self._other(store, progress, digest)
@@ -333,8 +363,7 @@ class Channel:
             job.done.set()
             return
         assert task is not None
-        self._count += 1
-        progress = Progress(self._count, job.timeout)
+        progress = Progress(job.number, job.timeout)
         self._running = job, progress
         start = time.perf_counter_ns()
         try:

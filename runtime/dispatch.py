@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from . import collectives
 from .calls import resolve_op
-from .collectives import Pending, Progress, Task
+from .collectives import Pending, Progress, Work
 from .exchange import exchange
 from .layout import argument_values
 from .pending import ASYNCHRONOUS, START, WAIT
@@ -77,8 +77,7 @@ class Collectives:
         source, count, asynchronous = step.origin or None, len(step.outs), self.asynchronous(step) and not writes
 
         def start(*args: Any, **named: Any) -> Any:
-            task, inputs = prepare(*args, **named)
-            pending = collectives.channel(group).submit(name, task, inputs=inputs, source=source)
+            pending = collectives.channel(group).submit(name, prepare(*args, **named), source=source)
             return pending.parts(count) if asynchronous else pending.results()
 
         return start
@@ -99,10 +98,10 @@ def _read_otherwise(plan: Plan) -> Iterator[int]:
     yield from (o.ref for o in plan.outputs if o.kind == "value" and o.ref is not None)
 
 
-def _torch_task(op: Any) -> Callable[..., tuple[Task, Sequence[torch.Tensor]]]:
-    """A maker of tasks that run a functional collective of torch to its end."""
+def _torch_task(op: Any) -> Callable[..., Work]:
+    """A maker of work that runs a functional collective of torch to its end."""
 
-    def prepare(*args: Any, **named: Any) -> tuple[Task, Sequence[torch.Tensor]]:
+    def prepare(*args: Any, **named: Any) -> Work:
         inputs = [t for t in pytree.tree_leaves((args, named)) if isinstance(t, torch.Tensor)]
 
         def run(progress: Progress) -> tuple[torch.Tensor, ...]:
@@ -111,7 +110,7 @@ def _torch_task(op: Any) -> Callable[..., tuple[Task, Sequence[torch.Tensor]]]:
             wait = torch.ops._c10d_functional.wait_tensor
             return tuple(map(wait, results if isinstance(results, (tuple, list)) else (results,)))
 
-        return run, inputs
+        return Work(run, inputs)
 
     return prepare
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..errors import BadExchange
 from . import collectives
-from .collectives import Progress, Task
+from .collectives import Progress, Work
 
 PIECES = 8
 """Into how many messages what goes to one rank is cut. In one piece, gloo sends first one way and then the other."""
 
-SMALLEST_PIECE = 16 * 1024
+SMALLEST_PIECE = 64 * 1024
 """Bytes below which cutting costs more than it gains."""
 
 _TAGS = 2**20  # numbers of collectives that are in flight on one group at a time stay far below this
@@ -32,7 +32,9 @@ Rows = list[tuple[int, int]]
 
 _library = torch.library.Library("plait", "FRAGMENT")
 for _name in ("all_to_all_capacity", "all_to_all_capacity_start"):
-    _library.define(f"{_name}(Tensor buf, Tensor rows, Tensor? expected, str group_name) -> (Tensor, Tensor)")
+    _library.define(
+        f"{_name}(Tensor buf, Tensor rows, Tensor? expected, str group_name, bool clear=True) -> (Tensor, Tensor)"
+    )
 
 
 def all_to_all_capacity(buf: Tensor, counts: Tensor, group: Any) -> tuple[Tensor, Tensor]:
@@ -54,24 +56,24 @@ def all_to_all_capacity(buf: Tensor, counts: Tensor, group: Any) -> tuple[Tensor
     return received, (came[:, 1] if counts.dim() == 1 else came).to(counts.dtype)
 
 
-def _run(buf: Tensor, rows: Tensor, expected: Tensor | None, group_name: str) -> tuple[Tensor, Tensor]:
-    task, inputs = exchange(buf, rows, expected, group_name)
-    return collectives.channel(group_name).submit("plait.all_to_all_capacity", task, inputs=inputs).wait()
+def _run(buf: Tensor, rows: Tensor, expected: Tensor | None, group_name: str, clear: bool = True) -> tuple[Tensor, Tensor]:
+    work = exchange(buf, rows, expected, group_name, clear)
+    return collectives.channel(group_name).submit("plait.all_to_all_capacity", work).wait()
 
 
-def _fake(buf: Tensor, rows: Tensor, expected: Tensor | None, group_name: str) -> tuple[Tensor, Tensor]:
+def _fake(buf: Tensor, rows: Tensor, expected: Tensor | None, group_name: str, clear: bool = True) -> tuple[Tensor, Tensor]:
     return buf.new_empty(buf.shape), rows.new_empty(rows.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, rows, _, ctx.group_name = inputs
+    _, rows, _, ctx.group_name, _ = inputs
     ctx.save_for_backward(rows, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
     sent, received = ctx.saved_tensors
-    return torch.ops.plait.all_to_all_capacity(grad, received, sent, ctx.group_name)[0], None, None, None
+    return torch.ops.plait.all_to_all_capacity(grad, received, sent, ctx.group_name)[0], None, None, None, None
 
 
 for _name in ("all_to_all_capacity", "all_to_all_capacity_start"):
@@ -81,17 +83,17 @@ for _name in ("all_to_all_capacity", "all_to_all_capacity_start"):
 torch.library.register_autograd("plait::all_to_all_capacity", _backward, setup_context=_save, lib=_library)
 
 
-def exchange(buf: Tensor, rows: Tensor, expected: Tensor | None, group_name: str) -> tuple[Task, list[Tensor]]:
-    """What a channel has to run for an exchange, and the tensors that it reads. Raises BadExchange, NoSuchGroup."""
+def exchange(buf: Tensor, rows: Tensor, expected: Tensor | None, group_name: str, clear: bool = True) -> Work:
+    """What a channel has to run for an exchange. Rows of the result on the host where nothing comes are zero where they are
+    to be clear, of any value else. Raises BadExchange, NoSuchGroup."""
     group = collectives.resolve(group_name)
     _check(buf, rows, expected, group.size())
     buf, rows = buf.detach().contiguous(), rows.contiguous()
-    inputs = [buf, rows] if expected is None else [buf, rows, expected]
     if buf.device.type == "cpu":
-        sent = _used(rows, buf.shape[1], "rows")
-        coming = None if expected is None else _used(expected, buf.shape[1], "expected")
-        return (lambda progress: _over_sockets(group, buf, rows, sent, expected, coming, progress)), inputs
-    return (lambda progress: _over_nccl(group, buf, rows, expected, progress)), inputs
+        mine = _OverSockets(group, buf, rows, expected, clear)
+        return Work(mine.finish, begin=mine.begin)
+    inputs = [buf, rows] if expected is None else [buf, rows, expected]
+    return Work(lambda progress: _over_nccl(group, buf, rows, expected, progress), inputs)
 
 
 def _check(buf: Tensor, rows: Tensor, expected: Tensor | None, ranks: int) -> None:
@@ -131,42 +133,75 @@ def _pieces(buf: Tensor, rows: Rows, first: int, count: int) -> Iterator[Tensor]
             yield buf[g, at : min(at + step, end)]
 
 
-def _over_sockets(
-    group: Any, buf: Tensor, rows: Tensor, sent: Rows, expected: Tensor | None, coming: Rows | None, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    """An exchange in memory of the host. Rows are sent from where they lie, received to where they belong."""
-    rank, size = group.rank(), group.size()
-    count = buf.shape[0] // size
-    tag = _FIRST_TAG + 2 * (progress.number % _TAGS)
-    peers = [(rank + step) % size for step in range(1, size)]
-    sources = [(rank - step) % size for step in range(1, size)]
-    out = torch.empty_like(buf)
-    inbox = torch.empty(size, max(_ROOM, _HEADER + 2 * count), dtype=torch.int64)
-    announced: Works = []
-    receives: Works = []
-    if coming is None:
-        letters = [(r, _letter(buf, sent[r * count : r * count + count])) for r in peers]
-        announced = [(r, group.recv([inbox[r]], r, tag)) for r in sources]
-        announced += [(r, group.send([letter], r, tag)) for r, letter in letters]
-        progress.bytes += sum(letter.numel() * letter.element_size() for _, letter in letters)
-    else:
-        receives = _receive(group, out, coming, sources, tag + 1)
-    sends: Works = []
-    for r in peers:
-        for piece in _pieces(buf, sent, r * count, count):
-            sends.append((r, group.send([piece], r, tag + 1)))
-            progress.bytes += piece.numel() * piece.element_size()
-    _copy_rows(buf, out, sent, range(rank * count, rank * count + count))
-    if coming is None:
-        _wait(announced, progress)
-        coming = _read(inbox, buf, sent, rank)
-        receives = _receive(group, out, coming, sources, tag + 1)
-    _clear_rows(out, coming)
-    _wait(receives + sends, progress)
-    return out, torch.tensor(coming, dtype=torch.int64).reshape(-1, 2) if expected is None else expected.clone()
+class _OverSockets:
+    """An exchange in memory of the host. Rows are sent from where they lie, received to where they belong.
 
+    It begins where it is submitted: its messages are posted behind those of exchanges that are still on their way, so that
+    the link has no pause between them. Each has a tag of its own, so that the order in which ranks post them is free.
+    """
 
-Works = list[tuple[int, Any]]
+    def __init__(self, group: Any, buf: Tensor, rows: Tensor, expected: Tensor | None, clear: bool) -> None:
+        self.clear = clear
+        self.group, self.buf, self.rows, self.expected = group, buf, rows, expected
+        self.sent = _used(rows, buf.shape[1], "rows")
+        self.coming = None if expected is None else _used(expected, buf.shape[1], "expected")
+        self.rank, self.size = group.rank(), group.size()
+        self.count = buf.shape[0] // self.size
+        self.peers = [(self.rank + step) % self.size for step in range(1, self.size)]
+        self.sources = [(self.rank - step) % self.size for step in range(1, self.size)]
+        self.out = torch.empty_like(buf)
+        self.bytes = self.tag = 0
+        self.works: list[tuple[int, Any]] = []
+
+    def begin(self, number: int) -> None:
+        """Post the messages, or, where the other ranks do not know yet what is coming, the announcements."""
+        self.tag = _FIRST_TAG + 2 * (number % _TAGS)
+        if self.coming is not None:
+            self._post(self.coming)
+            return
+        self.inbox = torch.empty(self.size, max(_ROOM, _HEADER + 2 * self.count), dtype=torch.int64)
+        letters = [(r, _letter(self.buf, self.sent[r * self.count : (r + 1) * self.count])) for r in self.peers]
+        self.works = [(r, self.group.recv([self.inbox[r]], r, self.tag)) for r in self.sources]
+        self.works += [(r, self._send(letter, r, self.tag)) for r, letter in letters]
+
+    def _post(self, coming: Rows) -> None:
+        # Receives come first: gloo tells the other rank of each on the way of our rows, and a rank that is told behind
+        # the rows of another only then begins to send its own.
+        for r in self.sources:
+            for piece in _pieces(self.out, coming, r * self.count, self.count):
+                self.works.append((r, self.group.recv([piece], r, self.tag + 1)))
+        for r in self.peers:
+            for piece in _pieces(self.buf, self.sent, r * self.count, self.count):
+                self.works.append((r, self._send(piece, r, self.tag + 1)))
+
+    def _send(self, piece: Tensor, rank: int, tag: int) -> Any:
+        self.bytes += piece.numel() * piece.element_size()
+        return self.group.send([piece], rank, tag)
+
+    def finish(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Wait until all rows have come and gone."""
+        coming = self.coming
+        if coming is None:
+            self._wait(progress)
+            coming = _read(self.inbox, self.buf, self.sent, self.rank)
+            self._post(coming)
+        own = range(self.rank * self.count, (self.rank + 1) * self.count)
+        _copy_rows(self.buf, self.out, self.sent, own)
+        if self.clear:
+            _clear_rows(self.out, coming)
+        self._wait(progress)
+        progress.bytes += self.bytes
+        if self.expected is not None:
+            return self.out, self.expected.clone()
+        return self.out, torch.tensor(coming, dtype=torch.int64).reshape(-1, 2)
+
+    def _wait(self, progress: Progress) -> None:
+        for r, work in self.works:
+            progress.awaited = r
+            work.wait(progress.left())
+        progress.awaited = None
+        self.works.clear()
+
 
 _HEADER = 4
 _ROOM = 4096
@@ -196,18 +231,6 @@ def _read(inbox: Tensor, buf: Tensor, sent: Rows, rank: int) -> Rows:
         words = letter[_HEADER : _HEADER + 2 * count]
         coming += zip(words[::2], words[1::2], strict=True)
     return coming
-
-
-def _receive(group: Any, out: Tensor, coming: Rows, sources: Sequence[int], tag: int) -> Works:
-    count = out.shape[0] // group.size()
-    return [(r, group.recv([piece], r, tag)) for r in sources for piece in _pieces(out, coming, r * count, count)]
-
-
-def _wait(works: Works, progress: Progress) -> None:
-    for r, work in works:
-        progress.awaited = r
-        work.wait(progress.left())
-    progress.awaited = None
 
 
 # Copying with torch would start its threads beside those that compute; these leave Python's lock as well.
