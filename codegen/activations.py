@@ -130,11 +130,10 @@ def _sigmoid_backward(at: At) -> str:
     return at.op("mul", at.op("mul", at.operand(at["grad_output"]), at.op("sub", at.const(1), y)), y)
 
 
-@lowers("aten.gelu_backward.default")
-def _gelu_backward(at: At) -> str:
-    grad, x = at.operand(at["grad_output"]), at.operand(at["self"])
+def gelu_backward(at: At, grad: str, x: str, approximate: str) -> str:
+    """grad times the slope of gelu at x."""
     half, one = at.const(0.5), at.const(1)
-    if at["approximate"] == "tanh":
+    if approximate == "tanh":
         beta, kappa = at.const(math.sqrt(2 / math.pi)), at.const(0.044715)
         square = at.op("mul", x, x)
         inner = at.op("mul", beta, at.op("add", x, at.op("mul", kappa, at.op("mul", square, x))))
@@ -149,12 +148,21 @@ def _gelu_backward(at: At) -> str:
     return at.op("mul", grad, at.op("add", cdf, at.op("mul", x, pdf)))
 
 
-@lowers("aten.silu_backward.default")
-def _silu_backward(at: At) -> str:
-    grad, x = at.operand(at["grad_output"]), at.operand(at["self"])
+@lowers("aten.gelu_backward.default")
+def _gelu_backward(at: At) -> str:
+    return gelu_backward(at, at.operand(at["grad_output"]), at.operand(at["self"]), at["approximate"])
+
+
+def silu_backward(at: At, grad: str, x: str) -> str:
+    """grad times the slope of silu at x."""
     one = at.const(1)
     gate = at.op("div", one, at.op("add", one, at.op("exp", at.op("neg", x))))
     return at.op("mul", at.op("mul", grad, gate), at.op("add", one, at.op("mul", x, at.op("sub", one, gate))))
+
+
+@lowers("aten.silu_backward.default")
+def _silu_backward(at: At) -> str:
+    return silu_backward(at, at.operand(at["grad_output"]), at.operand(at["self"]))
 
 
 @lowers("aten.native_dropout_backward.default", cheap=True)

@@ -19,6 +19,7 @@ from ..ir.effects import intervals
 from ..ir.strides import lies_channels_last
 from ..ir.types import type_symbols
 from ..runtime.panels import Panels
+from ..runtime.pending import is_wait
 from ..runtime.reordered import Reordered
 from . import activations, library, pointwise, special  # noqa: F401 (all but the second register their lowerings)
 from .allow import Allow, always
@@ -26,7 +27,7 @@ from .attention import Attention, attention_of
 from .body import Body, Index, dtype_name
 from .expert import Expert, expert_of
 from .gpu_matmul import gpu_matmul_of
-from .joined import summed_across
+from .joined import JOIN, fills, places, summed_across
 from .kernel_ir import DTYPES
 from .lowering import CHEAP, POINTWISE, At
 from .matmul import Chooser, Matmul, matmul_of, widened
@@ -57,7 +58,7 @@ class Unit:
     """One value computed by kernels. `domain` are the sizes it iterates over (a reduction's: of its input; a scatter's: of
     what is scattered). A matmul is a unit whose elements the template provides; what it reads besides its operands belongs
     to the epilogue. Attention, products of experts and what moves their rows are templates without one; `also` are what such
-    a template computes besides."""
+    a template, or what skips rows, computes besides."""
 
     value: Value
     node: Node
@@ -117,6 +118,12 @@ def is_view(node: Node) -> bool:
     return node.op.has("view") or node.op.name == "aten._unsafe_view.default"
 
 
+def _may_pass_on(node: Node) -> bool:
+    """Whether a call may give its operands' memory: views, waits for what is not on its way, regions."""
+    overload = node.op.overload
+    return overload is None or is_wait(node.op.name) or any(r.alias_info for r in overload._schema.returns)
+
+
 class Analysis:
     """Decisions about every node of a graph (composites already opened)."""
 
@@ -147,10 +154,12 @@ class Analysis:
         self.interval = intervals(graph)  # work stays between the collectives that it stands between
         self.checks_rows = False
         self.unread: set[Value] = set()  # of which nobody reads rows that are not used: they are not cleared
-        self.joined = summed_across(graph) if generate else frozenset[Value]()
+        self.joined = set(summed_across(graph)) if generate else set[Value]()  # kernels of their own
+        self.parts: dict[Value, tuple[Value, int]] = {}  # root -> what it lies in, and where
         self.panels: dict[Value, tuple[Value, Panels]] = {}  # by weight: what takes its place in products
         self.reordered: dict[Value, Reordered] = {}  # weights of convolutions, laid out for oneDNN
         self._classify()
+        self._lent = self._lent_out()
         self._place()
         self.given = frozenset(self.memory[v].root for v in graph.results if v in self.memory)  # memory that a caller gets
         self._pack()
@@ -290,7 +299,49 @@ class Analysis:
             self.aliases[v] = self.memory[v]
         return True
 
+    def _lent_out(self) -> frozenset[Value]:
+        """Values in whose memory results, what goes back to inputs, and what calls make may lie."""
+        found: set[Value] = set()
+        todo = [*self.graph.results, *self._written_back(), *(v for n in self.calls if _may_pass_on(n) for v in n.inputs)]
+        while todo:
+            v = todo.pop()
+            node = self.graph.producers.get(v)
+            if v not in found and node is not None and is_view(node):
+                todo += node.inputs
+            found.add(v)
+        return frozenset(found)
+
+    def _written_back(self) -> list[Value]:
+        return [v for _, copy in self.graph.writes for v in self.graph.producers[copy].inputs]
+
+    def _join(self, joined: Value, node: Node) -> bool:
+        """Let kernels compute the parts of a joined value in its memory; False where they cannot.
+
+        What computes a part has another size than the join, so that it stores the part, whoever reads the join: storing it
+        there costs no more. A part that no kernel stores would have to be: those stay as they are.
+        """
+        at = places(node)
+        if at is None or joined in self._written_back():
+            return False
+        homes = [self.memory.get(v) for v in node["tensors"]]
+        found: dict[Value, tuple[Value, int]] = {}
+        for part, home, offset in zip(node["tensors"], homes, at, strict=True):
+            if home is None or home.offset != 0 or home.root not in self.units or home.root in self._lent:
+                return False
+            if home.root in self.parts or not fills(part.tensor, home.strides, home.root.tensor, joined.tensor):
+                return False
+            found[home.root] = joined, offset
+        if len(found) < len(homes) or not self.allow("reuse", "join", node):
+            return False
+        self.parts.update(found)
+        self.joined.add(joined)
+        return True
+
     def _compute(self, v: Value, node: Node, wanted: set[Value]) -> None:
+        if node.op.name == JOIN and self._join(v, node):
+            self.units[v] = Unit(v, node, v.tensor.shape)
+            self._in_memory(v)
+            return
         spec, made, alone = reduction(node), self._templated(node), ordered(node)
         if isinstance(spec, ReduceSpec):
             self.units[v] = Unit(v, node, node.args[0].tensor.shape, reduce=spec)
@@ -315,8 +366,9 @@ class Analysis:
             return
         if alone is not None:
             assert not isinstance(alone, str), "a node without a kernel is a call"
+            first, *also = node.outputs
             domain = alone.domain if isinstance(alone, Scatter) else v.tensor.shape
-            self.units[v] = Unit(v, node, domain, ordered=alone)
+            self.units[v] = Unit(v, node, domain, ordered=alone, also=tuple(also)) if v is first else self.units[first]
             self._in_memory(v)
             return
         free = node.op.name in INDEX_MAPS or node.op.name in SPLITS or _is_number(node)
@@ -360,7 +412,7 @@ class Analysis:
     def _find_unread(self) -> None:
         """Templates for GPUs compute whole buffers."""
         for v, unit in self.units.items():
-            found = self.target.kind == "cpu" and rows_alone(unit.node, self.graph)
+            found = self.target.kind == "cpu" and rows_alone(v, self.graph)
             if found and self.allow("unread", "unread", unit.node):
                 self.unread.add(v)
 
@@ -430,6 +482,8 @@ class Analysis:
             probe.scattered(unit, unit.ordered, index)
         else:
             probe.evaluate(unit, index)
+            for v in unit.also:
+                probe.compute(v, unit.node, index)
         self.checks_rows = self.checks_rows or probe.checked
 
     def resolve(self, value: Value) -> Memory:
@@ -475,9 +529,10 @@ class Evaluator:
 
     def compute(self, value: Value, node: Node, index: Index) -> str:
         """Lower one elementwise node at `index`, rounded to the value's dtype."""
-        at = At(self.body, node, index, value.tensor, self.read, self.guard, self.bounds)
+        result = node.outputs.index(value)
+        at = At(self.body, node, index, value.tensor, self.read, self.guard, self.bounds, result)
         if node.op.name in SPLITS:
-            return self.read(node.args[0], part_of_split(at, node.outputs.index(value)))
+            return self.read(node.args[0], part_of_split(at, result))
         return self.body.cast(POINTWISE[node.op.name](at), dtype_name(value.tensor.dtype))
 
     def evaluate(self, unit: Unit, index: Index) -> str:

@@ -82,8 +82,9 @@ def coverage_of(scheduled: Scheduled) -> Coverage:
     generated = len({id(n) for i in kernels for n in i.nodes})
     reported = tuple(Reported(c.node.op.name, c.kind, c.reason, c.node.loc.short) for c in calls)
     library = sum(c.kind == "library" for c in calls)
-    aliases = sum(isinstance(i, AliasItem) for i in scheduled.items)
-    return Coverage(generated, library, len(calls) - library, aliases, len(kernels), reported)
+    joined = {home for home, _ in scheduled.stored.values()}.difference(scheduled.graph.inputs)
+    free = len(joined) + sum(isinstance(i, AliasItem) for i in scheduled.items)
+    return Coverage(generated, library, len(calls) - library, free, len(kernels), reported)
 
 
 def compile_graph(graph: Graph, options: CodegenOptions | None = None, allow: Allow = always) -> CompiledGraph:

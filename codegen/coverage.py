@@ -18,8 +18,8 @@ class Reported:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Nodes by what runs them. `free` are values that are views of others and need no work; `launches` is the number of
-    generated kernels launched per call."""
+    """Nodes by what runs them. `free` are values that need no work: views of others, what is joined in place. `launches`
+    is the number of generated kernels launched per call."""
 
     generated: int = 0
     library: int = 0

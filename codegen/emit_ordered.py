@@ -3,26 +3,28 @@ rows."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 
 from ..ir import Value, dim
 from .analysis import Analysis, Unit
-from .body import dtype_name
+from .body import Index, dtype_name
 from .emit import Emitted, GroupBody, Order, finished
-from .expert import activation, is_used
+from .expert import element, is_used
 from .groups import Axis, Group
 from .lowering import At
 from .ordered import Scan, Scatter, UsedRows
 from .views import unravel
 
 
-def emit_ordered(analysis: Analysis, group: Group, status: Value | None) -> Emitted:
+def emit_ordered(analysis: Analysis, group: Group, stored: set[Value], status: Value | None) -> Emitted:
     """The kernel of a group whose one unit writes in an order of its own; parameters as of `emit`."""
     unit = group.units[0]
     made = unit.ordered
     assert made is not None
-    body = _OrderedBody(analysis, group, {unit.value}, _loops(group, unit), status)
-    body.body.pinned.add(body.param(analysis.memory[unit.value].root))
+    body = _OrderedBody(analysis, group, stored.intersection(unit.values), _loops(group, unit), status)
+    body.body.pinned.update(body.param(analysis.memory[v].root) for v in unit.values if v in stored)
     if isinstance(made, Scatter):
         body.scatter(unit, made)
     elif isinstance(made, UsedRows):
@@ -64,21 +66,30 @@ class _OrderedBody(GroupBody):
             self.body.store(buffer, dtype, address, value)
 
     def used_rows(self, unit: Unit) -> None:
-        """Compute the rows that are used, and write zeros to the others if anybody reads them."""
-        out = unit.value
-        groups, capacity, features = out.tensor.shape
-        dtype, buffer = dtype_name(out.tensor.dtype), self.param(self.analysis.memory[out].root)
+        """Compute the rows that are used, and write zeros to the others of results of which anybody reads them."""
+        groups, capacity, features = unit.value.tensor.shape
         which, computed, cleared = (sympy.Symbol(s, integer=True, nonnegative=True) for s in ("r", "f", "z"))
         group, row = unravel(which, (groups, capacity))
+        wanted = [(i, v) for i, v in enumerate(unit.values) if v in self.stored]
+        for _, v in wanted:  # one without elements is a buffer, too
+            self.body.buffer(self.param(self.analysis.memory[v].root), dtype_name(v.tensor.dtype), "write")
+        results = [(i, v) for i, v in wanted if v.tensor.numel != 0]
+        read = [v for _, v in results if v not in self.analysis.unread]
         with self.body.loop(which, dim(groups * capacity), kind="parallel"):
-            at = At(self.body, unit.node, (group, row, computed), out.tensor, self.read, self.guard, self.bounds)
+            at = At(self.body, unit.node, (group, row, computed), unit.value.tensor, self.read, self.guard, self.bounds)
             many = self.body.op("where", is_used(at), self.body.index(features), self.body.const(0, "int64"))
             with self.body.loop(computed, self.body.symbol(many), vector=True):
-                self.body.store(buffer, dtype, self.address(out, at.index), activation(at))
-            if out not in self.analysis.unread:
+                self._put([(v, at.index, element(replace(at, out=v.tensor, result=i))) for i, v in results])
+            if read:
                 with self.body.loop(cleared, features - self.body.symbol(many), vector=True):
-                    zero = self.body.cast(self.body.const(0, at.dtype), dtype)
-                    self.body.store(buffer, dtype, self.address(out, (group, row, cleared)), zero)
+                    zero = self.body.const(0, at.dtype)
+                    self._put([(v, (group, row, cleared), zero) for v in read])
+
+    def _put(self, elements: list[tuple[Value, Index, str]]) -> None:
+        """Store elements of results."""
+        for v, index, value in elements:
+            dtype = dtype_name(v.tensor.dtype)
+            self.body.store(self.param(self.analysis.memory[v].root), dtype, self.address(v, index), value)
 
     def scan(self, unit: Unit, made: Scan) -> None:
         """Store the running value at every step."""

@@ -25,7 +25,7 @@ from .matmul import threads
 from .templates import matmul as T
 
 MM, WEIGHT = "plait.expert_mm.default", "plait.expert_mm_weight.default"
-ACTIVATION = "plait.expert_act.default"
+ACTIVATION, ACTIVATION_BACKWARD = "plait.expert_act.default", "plait.expert_act_backward.default"
 _SUMS = {torch.float32: "float32", torch.bfloat16: "float32", torch.float16: "float32", torch.float64: "float64"}
 _ROW, _OUT_ROW, _OUT_GROUP = (sympy.Symbol(s, integer=True, nonnegative=True) for s in ("row", "out_row", "out_group"))
 
@@ -134,35 +134,69 @@ def _scratch(elements: Any, dtype: torch.dtype, hint: str) -> Value:
 
 
 def is_used(at: At) -> str:
-    """Whether the row of an element of an `expert_act` is used."""
+    """Whether the row of an element of an `expert_act`, or of its backward, is used."""
     group, row, _ = at.index
     row = at.body.index(row)
     first, end = (at.load(at["rows"], (group, i)) for i in (0, 1))
     return at.op("and", at.op("ge", row, first), at.op("lt", row, end))
 
 
-def activation(at: At) -> str:
-    """An element of an `expert_act` whose row is used. Halves are rounded where the reference rounds them."""
-    group, _, feature = at.index
-    y = at.operand(at["x"])
-    if (bias := at["bias"]) is not None:
-        experts = bias.tensor.shape[0]
-        own = group if experts == at["x"].tensor.shape[0] else ModularIndexing(group, 1, experts)
-        y = _rounded(at, at.op("add", y, at.body.cast(at.body.up(at.load(bias, (own, feature))), at.dtype)))
+def element(at: At) -> str:
+    """An element of an `expert_act`, or of its backward, whose row is used. Halves are rounded where the reference rounds
+    them."""
+    if at.node.op.name == ACTIVATION_BACKWARD:
+        return _gradient(replace(at, out=at["x"].tensor))
+    y = _activated(at, _before(at))
+    return y if at["other"] is None else at.op("mul", _rounded(at, y), at.operand(at["other"]))
+
+
+def _gradient(at: At) -> str:
+    """An element of the gradient of x or of `other`."""
+    grad, before = at.operand(at["grad"]), _before(at)
+    if at.result == 1:
+        return at.op("mul", grad, _activated(at, before))
+    grad = grad if at["other"] is None else at.op("mul", grad, at.operand(at["other"]))
     match at["kind"]:
         case "gelu" | "gelu_tanh":
-            y = activations.gelu(at, y, "tanh" if at["kind"] == "gelu_tanh" else "none")
+            return activations.gelu_backward(at, grad, before, "tanh" if at["kind"] == "gelu_tanh" else "none")
         case "silu":
-            y = activations.silu(at, y)
+            return activations.silu_backward(at, grad, before)
         case "relu":
-            y = activations.relu(at, y)
-    return y if at["other"] is None else at.op("mul", _rounded(at, y), at.operand(at["other"]))
+            return at.op("where", at.op("le", before, at.const(0)), at.const(0), grad)
+        case _:
+            return grad
+
+
+def _before(at: At) -> str:
+    """What is activated: x plus bias."""
+    group, _, feature = at.index
+    x = at.operand(at["x"])
+    if (bias := at["bias"]) is None:
+        return x
+    experts = bias.tensor.shape[0]
+    own = group if experts == at["x"].tensor.shape[0] else ModularIndexing(group, 1, experts)
+    return _rounded(at, at.op("add", x, at.body.cast(at.body.up(at.load(bias, (own, feature))), at.dtype)))
+
+
+def _activated(at: At, before: str) -> str:
+    match at["kind"]:
+        case "gelu" | "gelu_tanh":
+            return activations.gelu(at, before, "tanh" if at["kind"] == "gelu_tanh" else "none")
+        case "silu":
+            return activations.silu(at, before)
+        case "relu":
+            return activations.relu(at, before)
+        case _:
+            return before
 
 
 def _rounded(at: At, value: str) -> str:
     return at.body.up(at.body.cast(value, dtype_name(at.out.dtype)))
 
 
-@lowers(ACTIVATION)
+@lowers(ACTIVATION, ACTIVATION_BACKWARD)
 def _activation(at: At) -> str:
-    return at.op("where", is_used(at), activation(at), at.const(0))
+    if at.result == 1 and at["other"] is None:
+        return at.const(0)  # of no elements
+    value = element(at)
+    return at.op("where", is_used(at), value, at.const(0, at.body.dtype[value]))

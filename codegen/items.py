@@ -63,11 +63,11 @@ Item = KernelItem | CallItem | AliasItem
 @dataclass(frozen=True)
 class Scheduled:
     """A graph at the kernel level: items in order. `scratch` are values that no node of the graph defines; `stored` maps a
-    value to the value in whose memory it lives: what is written back to an input. `laid_out` are weights as the
-    matmul template or oneDNN reads them."""
+    value to the value in whose memory it is computed, and the offset there (in elements): what is written back to an input,
+    and parts of what is joined. `laid_out` are weights as the matmul template or oneDNN reads them."""
 
     graph: Graph
     items: tuple[Item, ...]
     scratch: tuple[Value, ...] = ()
-    stored: Mapping[Value, Value] = field(default_factory=dict)
+    stored: Mapping[Value, tuple[Value, int]] = field(default_factory=dict)
     laid_out: Mapping[Value, Panels | Reordered] = field(default_factory=dict)

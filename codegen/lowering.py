@@ -22,7 +22,7 @@ from .body import Body, Index, compute_dtype, dtype_name
 
 @dataclass
 class At:
-    """One output element of `node`: `index` has one entry per dimension of the output."""
+    """One element of output number `result` of `node`: `index` has one entry per dimension of the output."""
 
     body: Body
     node: Node
@@ -31,6 +31,7 @@ class At:
     read: Callable[[Value, Index], str]
     guard: Callable[[str], AbstractContextManager[None]]
     bounds: Callable[[str, Any], Any]
+    result: int = 0
 
     @property
     def dtype(self) -> str:

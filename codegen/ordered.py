@@ -16,7 +16,7 @@ import torch
 
 from ..ir import Dim, Node
 from .body import Index, compute_dtype, dtype_name
-from .expert import ACTIVATION
+from .expert import ACTIVATION, ACTIVATION_BACKWARD
 from .lowering import At
 from .views import row_index
 
@@ -49,7 +49,8 @@ class Scan:
 
 @dataclass(frozen=True)
 class UsedRows:
-    """An `expert_act` [G, C, f] on the CPU: rows that are not used are not computed, which lanes could not skip."""
+    """An `expert_act` [G, C, f] on the CPU, or its backward: rows that are not used are not computed, which lanes could not
+    skip."""
 
 
 Ordered = Scatter | Scan | UsedRows
@@ -195,6 +196,7 @@ def _used_rows(node: Node) -> Ordered | None:
 
 _ORDERED: dict[str, Callable[[Node], Ordered | str | None]] = {
     ACTIVATION: _used_rows,
+    ACTIVATION_BACKWARD: _used_rows,
     "aten.scatter.src": _scatter,
     "aten.scatter.value": _scatter,
     "aten.scatter.reduce": _scatter_merging,

@@ -40,7 +40,7 @@ class _Planner:
             if value in self.alias:
                 value = self.alias[value].of
             elif value in self.scheduled.stored:
-                value = self.scheduled.stored[value]
+                value, _ = self.scheduled.stored[value]
             elif value in self.borrowed:
                 value = self.borrowed[value]
             else:
@@ -115,8 +115,8 @@ class _Planner:
         arena = plan_arena(blocks, lambda v: self.allow("reuse", "reuse", self.graph.producers.get(v)))
         for block in blocks:
             self.define(block.key, "arena", None, arena.offsets[block.key])
-        for value, home in self.scheduled.stored.items():
-            self.define(value, "view", self.id(home))
+        for value, (home, offset) in self.scheduled.stored.items():
+            self.define(value, "view", self.id(home), offset)
         for item in self.scheduled.items:
             if isinstance(item, AliasItem) and item.of in self.specs:  # else fused away with what it is a view of
                 self.define_alias(item)

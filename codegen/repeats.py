@@ -74,8 +74,9 @@ class _Signature:
             reduced = r.op, r.dims, r.keepdim, r.dtype, r.value_dtype
         made = unit.matmul
         template: Any = None
-        if unit.attention is not None or unit.moe is not None:
-            template = tuple(map(self.of_value, unit.operands)), tuple((self.place(w), w in self.stored) for w in unit.also)
+        if unit.attention is not None or unit.moe is not None or unit.ordered is not None:
+            also = ((self.place(w), w in self.stored, w in self.analysis.unread) for w in unit.also)
+            template = tuple(map(self.of_value, unit.operands)), tuple(also)
         if unit.expert is not None:
             template = tuple(map(self.of_value, unit.operands))
         if made is not None:

@@ -31,6 +31,7 @@ from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
 from .tuning import default_choice, linear_call, measured_choice
 from .unbacked import bind_sizes
+from .unread import EXCHANGES, received_alone
 from .waits import with_waits
 
 assert runtime_ops is not None and runtime_moe is not None  # importing registers the ops `plait.*` that plans call
@@ -67,7 +68,8 @@ def schedule(
     graph = without(graph, copies)
     items: list[Item] = []
     scratch: list[Value] = []
-    homes = dict(zip((v for _, v in graph.writes), (graph.inputs[i] for i, _ in graph.writes), strict=True))
+    homes = {v: (graph.inputs[i], 0) for i, v in graph.writes} | analysis.parts
+    joined = {home for home, _ in analysis.parts.values()}
     status = Value(TensorType((1,), torch.int64, analysis.device), "status") if analysis.checks_rows else None
     late: list[Item] = []
     repeats = Repeats(analysis, stored, status)
@@ -75,6 +77,8 @@ def schedule(
         if isinstance(item, Group):
             if not any(v in stored and v not in copies for u in item.units for v in u.values):
                 continue  # nobody reads what it computes: only its sizes mattered
+            if item.units[0].value in joined:
+                continue  # its parts are computed there
             nodes = tuple(dict.fromkeys(n for u in item.units for n in _covered(analysis, u.node)))
             kernel = repeats.item(item, nodes, lambda g=item, n=nodes: _kernel_item(analysis, g, n, stored, status))
             if item.units[0].operands and target.kind == "cpu":
@@ -112,6 +116,9 @@ def _implementation(analysis: Analysis, node: Node) -> Node:
     where that was measured to be the fastest, or where the graph owns a convolution's weight."""
     if node.op.name in _ADDRESSING:
         return _addressing(analysis, node)
+    if node.op.name in EXCHANGES and analysis.allow("unread", "unread", node) and received_alone(node, analysis.graph):
+        at = node.op.index["clear"]
+        return replace(node, args=(*node.args[:at], False, *node.args[at + 1 :]))
     if node.op.name == CONVOLUTION and analysis.target.kind == "cpu":
         return _with_reordered_weight(analysis, node)
     made = matmul_of(node)
@@ -184,9 +191,9 @@ def _kernel_item(
         return emit_expert(first.expert, first.node, clear=first.value not in analysis.unread)
     if first.moe is not None:
         return emit_moe(first.moe, status, first.node, clear=first.value not in analysis.unread)
-    made = emit_ordered(analysis, group, status) if first.alone else emit(analysis, group, stored, status)
+    made = emit_ordered(analysis, group, stored, status) if first.alone else emit(analysis, group, stored, status)
     # what a kernel writes and then reads again it does not read from before
-    own = made.scratch | {u.value for u in group.units}
+    own = made.scratch | {v for u in group.units for v in u.values}
     access = tuple(
         "write" if v in own and v not in group.in_place else b.access
         for v, b in zip(made.buffers, made.kernel.buffers, strict=True)

@@ -6,31 +6,58 @@ y = expert_mm(x, w, rows); z = expert_act(y, None, None, rows, "gelu"); return (
 from __future__ import annotations
 
 from ..ir import Graph, Node, Value
-from .expert import ACTIVATION, MM, WEIGHT
+from ..runtime.pending import WAIT
+from .expert import ACTIVATION, ACTIVATION_BACKWARD, MM, WEIGHT
+
+EXCHANGES = ("plait.all_to_all_capacity.default", "plait.all_to_all_capacity_start.default")
 
 _READS = {
     MM: ("x",),
     WEIGHT: ("x", "grad"),
     ACTIVATION: ("x", "other"),
-    "plait.all_to_all_capacity.default": ("buf",),
-    "plait.all_to_all_capacity_start.default": ("buf",),
+    ACTIVATION_BACKWARD: ("grad", "x", "other"),
+    **dict.fromkeys(EXCHANGES, ("buf",)),
     "plait.moe_join.default": ("parts",),
 }
 """Operands of which an op reads the rows that its `rows` names, and no others."""
 
 
-def rows_alone(node: Node, graph: Graph) -> bool:
-    """Whether all that is read of a node's result are its used rows."""
-    if node.op.name not in (MM, ACTIVATION, "plait.moe_encode.default"):
+_AT_SLOTS = ("plait.moe_decode.default", "plait.moe_decode_weight.default")
+
+
+def received_alone(exchange: Node, graph: Graph) -> bool:
+    """Whether all that is read of what an exchange gives are the rows that came."""
+    buffer, came = exchange.results
+    waits = [u for v in (buffer, came) for u in graph.users.get(v, ()) if u.op.name == WAIT]
+    results = {buffer, *(w.out for w in waits if w.args[0] is buffer)}
+    names = {came, exchange["expected"], *(w.out for w in waits if w.args[0] is came)}
+    if not results.isdisjoint(graph.results):
+        return False
+    readers = [(u, v) for v in results for u in graph.users.get(v, ()) if u not in waits]
+    return all(any(_reads(u, v, rows) for rows in names if rows is not None) or _at(u, names, graph) for u, v in readers)
+
+
+def _at(user: Node, names: set[Value], graph: Graph) -> bool:
+    """Whether a node reads the rows of slots, which lie in these rows."""
+    if user.op.name not in _AT_SLOTS:
+        return False
+    slots = graph.producers.get(user["slot"])
+    return slots is not None and slots.op.name == "plait.moe_slots.default" and slots.results[2] in names
+
+
+def rows_alone(value: Value, graph: Graph) -> bool:
+    """Whether all that is read of a buffer are its used rows."""
+    node = graph.producers[value]
+    if node.op.name not in (MM, ACTIVATION, ACTIVATION_BACKWARD, "plait.moe_encode.default"):
         return False
     rows = _used_rows(node, graph)
-    users = graph.users.get(node.out, ())
-    return rows is not None and node.out not in graph.results and all(_reads(u, node.out, rows) for u in users)
+    users = graph.users.get(value, ())
+    return rows is not None and value not in graph.results and all(_reads(u, value, rows) for u in users)
 
 
 def _used_rows(node: Node, graph: Graph) -> Value | None:
     """The rows of a node's result that hold something."""
-    if node.op.name in (MM, ACTIVATION):
+    if node.op.name in (MM, ACTIVATION, ACTIVATION_BACKWARD):
         return node["rows"]
     slots = graph.producers.get(node["slot"])
     if slots is None or slots.op.name != "plait.moe_slots.default" or node["slot"] is not slots.results[0]:

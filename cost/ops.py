@@ -242,6 +242,14 @@ def _expert_act(node: Node) -> Work:
     return _counted(node, _numel(node.out) * (operations + (node["bias"] is not None) + (node["other"] is not None)))
 
 
+@_rule("plait.expert_act_backward.default")
+def _expert_act_backward(node: Node) -> Work:
+    """Its slope and the product with it, and with `other` also the activation itself."""
+    operations = 1 if node["kind"] in ("relu", "none") else SPECIAL
+    gated = node["other"] is not None
+    return _counted(node, _numel(node["x"]) * ((operations + 1) * (1 + gated) + gated + (node["bias"] is not None)))
+
+
 # -- moves ------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from .graph import Arg, Node, Value, flatten, map_arg
 from .infer import infer
 from .op import Op
 from .rewrite import Reason
-from .types import Dim, Symbols, TensorType, product
+from .types import Dim, OpaqueType, Symbols, TensorType, product
 
 Axis = tuple[str, ...]
 Axes = tuple[Axis, ...]
@@ -167,9 +167,9 @@ def axis_rule(*names: str) -> Callable[[AxisRule], AxisRule]:
 
 
 def axes(node: Node) -> AxisMap | Reason:
-    """The labelled axes of a node, or why it has none."""
+    """The labelled axes of a node, or why it has none; results that are masked out have no axes."""
     typed = map_arg(node.args, lambda a: a.type if isinstance(a, Value) else a)
-    return _axes(node.op, typed, tuple(v.type for v in node.results))
+    return _axes(node.op, typed, tuple(v.type for v in node.results if not isinstance(v.type, OpaqueType)))
 
 
 def axes_of(op: Op, args: tuple[Arg, ...], symbols: Symbols) -> AxisMap | Reason:

@@ -259,6 +259,18 @@ def _layer_norm(c: Call) -> AxisMap:
     return c.map([own, *([tail] * (len(c.operands) - 1))], results, whole=tail)
 
 
+@axis_rule("aten.native_layer_norm_backward.default")
+def _layer_norm_backward(c: Call) -> AxisMap | Reason:
+    if c["output_mask"] != (True, False, False):
+        return Reason("gradients of weights are sums over all rows")
+    own = c.axes(c["grad_out"])
+    n = len(c["normalized_shape"])
+    lead, tail = own[: len(own) - n], own[len(own) - n :]
+    stats: list[Axis] = [*lead, *([()] * (c["mean"].rank - len(lead)))]
+    params = [tail] * (len(c.operands) - 4)
+    return c.map([own, own, stats, stats, *params], [own], whole=tail)
+
+
 @axis_rule("aten.native_group_norm.default")
 def _group_norm(c: Call) -> AxisMap:
     own = c.axes(c.operands[0])

@@ -64,6 +64,11 @@ def _act(f: Facts, x: Any, bias: Any, other: Any, rows: Any, kind: str) -> Resul
     return _like(x, *x.shape)
 
 
+@rule("plait.expert_act_backward.default")
+def _act_backward(f: Facts, grad: Any, x: Any, bias: Any, other: Any, rows: Any, kind: str) -> Result:
+    return _like(x, *x.shape), _like(x, 0) if other is None else _like(other, *other.shape)
+
+
 @rule("plait.moe_join.default")
 def _join(f: Facts, parts: Any, rows: Any) -> Result:
     return _like(parts[0], *parts[0].shape)
@@ -111,14 +116,17 @@ def _mm_weight_axes(c: Call) -> AxisMap:
     return c.map([[g, rows, a], [g, rows, b], [g, two]], [[experts, a, b]], whole=whole, sized=[("experts", [experts])])
 
 
-@axis_rule("plait.expert_act.default")
+@axis_rule("plait.expert_act.default", "plait.expert_act_backward.default")
 def _act_axes(c: Call) -> AxisMap:
     g, rows, features = x = c.axes(c["x"])
     bias, two = c["bias"], c.axis(2)
     own = bias is None or bias.shape[0] == c["x"].shape[0]
     experts = g if own else c.axis(c["bias"].shape[0])
     operands = [x, *([] if bias is None else [[experts, features]]), *([] if c["other"] is None else [x]), [g, two]]
-    return c.map(operands, [x], whole=[rows, two, *([] if own else [g, experts])])
+    whole = [rows, two, *([] if own else [g, experts])]
+    if c.get("grad") is None:
+        return c.map(operands, [x], whole=whole)
+    return c.map([x, *operands], [x, [()] if c["other"] is None else x], whole=whole)
 
 
 @axis_rule("plait.moe_join.default")

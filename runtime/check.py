@@ -4,9 +4,11 @@ It proves that every name exists, that values are written before they are read a
 views and arena values lie inside their memory, that two arena values which share bytes are never alive together, that steps
 on different streams which touch the same memory are ordered by waits, that collectives are waited for and what they are
 given stays as it is until then, and that nothing in the arena leaves the call. Writes are tracked per value, not per
-element. Sizes that depend on symbols count as ordered only where `proof.py` proves it.
+element: a value that is computed in parts, which are views of it, counts as written where they cover it. Sizes that depend
+on symbols count as ordered only where `proof.py` proves it.
 
-This module holds the entry, names and symbols; `dataflow.py` what happens in which order; `overlap.py` the memory.
+This module holds the entry, names and symbols; `dataflow.py` what happens in which order; `overlap.py` the memory;
+`extents.py` which bytes values take.
 """
 
 from __future__ import annotations

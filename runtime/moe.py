@@ -32,6 +32,9 @@ _library.define("moe_decode_weight(Tensor buf, Tensor choice, Tensor slot, Tenso
 _library.define("expert_mm(Tensor x, Tensor w, Tensor rows) -> Tensor")
 _library.define("expert_mm_weight(Tensor x, Tensor grad, Tensor rows, SymInt experts) -> Tensor")
 _library.define("expert_act(Tensor x, Tensor? bias, Tensor? other, Tensor rows, str kind) -> Tensor")
+_library.define(
+    "expert_act_backward(Tensor grad, Tensor x, Tensor? bias, Tensor? other, Tensor rows, str kind) -> (Tensor, Tensor)"
+)
 _library.define("moe_join(Tensor[] parts, Tensor[] rows) -> Tensor")
 
 
@@ -271,6 +274,44 @@ def _act_cuda(x: Tensor, bias: Tensor | None, other: Tensor | None, rows: Tensor
     return torch.where(_mask(rows, x.shape[1]), y if other is None else y * other, 0).to(x.dtype)
 
 
+def _slopes(grad: Tensor, before: Tensor, other: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Gradients of what is activated and of `other`, in float32 for halves, of all rows that are given."""
+    act, slope = _activation(kind)
+    wide = _summed(before.dtype)
+    grad, before = _as(grad, wide), _as(before, wide)
+    if other is None:
+        return slope(grad, before), None
+    return slope(grad * _as(other, wide), before), grad * act(before)
+
+
+def _act_backward_cpu(
+    grad: Tensor, x: Tensor, bias: Tensor | None, other: Tensor | None, rows: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of `other` where act(x + bias) * other has the gradient `grad` [G, C, f]; the second has no
+    elements where there is no `other`. Halves are computed in float32 and rounded once."""
+    _activation(kind)
+    dx, dother = x.new_zeros(x.shape), x.new_empty(0) if other is None else other.new_zeros(other.shape)
+    for g, start, first, end in _blocks(rows, x.shape[1]):
+        block, used = slice(start, start + BLOCK), slice(first - start, end - start)
+        before = x[g, block] if bias is None else x[g, block] + bias[g % bias.shape[0]].to(x.dtype)
+        mine, theirs = _slopes(grad[g, block], before, None if other is None else other[g, block], kind)
+        dx[g, first:end] = mine[used]
+        if theirs is not None:
+            dother[g, first:end] = theirs[used]
+    return dx, dother
+
+
+def _act_backward_cuda(
+    grad: Tensor, x: Tensor, bias: Tensor | None, other: Tensor | None, rows: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    used = _mask(rows, x.shape[1])
+    dx, dother = _slopes(grad, _with_bias(x, bias), other, kind)
+    dx = _as(torch.where(used, dx, 0), x.dtype).contiguous()
+    if other is None or dother is None:
+        return dx, x.new_empty(0)
+    return dx, _as(torch.where(used, dother, 0), other.dtype).contiguous()
+
+
 def _join_cpu(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
     """One buffer [G, C, h] of the used rows of all parts, whose ranges are disjoint."""
     out = parts[0].new_zeros(parts[0].shape)
@@ -299,6 +340,13 @@ def _fake_act(x: Tensor, bias: Tensor | None, other: Tensor | None, rows: Tensor
     return x.new_empty(x.shape)
 
 
+def _fake_act_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, other: Tensor | None, rows: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    _activation(kind)
+    return x.new_empty(x.shape), x.new_empty(0) if other is None else other.new_empty(other.shape)
+
+
 for _name, _cpu, _cuda, _fake in (
     ("moe_keep", moe_keep, moe_keep, lambda choice, order, experts, capacity, by_choice: choice.new_empty(choice.shape)),
     ("moe_slots", moe_slots, moe_slots, _fake_slots),
@@ -311,6 +359,7 @@ for _name, _cpu, _cuda, _fake in (
     ("expert_mm_weight", _mm_weight_cpu, _mm_weight_cuda, lambda x, grad, rows, experts: x.new_empty(
         experts, x.shape[2], grad.shape[2])),
     ("expert_act", _act_cpu, _act_cuda, _fake_act),
+    ("expert_act_backward", _act_backward_cpu, _act_backward_cuda, _fake_act_backward),
     ("moe_join", _join_cpu, _join_cuda, lambda parts, rows: parts[0].new_empty(parts[0].shape)),
 ):  # fmt: skip
     _library.impl(_name, _cpu, "CPU")
@@ -370,18 +419,29 @@ def _mm_weight_backward(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
 
 
 def _save_act(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.kind = inputs[4]
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.kind = inputs[-1]
 
 
 def _act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, bias, other, rows = ctx.saved_tensors
-    act, slope = _activation(ctx.kind)
-    used, before = _mask(rows, x.shape[1]), _with_bias(x, bias)
-    dother = None if other is None else _as(torch.where(used, grad * act(before), 0), other.dtype)
-    dx = torch.where(used, slope(grad if other is None else grad * other, before), 0)
+    dx, dother = _ops.expert_act_backward(grad, x, bias, other, rows, ctx.kind)
     dbias = None if bias is None else _as(dx.unflatten(0, (-1, bias.shape[0])).sum((0, 2)), bias.dtype)
-    return dx, dbias, dother, None, None
+    return dx, dbias, None if other is None else dother, None, None
+
+
+def _act_twice_backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+    """By torch's own formulas, over whole buffers."""
+    *floats, rows = ctx.saved_tensors
+    names = ("grad", "x", "bias", "other")
+    given = {name: v for name, v in zip(names, floats, strict=True) if v is not None}
+
+    def whole(some: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return _act_backward_cuda(some["grad"], some["x"], some.get("bias"), some.get("other"), rows, ctx.kind)
+
+    pull: Any = torch.func.vjp(whole, given)[1]
+    (found,) = pull(outer)
+    return (*map(found.get, names), None, None)
 
 
 def _save_join(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -406,6 +466,7 @@ for _name, _backward, _save in (
     ("expert_mm", _mm_backward, _save_all),
     ("expert_mm_weight", _mm_weight_backward, _save_all),
     ("expert_act", _act_backward, _save_act),
+    ("expert_act_backward", _act_twice_backward, _save_act),
     ("moe_join", _join_backward, _save_join),
 ):
     torch.library.register_autograd(f"plait::{_name}", _backward, setup_context=_save, lib=_library)

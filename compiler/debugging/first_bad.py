@@ -259,6 +259,15 @@ def _root(traced: Trace, v: Value) -> Value:
     return v
 
 
+def _homes(stored: Mapping[Value, tuple[Value, int]], v: Value) -> list[Value]:
+    """What a value is a part of, what that is a part of, and so on."""
+    found: list[Value] = []
+    while v in stored:
+        v, _ = stored[v]
+        found.append(v)
+    return found
+
+
 def _values_after(traced: Trace, inputs: Sequence[Any], count: int) -> dict[Value, Any]:
     """What later steps and the caller read once the first `count` steps have run."""
     plan, ids = traced.compiled.plan, traced.ids
@@ -266,6 +275,8 @@ def _values_after(traced: Trace, inputs: Sequence[Any], count: int) -> dict[Valu
     made = {v for item in items[:count] for v in _made_by(item)}
     wanted = {_root(traced, v) for item in items[count:] for v in _read_by(item)}
     wanted |= {_root(traced, v) for v in traced.scheduled.graph.results}
+    parts = traced.scheduled.stored
+    wanted |= {v for v in parts if not wanted.isdisjoint(_homes(parts, v))}
     specs = {s.id: s for s in plan.values}
     chosen = [
         v for v in made if (v in wanted or _root(traced, v) in wanted) and v in ids and specs[ids[v]].storage != "scalar"

@@ -21,9 +21,10 @@ from plait.codegen.target import retarget
 from plait.codegen.templates import matmul as mm
 from plait.codegen.triton.interpret import Interpreter
 from plait.errors import InvalidMatmul
-from plait.ir import parse_graph
+from plait.ir import from_fx, parse_graph
 from plait.runtime import moe
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.codegen.cuda_plan import run_interpreted
 from tests.codegen.products import PLAIN
@@ -69,13 +70,17 @@ COMPILED: dict[str, CompiledGraph] = {}
 
 
 def call(text: str, *args: Tensor) -> Tensor:
+    (out,) = run(text, *args)
+    return out
+
+
+def run(text: str, *args: Tensor) -> tuple[Tensor, ...]:
     """Runs the one op of a graph, which must have become a kernel."""
     if text not in COMPILED:
         COMPILED[text] = compile_graph(parse_graph(text))
     made = COMPILED[text]
     assert made.coverage.generated == made.coverage.launches == 1, made.coverage
-    (out,) = made.executable(*args)
-    return out
+    return tuple(made.executable(*args))
 
 
 def product(x: Tensor, w: Tensor, rows: Tensor) -> Tensor:
@@ -254,6 +259,62 @@ def test_pieces_of_activated_rows_have_the_bits_of_the_whole(seed: int) -> None:
     assert torch.equal(ops.moe_join(parts, used), activate(x, bias, None, rows, kind))
 
 
+def gradients(
+    grad: Tensor, x: Tensor, bias: Tensor | None, other: Tensor | None, rows: Tensor, kind: str, results: str = "y, z"
+) -> tuple[Tensor, ...]:
+    given = {n: v for n, v in (("g", grad), ("x", x), ("b", bias), ("o", other), ("r", rows)) if v is not None}
+    text = (
+        f"def f({', '.join(f'{n}: {text_of(v)}' for n, v in given.items())}):\n"
+        f"    y, z = plait.expert_act_backward.default(g, x, {'b' if bias is not None else None}, "
+        f'{"o" if other is not None else None}, r, "{kind}")\n    return ({results},)\n'
+    )
+    return run(text, *given.values())
+
+
+@pytest.mark.parametrize("kind", moe.KINDS)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+def test_gradients_of_activations_are_those_of_the_reference(kind: str, dtype: torch.dtype) -> None:
+    seed = moe.KINDS.index(kind)
+    rng = random.Random(seed)
+    for s in (ODD, replace(ODD, ranks=1)):
+        rows = loads(s, rng)
+        print("seed", seed, rows.tolist())
+        grad, x, other = (numbers(rng, s.groups, s.capacity, s.b, dtype=dtype) for _ in range(3))
+        bias = numbers(rng, s.experts, s.b, dtype=dtype)
+        for b, o in ((None, None), (bias, other)):
+            got = gradients(spoilt(grad, rows), spoilt(x, rows), b, None if o is None else spoilt(o, rows), rows, kind)
+            want = ops.expert_act_backward(grad, x, b, o, rows, kind)
+            for a, w in zip(got, want, strict=True):
+                torch.testing.assert_close(a, w, rtol=BOUND[dtype], atol=BOUND[dtype])
+
+
+@pytest.mark.parametrize("results", ["y", "z"])
+def test_a_gradient_that_nobody_reads_is_not_computed(results: str) -> None:
+    rng = random.Random(2)
+    rows = loads(ODD, rng)
+    grad, x, other = (numbers(rng, ODD.groups, ODD.capacity, ODD.b) for _ in range(3))
+    both = gradients(grad, x, None, other, rows, "silu")
+    (alone,) = gradients(grad, x, None, other, rows, "silu", results)
+    assert torch.equal(alone, both["yz".index(results)])
+    (key,) = (key for key in COMPILED if "act_backward" in key and f"return ({results},)" in key)
+    (text,) = COMPILED[key].sources.values()
+    assert text.count("store(") == 2  # of what is computed, and of zeros
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pieces_of_gradients_have_the_bits_of_the_whole(seed: int) -> None:
+    rng = random.Random(seed)
+    rows, kind = loads(ODD, rng), rng.choice(moe.KINDS)
+    print("seed", seed, rows.tolist(), kind)
+    grad, x, other = (numbers(rng, ODD.groups, ODD.capacity, ODD.b) for _ in range(3))
+    bias = numbers(rng, ODD.experts, ODD.b)
+    middle = torch.tensor([rng.randint(a, e) for a, e in rows.tolist()])
+    used = [torch.stack([rows[:, 0], middle], 1), torch.stack([middle, rows[:, 1]], 1)]
+    parts = [gradients(grad, x, bias, other, r, kind) for r in used]
+    for i, whole in enumerate(gradients(grad, x, bias, other, rows, kind)):
+        assert torch.equal(ops.moe_join([p[i] for p in parts], used), whole)
+
+
 def test_buffers_without_elements() -> None:
     rows = torch.zeros(2, 2, dtype=torch.int64)
     for shape in ((2, 0, 8), (2, 4, 0)):
@@ -283,6 +344,24 @@ def test_cuda_devices_activate_in_a_kernel_and_multiply_by_a_library(interpreter
     y = ops.expert_mm(x, w, rows)
     (got,) = run_interpreted(made, [x, w, bias, rows], interpreter)
     torch.testing.assert_close(got, ops.expert_act(y, bias, y, rows, "gelu_tanh"), rtol=1e-5, atol=1e-5)
+
+
+def test_cuda_devices_compute_both_gradients_in_a_kernel(interpreter: Interpreter) -> None:
+    rng = random.Random(9)
+    rows = loads(ODD, rng)
+    grad, x, other = (numbers(rng, ODD.groups, ODD.capacity, ODD.b) for _ in range(3))
+    bias = numbers(rng, ODD.experts, ODD.b)
+    for gate in (other, None):
+        text = (
+            f"def f(g: {text_of(x)}, x: {text_of(x)}, b: {text_of(bias)}, o: {text_of(x)}, r: {text_of(rows)}):\n"
+            f'    y, z = plait.expert_act_backward.default(g, x, b, {None if gate is None else "o"}, r, "silu")\n'
+            f"    return ({'y,' if gate is None else 'y, z'})\n"
+        )
+        made = compile_graph(retarget(parse_graph(text)), CodegenOptions(target="cuda:90"))
+        assert made.coverage.generated == made.coverage.launches == 1
+        got = run_interpreted(made, [grad, x, bias, other, rows], interpreter)
+        for a, w in zip(got, ops.expert_act_backward(grad, x, bias, gate, rows, "silu"), strict=gate is not None):
+            torch.testing.assert_close(a, w, rtol=1e-5, atol=1e-5)
 
 
 # -- in a graph ---------------------------------------------------------------------------------------------------------
@@ -413,3 +492,22 @@ def test_a_layer_trains_as_in_eager() -> None:
     for got, want in zip(*reversed(found), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert found[1][4][2].eq(0).all()  # the expert that nobody chose
+
+
+def test_no_kernel_of_a_step_masks_whole_buffers() -> None:
+    g = torch.Generator().manual_seed(9)
+    choice = torch.randint(0, 3, (20, 2), generator=g)
+    floats = [
+        torch.randn(s, generator=g, requires_grad=True) for s in ((20, 24), (20, 2), (3, 24, 40), (3, 40), (3, 40, 24))
+    ]
+
+    def step(x: Tensor, choice: Tensor, *rest: Tensor) -> list[Tensor]:
+        y = layer(x, choice, *rest)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, *rest))]
+
+    graph = from_fx(make_fx(step, tracing_mode="fake")(floats[0], choice, *floats[1:]))
+    names = [node.op.name for node in graph.nodes]
+    assert names.count("plait.expert_act_backward.default") == 1
+    assert not {"aten.where.self", "aten.where.ScalarOther", "aten.gelu_backward.default"} & set(names)
+    made = compile_graph(graph)
+    assert sum(name.startswith("expert_act_backward") for name in made.sources) == 1

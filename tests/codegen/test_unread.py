@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from plait.codegen.analysis import Analysis
 from plait.codegen.compile import CodegenOptions, compile_graph, trace
-from plait.ir import parse_graph
+from plait.codegen.unread import EXCHANGES, received_alone
+from plait.ir import Builder, Value, parse_graph
+from plait.runtime import exchange
+
+assert exchange is not None  # registers the op
 
 HEAD = 'def f(x: "f32[4,9,8]", w: "f32[4,8,8]", r: "i64[4,2]", s: "i64[4,2]", b: "f32[4,9,8]"):\n'
 ACT = '    z = plait.expert_act.default(y, None, None, r, "gelu")\n'
+BACKWARD = '    d, e = plait.expert_act_backward.default(y, b, None, y, r, "silu")\n'
 MM = "    y = plait.expert_mm.default(x, w, r)\n"
 
 
@@ -30,6 +39,9 @@ def unread(body: str, head: str = HEAD) -> list[str]:
         (MM + "    j = plait.moe_join.default((b, y), (r, s))\n    return (j,)\n", []),  # by other rows
         (MM + "    j = plait.moe_join.default((y, y), (r, s))\n    return (j,)\n", []),
         (MM + '    z = plait.expert_act.default(y, None, None, s, "gelu")\n    return (z,)\n', []),
+        (MM + BACKWARD + "    o = plait.expert_mm.default(d, w, r)\n    return (o, e)\n", ["d", "y"]),
+        (MM + BACKWARD + "    o = plait.expert_mm.default(e, w, r)\n    return (o, d)\n", ["e", "y"]),
+        (MM + BACKWARD + "    o = plait.expert_mm.default(d, w, s)\n    return (o,)\n", ["e", "y"]),
         (MM + ACT + "    return (y, z)\n", []),  # the caller reads all of it
         (MM + ACT + "    a = aten.relu.default(y)\n    return (z, a)\n", []),
         (MM + ACT + "    v = aten.view.default(y, (36, 8))\n    a = aten.relu.default(v)\n    return (z, a)\n", []),
@@ -57,6 +69,35 @@ def test_rows_of_encoded_tokens_are_those_of_their_slots(encode: str, found: lis
         f"    j = plait.moe_join.default((y,), ({'r' if e == '4' else 'k'},))\n    return (j, v)\n",
         'def f(x: "f32[6,8]", c: "i64[6,1]", d: "i64[6,1]", q: "i64[6,1]", u: "i64[4]", k: "i64[5,2]"):\n',
     )
+
+
+@pytest.mark.parametrize(
+    ("expected", "read", "found"),
+    [
+        (False, lambda b, v, m, i: b.call("plait.expert_mm.default", v, i.w, m), True),
+        (True, lambda b, v, m, i: b.call("plait.expert_mm.default", v, i.w, i.rows), True),
+        (False, lambda b, v, m, i: b.call("plait.expert_mm.default", v, i.w, i.rows), False),  # not those that came
+        (False, lambda b, v, m, i: v, False),  # the caller reads all of it
+        (False, lambda b, v, m, i: b.call("aten.relu.default", v), False),
+        (True, lambda b, v, m, i: b.call("plait.moe_decode.default", v, i.choice, i.slot, None), True),
+        (False, lambda b, v, m, i: b.call("plait.moe_decode.default", v, i.choice, i.slot, None), False),
+    ],
+)
+def test_rows_that_nothing_came_for(expected: bool, read: Callable[..., Any], found: bool) -> None:
+    kinds = {"x": "f32[4,9,8]", "w": "f32[4,8,8]", "c": "i64[6,1]", "u": "i64[4]"}
+    head = ", ".join(f'{name}: "{kind}"' for name, kind in kinds.items())
+    start = parse_graph(f"def f({head}):\n    p, v, r = plait.moe_slots.default(c, u, 9)\n    return (p, r)\n")
+    x, w, choice, _ = start.inputs
+    builder = Builder(start)
+    for node in start.nodes:
+        builder.append(node)
+    slot, rows = (v for v in start.outputs if isinstance(v, Value))
+    b, n = builder.call("plait.all_to_all_capacity_start.default", x, rows, rows if expected else None, "0")
+    v, m = (builder.call("_c10d_functional.wait_tensor.default", started) for started in (b, n))
+    result = read(builder, v, m, SimpleNamespace(w=w, choice=choice, slot=slot, rows=rows))
+    graph = builder.finish(outputs=(result, m))
+    exchange = next(n for n in graph.nodes if n.op.name in EXCHANGES)
+    assert received_alone(exchange, graph) is found
 
 
 def test_memory_that_is_not_cleared_changes_no_result() -> None:

@@ -27,7 +27,7 @@ COUNTED = [
 
 
 def node(inputs: str, call: str) -> Any:
-    names = {"native_layer_norm": "r, m, v", "inv_ex": "r, i2", "flash": "r, s"}
+    names = {"native_layer_norm": "r, m, v", "inv_ex": "r, i2", "flash": "r, s", "act_backward": "r, o2"}
     outs = next((v for k, v in names.items() if k in call), "r")
     return parse_graph(f"def f({inputs}):\n    {outs} = {call}\n    return (r,)\n")
 
@@ -72,6 +72,16 @@ def test_a_convolution_asks_the_same_with_its_weight_laid_out_for_onednn():
             'x: "f32[4,5,6]", b: "f32[2,6]", r: "i64[4,2]"',
             "plait.expert_act.default(x, b, None, r, 'silu')",
             Work(120 * (SPECIAL + 1), 480 + 48 + 64, 480),
+        ),
+        (
+            'g: "f32[4,5,6]", x: "f32[4,5,6]", b: "f32[2,6]", r: "i64[4,2]"',
+            "plait.expert_act_backward.default(g, x, b, None, r, 'silu')",
+            Work(120 * (SPECIAL + 2), 2 * 480 + 48 + 64, 480),
+        ),
+        (
+            'g: "f32[4,5,6]", x: "f32[4,5,6]", o: "f32[4,5,6]", r: "i64[4,2]"',
+            "plait.expert_act_backward.default(g, x, None, o, r, 'relu')",
+            Work(120 * 5, 3 * 480 + 64, 2 * 480),
         ),
         (
             'x: "f32[7,6]", c: "i64[7,2]", s: "i64[7,2]"',

@@ -75,6 +75,10 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("aten.constant_pad_nd.default", (x(4, 6), (1, -1, 0, 0))),
     ("aten.native_layer_norm.default", (x(4, 2, 6), (6,), x(6), x(6), 1e-5)),
     ("aten.native_layer_norm.default", (x(4, 2, 6), (2, 6), None, None, 1e-5)),
+    ("aten.native_layer_norm_backward.default",
+     (x(4, 2, 6), x(4, 2, 6), (6,), x(4, 2, 1), x(4, 2, 1), x(6), x(6), (True, False, False))),
+    ("aten.native_layer_norm_backward.default",
+     (x(4, 2, 6), x(4, 2, 6), (2, 6), x(4, 1, 1), x(4, 1, 1), None, None, (True, False, False))),
     ("aten._fused_rms_norm.default", (x(4, 2, 6), (6,), x(6), 1e-5)),
     ("aten.native_group_norm.default", (x(4, 6, 5), x(6), x(6), 4, 6, 5, 3, 1e-5)),
     ("aten._native_batch_norm_legit_no_training.default", (x(4, 6, 5), x(6), x(6), x(6), x(6).abs() + 1, 0.1, 1e-5)),
@@ -151,6 +155,9 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("plait.expert_act.default", (x(4, 5, 6), x(2, 6), x(4, 5, 6), USED, "relu")),
     ("plait.expert_act.default", (x(4, 5, 6), x(4, 6), None, USED, "relu")),
     ("plait.expert_act.default", (x(4, 5, 6), None, x(4, 5, 6), USED, "none")),
+    ("plait.expert_act_backward.default", (x(4, 5, 6), x(4, 5, 6), x(2, 6), x(4, 5, 6), USED, "relu")),
+    ("plait.expert_act_backward.default", (x(4, 5, 6), x(4, 5, 6), x(4, 6), None, USED, "relu")),
+    ("plait.expert_act_backward.default", (x(4, 5, 6), x(4, 5, 6), None, x(4, 5, 6), USED, "none")),
     ("plait.moe_join.default", ((x(4, 5, 6), x(4, 5, 6)), (USED, REST))),
 ]  # fmt: skip
 
@@ -164,7 +171,8 @@ def call(name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     positional = [a for a, p in zip(args, found.params, strict=True) if not p.keyword_only]
     named = {p.name: a for a, p in zip(args, found.params, strict=True) if p.keyword_only}
     result = found.reference(*positional, **named)
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
+    results = result if isinstance(result, tuple | list) else (result,)
+    return tuple(r for r in results if r is not None)  # masked out
 
 
 def factors(tensor: torch.Tensor, labels: Axes, sizes: dict[str, int], letter: str, size: int) -> torch.Tensor:

@@ -224,6 +224,53 @@ def test_reads_before_writes():
     assert reason(Launch("twice", (0, 4), ())) == "step 0 gives the number 4 to a kernel as a buffer"
 
 
+def joined(*steps, low=(4,), high=(4,), at=4, strides=None):
+    """Value 1 lies in the arena, values 2 and 3 are parts of it, values 4 and 5 read it and its second half."""
+    values = [X, value(1, "arena", (8,)), value(2, "view", low, 1), value(3, "view", high, 1, offset=at, strides=strides)]
+    values += [value(4, "fresh", (8,)), value(5, "fresh", (4,)), value(6, "view", (2,), 1, offset=6)]
+    return why(make_plan(INPUTS, values, list(steps), [], arena=32))
+
+
+LOW, HIGH, WHOLE = Launch("twice", (0, 2), ()), Launch("twice", (0, 3), ()), Launch("twice", (1, 4), ())
+
+
+def test_a_value_in_parts_is_read_once_all_are_written():
+    assert joined(LOW, HIGH, WHOLE) == joined(HIGH, LOW, WHOLE) == ""
+    assert joined(LOW, WHOLE) == "step 1 reads value 1 before anything has written all of it"
+    assert joined(HIGH, WHOLE) == "step 1 reads value 1 before anything has written all of it"
+    assert joined(LOW, WHOLE, HIGH) == "step 1 reads value 1 before anything has written all of it"
+    assert joined(HIGH, Launch("twice", (6, 5), ())) == joined(LOW, Launch("twice", (2, 5), ())) == ""
+    assert joined(LOW, Launch("twice", (3, 5), ())) == "step 1 reads value 3 before anything has written all of it"
+    assert joined(LOW, HIGH, WHOLE, high=(3,)) == "step 2 reads value 1 before anything has written all of it"
+    assert joined(LOW, HIGH, WHOLE, high=(3,), at=5) == "step 2 reads value 1 before anything has written all of it"
+    gaps = joined(LOW, HIGH, WHOLE, high=(2,), at=4, strides=(3,))
+    assert gaps == "step 2 reads value 1 before anything has written all of it"
+
+
+def test_parts_do_not_overwrite_each_other():
+    assert joined(LOW, HIGH, WHOLE, low=(5,)) == "step 1 writes value 3, which may share bytes with value 2"
+    assert joined(LOW, HIGH, WHOLE, at=3) == (
+        "step 1 writes value 3, which may share bytes with value 2; "
+        "step 2 reads value 1 before anything has written all of it"
+    )
+
+
+@pytest.mark.parametrize(("width", "found"), [("s0", ""), (["add", "s0", -1], "before anything has written all of it")])
+def test_parts_of_symbolic_sizes(width, found):
+    n = ["mul", "s0", 2]
+    values = [value(0, "input", ("s0",), 0), value(1, "fresh", (n,)), value(2, "view", ("s0",), 1)]
+    values += [value(3, "view", (width,), 1, offset="s0"), value(4, "fresh", (n,))]
+    steps = [Launch("twice", (0, 2), ("s0",)), Launch("twice", (0, 3), (width,)), Launch("twice", (1, 4), (n,))]
+    plan = make_plan([tensor_input("x", ("s0",))], values, steps, [4], symbols=(SymbolSpec("s0", 0, 0, low=2),))
+    assert found in why(plan) and bool(found) == bool(why(plan))
+
+
+def test_an_output_in_parts_is_written_whole():
+    values = [X, value(1, "fresh", (16,)), value(2, "view", (8,), 1), value(3, "view", (8,), 1, offset=8)]
+    assert why(make_plan(INPUTS, values, [LOW, HIGH], [1])) == ""
+    assert why(make_plan(INPUTS, values, [LOW], [1])) == "output 1 is never written"
+
+
 def test_streams():
     def plan(waits, offset=0):
         values = [X, value(1, "arena", (8,)), value(2, "arena", (8,), offset=32), value(3, "arena", (8,), offset=offset)]

@@ -192,9 +192,49 @@ def test_experts_are_those_of_the_plain_program(seed: int, ranks: int, kind: str
             torch.testing.assert_close(moe._act_cuda(other, use_bias, use_other, rows, kind), want, rtol=1e-12, atol=1e-12)
 
 
+@EXAMPLES
+@given(SEEDS, st.integers(1, 3), st.sampled_from(moe.KINDS))
+def test_gradients_of_activations_are_those_of_the_plain_program(seed: int, ranks: int, kind: str) -> None:
+    c = case(seed)
+    groups, capacity = ranks * c.experts, int(torch.randint(1, 150, (), generator=c.g))
+    rows = used_rows(c, ranks, c.experts, capacity)
+    grad, x, other = (c.normal(groups, capacity, 9) for _ in range(3))
+    bias = c.normal(c.experts, 9)
+    for use_bias in (bias, None):
+        for use_other in (other, None):
+            wrt = [v.clone().requires_grad_() for v in (x, use_other) if v is not None]
+            y = plain_act(wrt[0], use_bias, wrt[1] if use_other is not None else None, rows, kind)
+            want = torch.autograd.grad(y, wrt, grad) if y.requires_grad else [torch.zeros_like(v) for v in wrt]
+            for made in (ops.expert_act_backward, moe._act_backward_cuda):
+                got = made(grad, x, use_bias, use_other, rows, kind)
+                assert len(wrt) == 2 or got[1].shape == (0,)
+                for a, b in zip(got, want, strict=False):
+                    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+                    assert a[~moe._mask(rows, capacity).expand_as(a)].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", moe.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_activations_are_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    c = Case(torch.empty(0, 1, dtype=torch.int64), 2, 3, torch.Generator().manual_seed(11))
+    rows = torch.tensor([[0, 70], [5, 66], [2, 2], [64, 69]])
+    grad, x, other = (c.normal(4, 70, 9, dtype=dtype) for _ in range(3))
+    bias = c.normal(2, 9, dtype=dtype)
+    before, gate = ((v.double().requires_grad_()) for v in (moe._with_bias(x, bias), other))
+    y = plain_act(before, None, gate, rows, kind)
+    want = torch.autograd.grad(y, (before, gate), grad.double())
+    bound = torch.finfo(dtype).eps / 2 * (1 if dtype.itemsize == 2 else 8)  # in float32 each step rounds
+    for made in (ops.expert_act_backward, moe._act_backward_cuda):
+        for got, exact in zip(made(grad, x, bias, other, rows, kind), want, strict=True):
+            assert got.dtype is dtype
+            torch.testing.assert_close(got.double(), exact, rtol=1.01 * bound, atol=2e-6)
+
+
 def test_an_activation_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match=r"'tanh': one of gelu"):
         ops.expert_act(torch.zeros(1, 1, 1), None, None, torch.zeros(1, 2, dtype=torch.int64), "tanh")
+    with pytest.raises(ValueError, match=r"'tanh': one of gelu"):
+        ops.expert_act_backward(*torch.zeros(2, 1, 1, 1), None, None, torch.zeros(1, 2, dtype=torch.int64), "tanh")
 
 
 def test_rows_outside_the_buffer_are_refused() -> None:
@@ -257,6 +297,21 @@ def test_tokens_in_pieces_give_the_bits_of_the_whole(seed: int, pieces: int, dty
     assert torch.equal(torch.cat([p[1] for p in found]), dweight)
 
 
+@EXAMPLES
+@given(SEEDS, st.sampled_from(moe.KINDS), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_gradients_of_rows_in_pieces_have_the_bits_of_the_whole(seed: int, kind: str, dtype: torch.dtype) -> None:
+    c = case(seed)
+    capacity = int(torch.randint(1, 150, (), generator=c.g))
+    rows = used_rows(c, 2, c.experts, capacity)
+    grad, x, other = (c.normal(2 * c.experts, capacity, 13, dtype=dtype) for _ in range(3))
+    bias = c.normal(c.experts, 13, dtype=dtype)
+    middle = rows[:, 0] + (torch.rand(rows.shape[0], generator=c.g) * (rows[:, 1] - rows[:, 0] + 1)).long()
+    pieces = [torch.stack([rows[:, 0], middle], 1), torch.stack([middle, rows[:, 1]], 1)]
+    parts = [ops.expert_act_backward(grad, x, bias, other, piece, kind) for piece in pieces]
+    for i, want in enumerate(ops.expert_act_backward(grad, x, bias, other, rows, kind)):
+        assert torch.equal(ops.moe_join([p[i] for p in parts], pieces), want)
+
+
 # -- gradients ----------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +344,11 @@ def test_gradients_of_experts_are_those_of_finite_differences(kind: str) -> None
     assert gradcheck(lambda x, b, o: ops.expert_act(x, b, o, rows, kind), (x, bias, other))
     assert torch.autograd.gradgradcheck(lambda x, w: ops.expert_mm(x, w, rows), (x, w))
     assert torch.autograd.gradgradcheck(lambda x, b, o: ops.expert_act(x, b, o, rows, kind), (x, bias, other))
+    assert torch.autograd.gradgradcheck(lambda x: ops.expert_act(x, None, None, rows, kind), (x,))
+    grad = wants(4, 3, 2)
+    assert gradcheck(lambda g, x, b, o: ops.expert_act_backward(g, x, b, o, rows, kind), (grad, x, bias, other))
+    assert gradcheck(lambda g, x: ops.expert_act_backward(g, x, None, None, rows, kind)[0], (grad, x))
+    assert torch.autograd.gradgradcheck(lambda g, x: ops.expert_act_backward(g, x, None, None, rows, kind)[0], (grad, x))
 
 
 def test_rows_that_are_not_used_have_no_say() -> None:
@@ -344,7 +404,8 @@ def test_the_joint_graph_has_ops_of_plait_and_of_aten_alone() -> None:
     names = {str(n.target) for n in joint.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     assert {"plait.moe_encode.default", "plait.moe_decode_weight.default", "plait.expert_mm_weight.default"} <= names
     assert all(n.startswith(("plait.", "aten.")) for n in names), names
-    assert "plait.expert_act.default" in names and "aten.sigmoid.default" in names
+    assert {"plait.expert_act.default", "plait.expert_act_backward.default"} <= names
+    assert not {"aten.sigmoid.default", "aten.where.self", "aten.arange.default"} & names  # rows that are used alone
     assert not any("assert" in n for n in names)
 
 
@@ -370,6 +431,8 @@ def test_opcheck() -> None:
         (ops.moe_decode, (buf, choice, slot, gate)), (ops.moe_decode, (buf, choice, slot, None)),
         (ops.moe_decode_weight, (buf, choice, slot, x)), (ops.expert_mm, (buf, w1, rows)),
         (ops.expert_mm_weight, (buf, hidden, rows, 4)), (ops.expert_act, (hidden, b1, hidden, rows, "silu")),
+        (ops.expert_act_backward, (hidden, hidden, b1, hidden, rows, "silu")),
+        (ops.expert_act_backward, (hidden, hidden, None, None, rows, "gelu")),
         (ops.moe_join, ([buf.clone().requires_grad_(), buf.clone()], [rows, rows.new_zeros(4, 2)])),
     ):  # fmt: skip
         opcheck(target, tuple(trained(a) for a in args))
@@ -377,7 +440,7 @@ def test_opcheck() -> None:
 
 def test_the_op_table_finds_them() -> None:
     for name in ("moe_keep", "moe_slots", "moe_encode", "moe_decode", "moe_decode_weight", "expert_mm", "expert_mm_weight",
-                 "expert_act", "moe_join"):  # fmt: skip
+                 "expert_act", "expert_act_backward", "moe_join"):  # fmt: skip
         found = op(f"plait.{name}.default")
         assert found.effect is None and not found.traits, name
 
@@ -395,6 +458,8 @@ def test_rules_infer_what_fake_kernels_do(dtype: torch.dtype) -> None:
         ("moe_decode", (buf, *pairs, weight)), ("moe_decode_weight", (buf, *pairs, x)),
         ("expert_mm", (buf, floats(3, 5, 8), rows)), ("expert_mm", (buf, floats(3, 8, 5).with_(shape=(3, 5, 8)), rows)),
         ("expert_mm_weight", (buf, floats(6, 9, 4), rows, 3)), ("expert_act", (buf, floats(3, 5), buf, rows, "gelu")),
+        ("expert_act_backward", (buf, buf, floats(3, 5), buf, rows, "gelu")),
+        ("expert_act_backward", (buf, buf, None, None, rows, "relu")),
         ("moe_join", ((buf, buf), (rows, rows))),
     ):  # fmt: skip
         found, target = by_rule(op(f"plait.{name}.default"), args, symbols), op(f"plait.{name}.default")

@@ -171,3 +171,20 @@ def test_operands_are_held_until_the_wait(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         relued, twice, twice_relued = run.run([x.clone()])
         assert torch.equal(relued, x.relu()) and torch.equal(twice, 2 * x) and torch.equal(twice_relued, 2 * x.relu())
+
+
+@pytest.mark.parametrize(("at", "found"), [(16, ""), (15, "which the collective"), (0, "which the collective")])
+def test_beside_a_part_that_is_in_use_others_are_written(at: int, found: str) -> None:
+    """Parts of one value: that which a collective reads stays as it is, the others are computed meanwhile."""
+    values = [
+        value(1, "arena", (32,)),
+        value(2, "view", (16,), 1),
+        value(3, "view", (16,), 1, offset=at),
+        handle(4),
+        handle(5),
+    ]
+    steps = [launch(0, 2), started(2, 4), launch(0, 3), waited(4, 5)]
+    made = why(plan(values, steps, [5]))
+    assert found in made and bool(found) == bool(made)
+    whole = [launch(0, 2), started(2, 4), launch(0, 1), waited(4, 5)]
+    assert "step 2 writes to value 1, which the collective" in why(plan(values, whole, [5]))
