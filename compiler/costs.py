@@ -75,7 +75,7 @@ def estimates(graph: Graph, group: Any, options: CodegenOptions, profile: str | 
         for name, timing in timings.items():
             table.record(key, name, timing)
     ranks = {} if group is None else {str(group.group_name): int(group.size())}
-    return Estimates(rates, table, threads, "cpu", backend, ranks, slowdown, handling)
+    return Estimates(rates, table, threads, "cpu", backend, ranks, slowdown, handling).calibrated(graph.nodes)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ to memory too. A node that runs on a share of its rows takes that share of its t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..ir import Node, TensorType, flatten
@@ -47,7 +48,8 @@ class Estimates:
 
     `ranks` are the sizes of process groups by name, `slowdown` is what streams that are busy at once do to each other.
     `handling` seconds of the computing cores go into each collective, whatever its size: where threads that communicate have
-    cores of their own, none. Collectives without a curve take no time.
+    cores of their own, none. Collectives without a curve take no time. `known` has, by op, what the roofline says of nodes
+    that were measured, and what was measured: a node of other sizes misses its roofline as much as the nearest of them.
     """
 
     rates: Rates
@@ -58,6 +60,7 @@ class Estimates:
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
     slowdown: Slowdown = field(default_factory=dict[tuple[str, str], float])
     handling: float = 0.0
+    known: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict[str, tuple[tuple[float, float], ...]])
     curves: dict[tuple[str, int], Curve | None] = field(default_factory=dict[tuple[str, int], "Curve | None"])
 
     def compute(self, node: Node, share: float = 1.0) -> float:
@@ -65,14 +68,33 @@ class Estimates:
         if node.op.has("view") or node.op.name in _FREE or node.op.has("scalar"):
             return 0.0
         whole = self.measured(node)
-        inside = node.op.has("elementwise")
         if whole is None:
-            found = work(node)
-            moved = 0 if inside else _number(found.read) + _number(found.written)
-            whole = max(_number(found.flops) / self.rates.flops, moved / self.rates.bytes)
-            whole += 0.0 if inside else self.rates.launch
-        least = 0.0 if inside else min(self.rates.launch, whole)
+            whole = self._like_known(node.op, self.roofline(node))
+        least = 0.0 if node.op.has("elementwise") else min(self.rates.launch, whole)
         return least + share * (whole - least)
+
+    def roofline(self, node: Node) -> float:
+        """What a node takes by the rates alone."""
+        inside, found = node.op.has("elementwise"), work(node)
+        moved = 0 if inside else _number(found.read) + _number(found.written)
+        seconds = max(_number(found.flops) / self.rates.flops, moved / self.rates.bytes)
+        return seconds + (0.0 if inside else self.rates.launch)
+
+    def _like_known(self, op: Op, seconds: float) -> float:
+        pairs = self.known.get(op.name)
+        if not pairs or seconds <= 0:
+            return seconds
+        expected, measured = min(pairs, key=lambda pair: abs(math.log(pair[0] / seconds)))
+        return seconds * measured / expected
+
+    def calibrated(self, nodes: Iterable[Node]) -> Estimates:
+        """With what was measured of nodes, for others of the same ops."""
+        found: dict[str, dict[float, float]] = {}
+        for node in nodes:
+            measured, expected = self.measured(node), self.roofline(node) if node.outputs else 0.0
+            if measured is not None and expected > 0:
+                found.setdefault(node.op.name, {})[expected] = measured
+        return replace(self, known={name: tuple(sorted(pairs.items())) for name, pairs in found.items()})
 
     def measured(self, node: Node) -> float | None:
         """The median of what was measured of a node, None where nothing was."""

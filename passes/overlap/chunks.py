@@ -2,13 +2,14 @@
 
 Which range around each layer is cut, and in how many pieces, a dynamic programme finds (Lancet, MLSys 2024, section 5):
 T(n) = min over i of T(i) + the least P(i, n, k) over k, with P simulated for the pipeline of range [i, n) in k pieces.
-Ranges hold one layer; they begin and end at boundaries that split the computation between two layers into `GROUPS` parts.
+Ranges begin and end at boundaries that split the computation between two layers into `GROUPS` parts. Those of several layers
+do not let the pipeline run empty between these: where exchanges take longer than the computation, they follow each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -21,13 +22,20 @@ from ...ir import Graph, Node, Reason, TensorType, Value
 from ...ir.reach import Reach
 from ...ir.rewrite import HELD_BACK
 from ..base import Context, Numerics, Pass, option, reassociates, register
-from .cuts import DECODE, ENCODE, EXCHANGE, SLOTS, Cutting, Layer, Mode, Whole, between, cutting, layers
+from .cuts import DECODE, DECODE_WEIGHT, ENCODE, EXCHANGE, SLOTS, Cutting, Layer, Mode, Whole, between, cutting, layers
 from .launches import share, used
 from .pieces import asynchronous, in_pieces, is_view, stages
 from .report import ChunksReport, LayerReport
 
+NEAR = (SLOTS, ENCODE, DECODE, DECODE_WEIGHT)
+"""What lies between the tokens of a layer and its buffers."""
+
 GROUPS = 5
 """Parts that the computation between two MoE layers is split into."""
+
+FEW = 6
+"""Up to so many layers, those of the backward counted too, all ranges of several are looked at; else only that of a whole
+forward and that of a whole step."""
 
 
 @register
@@ -51,10 +59,11 @@ class OverlapChunks(Pass):
     by: Literal["tokens", "capacity"] = option(
         "tokens", doc="what is cut: tokens, or the rows of the experts' buffers alone"
     )
-    around: Literal["search", "layer", "all"] = option(
-        "search", doc="what is cut with a layer: a range that is searched for, nothing, or all up to the layers beside it"
+    around: Literal["search", "layer", "all", "step"] = option(
+        "search",
+        doc="what is cut with a layer: a range that is searched for, nothing, all up to the layers beside it, or the step",
     )
-    backward: bool = option(False, doc="cut the experts of the backward too, by rows of their buffers")
+    backward: bool = option(True, doc="cut the backward too")
 
     def numerics(self) -> Numerics:
         """Products of fewer rows may sum in another order, where a library computes them."""
@@ -65,25 +74,19 @@ class OverlapChunks(Pass):
         if costs is None or not any(n.op.name == EXCHANGE for n in graph.nodes):
             return graph
         forward = Reach(graph).needed([], [v for v in graph.outputs[: ctx.forward_outputs] if isinstance(v, Value)])
-        inside = set(forward)
-        search = _Search(graph, forward, self, costs, self.by)
-        chosen = search.best()
-        if self.backward:
-            rest = [n for n in graph.nodes if n not in inside]
-            backward = _Search(graph, rest, self, costs, "capacity")
-            chosen += backward.best()
+        chosen = _Search(graph, graph.nodes if self.backward else forward, forward, self, costs).best()
         taken: list[tuple[Cutting, int]] = []
         said: list[LayerReport] = []
         for r in chosen:
             why = _why_not(graph, r)
-            if why is None and ctx.allowed("chunks", r.layer.dispatch):
+            if why is None and ctx.allowed("chunks", r.layers[0].dispatch):
                 assert r.how is not None
                 taken.append((r.how, r.pieces))
                 ctx.log.fire("chunks")
-                said.append(r.report())
+                said += r.reports()
             else:
-                ctx.log.refuse("chunks", r.layer.dispatch, why or HELD_BACK)
-                said.append(dataclasses.replace(r, pieces=1, why=str(why or HELD_BACK)).report())
+                ctx.log.refuse("chunks", r.layers[0].dispatch, why or HELD_BACK)
+                said += dataclasses.replace(r, pieces=1, why=str(why or HELD_BACK)).reports()
         ctx.report(ChunksReport(tuple(said)))
         made = in_pieces(graph, taken) if taken else graph
         return asynchronous(made) if ctx.allowed("launch") else made
@@ -91,10 +94,10 @@ class OverlapChunks(Pass):
 
 @dataclass(frozen=True)
 class _Range:
-    """A range around a layer: positions among the nodes, how it is cut (None: not), seconds by number of pieces, and why it
+    """A range around layers: positions among the nodes, how it is cut (None: not), seconds by number of pieces, and why it
     is not cut, or not further."""
 
-    layer: Layer
+    layers: tuple[Layer, ...]
     first: int
     end: int
     nodes: tuple[Node, ...]
@@ -105,12 +108,16 @@ class _Range:
     axis: str
     why: str
 
-    def report(self) -> LayerReport:
+    def reports(self) -> list[LayerReport]:
+        """One for each layer."""
         whole = dict(self.tried).get(1, self.seconds)
-        return LayerReport(
-            self.layer.dispatch.loc.short, _label(self.nodes[0]), _label(self.nodes[-1]), len(self.nodes), self.pieces,
-            self.axis if self.pieces > 1 else "", whole, self.seconds, self.tried, self.why,
-        )  # fmt: skip
+        return [
+            LayerReport(
+                layer.dispatch.loc.short, _label(self.nodes[0]), _label(self.nodes[-1]), len(self.nodes), self.pieces,
+                self.axis if self.pieces > 1 else "", whole, self.seconds, self.tried, self.why, len(self.layers),
+            )
+            for layer in self.layers
+        ]  # fmt: skip
 
 
 def _why_not(graph: Graph, r: _Range) -> Reason | None:
@@ -129,14 +136,17 @@ def _label(node: Node) -> str:
 
 
 class _Search:
-    """The best ranges around the layers among some nodes of a graph, in order."""
+    """The best ranges around the layers among some nodes of a graph, in order; some of them are the forward's."""
 
-    def __init__(self, graph: Graph, nodes: Sequence[Node], options: OverlapChunks, costs: Estimates, mode: Mode) -> None:
+    def __init__(
+        self, graph: Graph, nodes: Sequence[Node], forward: Sequence[Node], options: OverlapChunks, costs: Estimates
+    ) -> None:
         self.graph, self.nodes, self.options, self.costs = graph, nodes, options, costs
-        self.mode: Mode = mode
         self.held = used(graph)
         self.at = {node: i for i, node in enumerate(nodes)}
         self.layers = layers(graph, nodes)
+        self.forward = set(forward)
+        self.turn = sum(layer.dispatch in self.forward for layer in self.layers)  # the first layer of the backward
         self.cores = [self._core(layer) for layer in self.layers]
         self._seconds = [self._alone(node) for node in nodes]
         self._signatures: dict[Node, Any] = {}
@@ -145,10 +155,11 @@ class _Search:
     def _core(self, layer: Layer) -> tuple[int, int]:
         """Positions that hold a layer: from where its rows get their slots to where tokens take their results."""
         mine = between(self.graph, layer, self.nodes)
-        if self.mode == "tokens":
+        if self.options.by == "tokens":
             near = [self.graph.producers.get(v) for v in layer.dispatch.inputs]
             near += [user for v in layer.combine.results for user in self.graph.users.get(v, ())]
-            mine += [n for n in near if n is not None and n in self.at and n.op.name in (SLOTS, ENCODE, DECODE)]
+            here = layer.dispatch in self.forward
+            mine += [n for n in near if n in self.at and n.op.name in NEAR and (n in self.forward) is here]
         found = [self.at[n] for n in mine]
         return min(found), max(found) + 1
 
@@ -171,46 +182,60 @@ class _Search:
         return [*found, end] if end > first else [first]
 
     def best(self) -> list[_Range]:
-        """One range for each layer, so that their seconds together are least."""
-        states: dict[int, tuple[float, list[_Range]]] = {0: (0.0, [])}  # what is decided up to a position
-        for j in range(len(self.layers)):
-            found: dict[int, tuple[float, list[_Range]]] = {}
-            for begun, (spent, ranges) in states.items():
+        """Ranges that hold every layer once, so that their seconds together are least."""
+        states: list[dict[int, tuple[float, list[_Range]]]] = [{} for _ in range(len(self.layers) + 1)]
+        states[0][0] = (0.0, [])  # for so many layers: what is decided up to a position
+        for j, reached in enumerate(states[:-1]):
+            for begun, (spent, ranges) in reached.items():
                 for r in self._ranges(j, begun):
+                    found = states[j + len(r.layers)]
                     total = spent + sum(self._seconds[begun : r.first]) + r.seconds
                     if r.end not in found or total < found[r.end][0]:
                         found[r.end] = total, [*ranges, r]
-            states = found
-        rest = {end: spent + sum(self._seconds[end:]) for end, (spent, _) in states.items()}
-        return states[min(rest, key=lambda end: rest[end])][1]
+        ends = states[-1]
+        rest = {end: spent + sum(self._seconds[end:]) for end, (spent, _) in ends.items()}
+        return ends[min(rest, key=lambda end: rest[end])][1]
 
     def _ranges(self, j: int, begun: int) -> list[_Range]:
-        """Ranges around layer `j` that begin at a position or behind it."""
+        """Ranges around layer `j`, and layers behind it, that begin at a position or behind it."""
         first, end = self.cores[j]
-        if self.options.around == "layer" or self.mode == "capacity":
-            pairs = [(first, end)]
-        elif self.options.around == "all":
-            pairs = [(max(begun, self.boundaries[j][0]), self.boundaries[j + 1][0])]
-        else:
-            pairs = [(a, b) for a in self.boundaries[j] if a >= begun for b in self.boundaries[j + 1]]
-        return [self._range(j, a, b) for a, b in pairs] or [self._range(j, first, end)]
+        alone = slice(j, j + 1)
+        if self.options.around == "step":
+            return [self._range(slice(0, len(self.layers)), 0, len(self.nodes))]
+        if j >= self.turn or self.options.by == "capacity":  # what is used of buffers in the backward is decided before it
+            return [self._range(alone, first, end, "capacity")]
+        if self.options.around == "layer":
+            return [self._range(alone, first, end)]
+        widest = max(begun, self.boundaries[j][0])
+        if self.options.around == "all":
+            return [self._range(alone, widest, self.boundaries[j + 1][0])]
+        found = [self._range(alone, a, b) for a in self.boundaries[j] if a >= begun for b in self.boundaries[j + 1]]
+        for last in self._ends(j):  # of several layers only the widest and the narrowest
+            behind = {self.cores[last][1], self.boundaries[last + 1][-1]}
+            found += [self._range(slice(j, last + 1), a, b) for a in sorted({widest, first}) for b in sorted(behind)]
+        return found
 
-    def _range(self, j: int, first: int, end: int) -> _Range:
-        nodes = tuple(self.nodes[first:end])
-        key = tuple(self._signature(node) for node in nodes)
+    def _ends(self, j: int) -> Iterable[int]:
+        """Layers behind a layer that are the last ones of a range of several."""
+        if len(self.layers) <= FEW:
+            return range(j + 1, len(self.layers))
+        return sorted({self.turn - 1, len(self.layers) - 1}) if j == 0 else ()
+
+    def _range(self, which: slice, first: int, end: int, mode: Mode = "tokens") -> _Range:
+        mine, nodes = self.layers[which], tuple(self.nodes[first:end])
+        key = mode, tuple(self._signature(node) for node in nodes)
         how: Cutting | Reason | None = None
         if key not in self._known:
-            how = cutting(self.graph, nodes, self.layers[j], self.mode)
+            how = cutting(self.graph, nodes, mine, mode)
             self._known[key] = self._tried(nodes, how)
         tried, why = self._known[key]
         pieces, seconds = min(tried, key=lambda t: t[1])
         if self.options.count and any(k == self.options.count for k, _ in tried):
             pieces, seconds = self.options.count, dict(tried)[self.options.count]
         if pieces > 1 and how is None:
-            how = cutting(self.graph, nodes, self.layers[j], self.mode)
+            how = cutting(self.graph, nodes, mine, mode)
         cut = how if isinstance(how, Cutting) and pieces > 1 else None
-        axis = "capacity" if self.mode == "capacity" else "tokens"
-        return _Range(self.layers[j], first, end, nodes, cut, pieces, seconds, tried, axis, why)
+        return _Range(tuple(mine), first, end, nodes, cut, pieces, seconds, tried, mode, why)
 
     def _signature(self, node: Node) -> Any:
         """What decides how a node is cut and what it costs; equal for the same node of equal layers."""
@@ -244,11 +269,15 @@ class _Search:
 
 def predicted(graph: Graph, how: Cutting, count: int, costs: Estimates, held: Mapping[Value, float]) -> float:
     """Seconds of a range in pieces, simulated, joins included."""
-    at = stages(graph, how)
-    early, late = (sum(_seconds(node, costs, held) for node in nodes) for nodes in (how.before, how.after))
-    tasks = [Task("before", COMPUTE, early)]
+    when = stages(graph, how)
+    at = when.at
+    behind = _joins(graph, how, at, costs)
+    for node in (*how.between, *how.after):
+        stage = when.behind.get(node, when.count)
+        behind[stage] = behind.get(stage, 0.0) + _seconds(node, costs, held)
+    tasks = [Task("before", COMPUTE, behind.get(-1, 0.0) + sum(_seconds(node, costs, held) for node in how.before))]
     launched: dict[tuple[Node, int], int] = {}
-    for stage in range(max(at.values(), default=0) + 1):
+    for stage in range(when.count):
         mine = [node for node in how.cut if at[node] == stage]
         exchanges = [node for node in mine if node.op.name == EXCHANGE]
         computing = sum(_seconds(node, costs, held, _share(node, how, count)) for node in mine if node.op.name != EXCHANGE)
@@ -262,8 +291,9 @@ def predicted(graph: Graph, how: Cutting, count: int, costs: Estimates, held: Ma
                     Task(f"exchange {stage} piece {p}", COMMUNICATION, _seconds(node, costs, held, 1 / count), (here,))
                 )
                 launched[node, p] = len(tasks) - 1
+        tasks.append(Task(f"behind stage {stage}", COMPUTE, behind.get(stage, 0.0)))
     waits = tuple(launched.values())
-    tasks.append(Task("after", COMPUTE, late + _joins(graph, how, costs), waits))
+    tasks.append(Task("after", COMPUTE, behind.get(when.count, 0.0), waits))
     return simulate(tasks, slowdown=costs.slowdown).seconds
 
 
@@ -279,8 +309,8 @@ def _share(node: Node, how: Cutting, count: int) -> float:
     return 1.0 if rows and node.op.has("elementwise") else 1 / count
 
 
-def _joins(graph: Graph, how: Cutting, costs: Estimates) -> float:
-    """Seconds of making wholes of what others read."""
+def _joins(graph: Graph, how: Cutting, at: Mapping[Node, int], costs: Estimates) -> dict[int, float]:
+    """Seconds of making wholes of what others read, by the stage behind which that happens."""
     inner = set(how.cut)
     joined: dict[Value, None] = {}
     for node in reversed(how.cut):
@@ -289,9 +319,12 @@ def _joins(graph: Graph, how: Cutting, costs: Estimates) -> float:
             if outside or v in joined:
                 joined.pop(v, None)
                 joined.update(dict.fromkeys(node.inputs if is_view(node) else (v,)))
-    mine = {v for node in how.cut for v in node.results}
-    sizes = [size_bytes(v.type) for v in joined if v in mine and isinstance(v.type, TensorType)]
-    return 2 * sum(size for size in sizes if isinstance(size, int)) / costs.rates.bytes
+    found: dict[int, float] = {}
+    for node in how.cut:
+        sizes = [size_bytes(v.type) for v in node.results if v in joined and isinstance(v.type, TensorType)]
+        stage = at[node] + (node.op.name == EXCHANGE)
+        found[stage] = found.get(stage, 0.0) + 2 * sum(n for n in sizes if isinstance(n, int)) / costs.rates.bytes
+    return found
 
 
 __all__ = ["OverlapChunks", "predicted"]

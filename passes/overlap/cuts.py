@@ -1,15 +1,17 @@
 """Which nodes of a range can be cut into pieces that run one after the other, and along what.
 
-A range holds one MoE layer: the exchange that dispatches tokens to their experts and the one that brings the results back.
-How each value is cut follows from constraints that are propagated through the range: those of the layer's own ops, which are
-fixed, and the axis rules of all others (`ir/axes.py`). Two ways of cutting a layer:
+A range holds MoE layers: exchanges that dispatch tokens to their experts, and those that bring the results back. How each
+value is cut follows from constraints that are propagated through the range: those of the layer's own ops, which are fixed,
+and the axis rules of all others (`ir/axes.py`). Two ways of cutting a layer:
 
 - "tokens": along the tokens of this rank. Buffers of experts are not sliced: each piece has a buffer of the whole size with
   rows of its own tokens only (an irregular axis: what a piece holds is known when it runs). Used capacity is handed from
   piece to piece, so that every token goes where it goes in the whole program, and the same tokens are dropped.
 - "capacity": along the rows of the experts' buffers, between the two exchanges only; how a layer is cut by Tutel.
 
-Nodes of the range that nothing is cut through run before the pieces where these need them, else after them.
+Nodes of the range that nothing is cut through run before the pieces where these need them, else after them. Where they need
+all pieces of something themselves, such as a gate that ranks all tokens or a loss that balances experts by their counts,
+they run between two stages of the pipeline.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ Mode = Literal["tokens", "capacity"]
 
 EXCHANGE = "plait.all_to_all_capacity.default"
 SLOTS, ENCODE, DECODE = "plait.moe_slots.default", "plait.moe_encode.default", "plait.moe_decode.default"
+DECODE_WEIGHT = "plait.moe_decode_weight.default"
 PRODUCT, ACTIVATION = "plait.expert_mm.default", "plait.expert_act.default"
+ACTIVATION_BACKWARD = "plait.expert_act_backward.default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How a range is cut: nodes that run before the pieces, in pieces, and after them, each in the order of the graph; how
-    values are cut; letters of the nodes that have an axis rule; `unit`, which every axis that is cut is a multiple of;
-    `reasons` why nodes are not cut."""
+    """How a range is cut: nodes that run before the pieces, in pieces, between stages of these, and after them, each in the
+    order of the graph; how values are cut; letters of the nodes that have an axis rule; `unit`, which every axis that is cut
+    is a multiple of; `reasons` why nodes are not cut."""
 
     before: tuple[Node, ...]
     cut: tuple[Node, ...]
+    between: tuple[Node, ...]
     after: tuple[Node, ...]
     cuts: Mapping[Value, Cut]
     letters: Mapping[Node, str]
@@ -151,7 +156,8 @@ def _exchange(node: Node, mode: Mode) -> Mapping[Value, Cut]:
 
 def _on_rows(node: Node, mode: Mode) -> Mapping[Value, Cut]:
     rows, ranges = _buffer(mode)
-    return {**_named(node, x=rows, other=rows, rows=ranges), node.out: rows}
+    buffers = (v for v in node.results if v.tensor.rank == 3)  # one has no elements where an operand is not there
+    return {**_named(node, grad=rows, x=rows, other=rows, rows=ranges), **dict.fromkeys(buffers, rows)}
 
 
 def _slots(node: Node, mode: Mode) -> Mapping[Value, Cut]:
@@ -169,8 +175,14 @@ def _decode(node: Node, mode: Mode) -> Mapping[Value, Cut]:
     return {**_named(node, buf=Whole.ROWS, choice=tokens, slot=tokens, weight=tokens), node.out: tokens}
 
 
+def _decode_weight(node: Node, mode: Mode) -> Mapping[Value, Cut]:
+    tokens = Along(0)
+    return {**_named(node, buf=Whole.ROWS, choice=tokens, slot=tokens, grad=tokens), node.out: tokens}
+
+
 FIXED: Mapping[str, Relation] = {
-    EXCHANGE: _exchange, PRODUCT: _on_rows, ACTIVATION: _on_rows, SLOTS: _slots, ENCODE: _encode, DECODE: _decode,
+    EXCHANGE: _exchange, PRODUCT: _on_rows, ACTIVATION: _on_rows, ACTIVATION_BACKWARD: _on_rows, SLOTS: _slots,
+    ENCODE: _encode, DECODE: _decode, DECODE_WEIGHT: _decode_weight,
 }  # fmt: skip
 
 
@@ -179,7 +191,7 @@ def _demand(
 ) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason | None:
     """How all values of a node are cut, given some of them, with the letter that is cut and sizes that are cut; None where
     none of its values is."""
-    if node.op.name in FIXED and not (mode == "capacity" and node.op.name in (SLOTS, ENCODE, DECODE)):
+    if node.op.name in FIXED and not (mode == "capacity" and node.op.name in (SLOTS, ENCODE, DECODE, DECODE_WEIGHT)):
         found = FIXED[node.op.name](node, mode)
         return found, "", [_size(v, cut.dim) for v, cut in found.items() if isinstance(cut, Along)]
     mine = {v: known[v] for v in (*node.inputs, *node.results) if v in known}
@@ -214,7 +226,8 @@ def _by_letter(node: Node, mine: Mapping[Value, Cut]) -> tuple[Mapping[Value, Cu
     if isinstance(found, Reason):
         return found
     tensors = [v for v in node.inputs if isinstance(v.type, TensorType)]
-    placed = [*zip(tensors, found.operands, strict=True), *zip(node.results, found.results, strict=True)]
+    made = [v for v in node.results if isinstance(v.type, TensorType)]
+    placed = [*zip(tensors, found.operands, strict=True), *zip(made, found.results, strict=True)]
     letters: set[str] = set()
     for v, cut in mine.items():
         for other, labels in placed:
@@ -305,54 +318,56 @@ def _otherwise(node: Node, v: Value) -> Reason:
     return Reason(f"{node.op.name} reads a value that is cut in another way", v)
 
 
-def cutting(graph: Graph, nodes: Sequence[Node], layer: Layer, mode: Mode = "tokens") -> Cutting | Reason:
-    """How the nodes of a range, in the order of the graph, are cut; why not where the layer itself cannot be."""
-    core = between(graph, layer, nodes)
+def cutting(graph: Graph, nodes: Sequence[Node], inside: Sequence[Layer], mode: Mode = "tokens") -> Cutting | Reason:
+    """How the nodes of a range, in the order of the graph, are cut; why not where its layers themselves cannot be."""
+    core = list(dict.fromkeys(node for layer in inside for node in between(graph, layer, nodes)))
     spread = _Propagation(graph, nodes, mode)
     fixed = [node for node in nodes if node.op.name in FIXED] if mode == "tokens" else core
     spread.run([*fixed, *core])
     reasons = spread.reasons
     needed = set(core)
     cut = {node for node in nodes if node in spread.letters and (mode == "tokens" or node in needed)}
-    before = _settle(graph, nodes, cut, reasons)
+    _drop_views(graph, nodes, cut)
+    first, middle = _needed(graph, nodes, cut)
     for node in core:
         if node not in cut:
             why = reasons.get(node, Reason(f"nothing says how {node.op.name} is cut"))
             return Reason(f"{_place(node)}{why}", why.value)
-    inside = [node for node in nodes if node in cut]
-    made = {v for node in inside for v in node.results}
-    for node in inside:
+    inner = [node for node in nodes if node in cut]
+    made = {v for node in inner for v in node.results}
+    for node in inner:
         for v in node.inputs:
             if v not in made and spread.cuts.get(v) in (Whole.ROWS, Whole.RANGES):
                 return Reason(f"{_place(node)}{node.op.name} reads rows of experts that are not computed in pieces", v)
-    unit = gcd(*(size for node in inside for size in spread.sizes[node]))
+    unit = gcd(*(size for node in inner for size in spread.sizes[node]))
     if unit < 2:
         return Reason("sizes that are cut are not known, or have no common factor")
-    after = tuple(node for node in nodes if node not in cut and node not in before)
-    early = tuple(node for node in nodes if node in before)
-    return Cutting(early, tuple(inside), after, spread.cuts, spread.letters, unit, reasons)
+    known = {*cut, *first, *middle}
+    after = tuple(node for node in nodes if node not in known)
+    return Cutting(tuple(first), tuple(inner), tuple(middle), after, spread.cuts, spread.letters, unit, reasons)
 
 
-def _settle(graph: Graph, nodes: Sequence[Node], cut: set[Node], reasons: dict[Node, Reason]) -> set[Node]:
-    """Nodes that the pieces wait for. What these need in turn is taken out of `cut`, and views that no piece reads."""
-    while True:
-        before: set[Node] = set()
-        for node in reversed(nodes):
-            users = [user for v in node.outputs for user in graph.users.get(v, ())]
-            if node not in cut and any(user in cut or user in before for user in users):
-                before.add(node)
-        whole: list[Node] = []
-        for node in cut:
-            users = [user for v in node.outputs for user in graph.users.get(v, ())]
-            late = next((user for user in users if user in before), None)
-            if late is not None:
-                reasons[node] = Reason(f"{late.op.name} needs all of it: {reasons.get(late, 'it is not cut')}")
-                whole.append(node)
-            elif node.op.has("view") and not any(user in cut for user in users):
-                whole.append(node)
-        if not whole:
-            return before
-        cut.difference_update(whole)
+def _drop_views(graph: Graph, nodes: Sequence[Node], cut: set[Node]) -> None:
+    """Take out of `cut` views that no piece reads."""
+    for node in reversed(nodes):
+        users = (user for v in node.outputs for user in graph.users.get(v, ()))
+        if node in cut and node.op.has("view") and not any(user in cut for user in users):
+            cut.remove(node)
+
+
+def _needed(graph: Graph, nodes: Sequence[Node], cut: set[Node]) -> tuple[list[Node], list[Node]]:
+    """Nodes that are not cut and that pieces need: those that need no piece themselves, and those that do."""
+    wanted: set[Node] = set()
+    for node in reversed(nodes):
+        users = (user for v in node.outputs for user in graph.users.get(v, ()))
+        if node not in cut and any(user in cut or user in wanted for user in users):
+            wanted.add(node)
+    behind: set[Node] = set()
+    for node in nodes:
+        makers = (graph.producers.get(v) for v in (*node.inputs, *node.after))
+        if node in wanted and any(maker in cut or maker in behind for maker in makers):
+            behind.add(node)
+    return [n for n in nodes if n in wanted and n not in behind], [n for n in nodes if n in behind]
 
 
 def _place(node: Node) -> str:

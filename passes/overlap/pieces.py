@@ -8,7 +8,8 @@ whole computes, from the same operands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -27,13 +28,33 @@ def bounds(size: int, unit: int, count: int) -> list[int]:
     return [p * unit // count * (size // unit) for p in range(count + 1)]
 
 
-def stages(graph: Graph, cutting: Cutting) -> dict[Node, int]:
-    """How many exchanges of its own range each node that is cut waits for."""
-    found: dict[Node, int] = {}
-    for node in cutting.cut:
-        made = [graph.producers[v] for v in node.inputs if graph.producers.get(v) in found]
-        found[node] = max((found[n] + (n.op.name == EXCHANGE) for n in made), default=0)
-    return found
+@dataclass(frozen=True)
+class Stages:
+    """When the nodes of a range run: `at` is the stage of those that are cut, `behind` the stage that others follow, -1
+    where no piece makes what they read; `count` is the number of stages. Effects behind the pieces, such as sums of
+    gradients over ranks, and what waits for them, are none of these: they stay behind the range."""
+
+    at: Mapping[Node, int]
+    behind: Mapping[Node, int]
+    count: int
+
+
+def stages(graph: Graph, cutting: Cutting) -> Stages:
+    """The stages of a range. One begins behind each exchange, and behind each node between the pieces."""
+    cut, between, after = set(cutting.cut), set(cutting.between), set(cutting.after)
+    there: dict[Node, int] = {}  # the stage in which, or behind which, a node's results are there
+    at: dict[Node, int] = {}
+    behind: dict[Node, int] = {}
+    for node in graph.nodes:
+        makers = [n for v in (*node.inputs, *node.after) if (n := graph.producers.get(v)) is not None]
+        if node in cut:
+            at[node] = max((there[n] + (n in between) for n in makers if n in there), default=0)
+            there[node] = at[node] + (node.op.name == EXCHANGE)
+        elif node in between or (
+            node in after and node.token is None and not any(n in after and n not in behind for n in makers)
+        ):
+            behind[node] = there[node] = max((there[n] for n in makers if n in there), default=-1)
+    return Stages(at, behind, max(at.values(), default=-1) + 1)
 
 
 def is_view(node: Node) -> bool:
@@ -73,18 +94,33 @@ class Pieces:
 
     # -- emission -----------------------------------------------------------------------------------------------------
 
-    def emit(self) -> None:
-        """The pipeline."""
-        at = stages(self.graph, self.cutting)
-        last = max(at.values(), default=0)
-        for stage in range(last + 1):
-            mine = [node for node in self.cutting.cut if at[node] == stage]
-            waits = [node for node in self.cutting.cut if node.op.name == EXCHANGE and at[node] == stage - 1]
+    def emit(self, then: Callable[[Node], None]) -> None:
+        """The pipeline; `then` is called for each node that is not cut, behind its stage. What others read is joined as soon
+        as all its pieces are there: pieces that are buffers of the whole size would else take the memory of many wholes."""
+        when = stages(self.graph, self.cutting)
+        waits: list[Node] = []
+        for stage in range(when.count):
+            mine = [node for node in self.cutting.cut if when.at[node] == stage]
             for p in range(self.count):
                 for node in waits:
                     self._wait(node, p)
                 for node in mine:
                     self._piece(node, p)
+            exchanges = [node for node in mine if node.op.name == EXCHANGE]
+            self._join_all([*waits, *(node for node in mine if node.op.name != EXCHANGE)])
+            waits = exchanges
+            for node, there in when.behind.items():
+                if there == stage:
+                    then(node)
+        self._join_all(waits)
+
+    def _join_all(self, nodes: Iterable[Node]) -> None:
+        """Join results that others read."""
+        inner = set(self.cutting.cut)
+        for node in nodes:
+            for v in node.results:
+                if v in self.graph.results or any(user not in inner for user in self.graph.users.get(v, ())):
+                    self.join(v)
 
     def _wait(self, node: Node, p: int) -> None:
         made = self._made[p]
@@ -258,14 +294,11 @@ def in_pieces(graph: Graph, chosen: Iterable[tuple[Cutting, int]]) -> Graph:
             return
         started.add(id(r))
         emitted.update(r.cutting.cut)
-        mine = dict.fromkeys(v for node in r.cutting.cut for v in node.results)
-        inner = set(r.cutting.cut)
-        for node in r.cutting.cut:
+        inner = (*r.cutting.cut, *r.cutting.between)
+        mine = {v for node in inner for v in node.results}
+        for node in inner:
             need(v for v in node.inputs if v not in mine)
-        r.emit()
-        for v in mine:  # pieces that are buffers of the whole size would take the memory of many wholes
-            if any(user not in inner for user in graph.users.get(v, ())) or v in graph.results:
-                r.join(v)
+        r.emit(emit)
 
     for node in graph.nodes:
         emit(node)
@@ -301,4 +334,4 @@ def asynchronous(graph: Graph) -> Graph:
     return builder.finish()
 
 
-__all__ = ["START", "WAIT", "Pieces", "asynchronous", "bounds", "in_pieces", "is_view", "stages"]
+__all__ = ["START", "WAIT", "Pieces", "Stages", "asynchronous", "bounds", "in_pieces", "is_view", "stages"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class LayerReport:
     """One MoE layer: where it is in the user's program, the nodes of its range, the number of pieces and what is cut ("" for
-    one piece), estimated seconds of the range whole and cut, estimates by number of pieces, why it is not cut further."""
+    one piece), estimated seconds of the range whole and cut, estimates by number of pieces, why it is not cut further, how
+    many layers the range holds."""
 
     source: str
     first: str
@@ -20,13 +21,15 @@ class LayerReport:
     cut: float
     tried: tuple[tuple[int, float], ...]
     why: str
+    layers: int = 1
 
     def __str__(self) -> str:
         where = self.source or self.first
         if self.pieces == 1:
             return f"{where}: whole ({1e3 * self.whole:.2f} ms); {self.why}"
         gain = f"{1e3 * self.whole:.2f} -> {1e3 * self.cut:.2f} ms"
-        nodes = f"{self.first} to {self.last} ({self.nodes} nodes)"
+        shared = f", {self.layers} layers" if self.layers > 1 else ""
+        nodes = f"{self.first} to {self.last} ({self.nodes} nodes{shared})"
         return f"{where}: {self.pieces} pieces along {self.axis}, {nodes}, {gain}; {self.why}"
 
 

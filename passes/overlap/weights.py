@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...cost.estimate import Estimates
+from ...cost.estimate import COMMUNICATION, COMPUTE, Estimates
 from ...ir import Arg, Builder, Graph, Node, Reason, Value, flatten
 from ...ir.reach import Reach, deferrable
 from ...ir.rewrite import HELD_BACK
@@ -24,6 +24,10 @@ from .report import WeightsReport
 LEAST = 0.005
 """Work that takes less than this part of an exchange stays where it is, or goes with what reads it: moved away from its
 readers it would need a kernel of its own."""
+
+
+SLACK = 0.5
+"""By how much of a gap work may be longer than it."""
 
 
 @register
@@ -53,9 +57,13 @@ class OverlapDW(Pass):
         held = launches.used(graph)
         if not ctx.allowed("launch", parts.exchanges[0]):
             return given
-        placed = [self._allowed(ctx, *pair) for pair in zip(parts.exchanges, _placed(parts, costs, held), strict=True)]
-        candidates = [_Order(parts, placed, early=early).run() for early in (True, False)]
-        best = min(candidates, key=lambda nodes: launches.seconds(nodes, costs, held))
+        problem = _problem(parts, costs, held)
+        placed = [self._allowed(ctx, *pair) for pair in zip(parts.exchanges, _placed(problem), strict=True)]
+        found = [_Order(parts, placed, early=early).run() for early in (True, False)]
+        if sum(map(len, placed)):
+            moved = {n for works in placed for n in works}
+            found += [_Filled(parts, moved, costs, held, early=early).run() for early in (True, False)]
+        best = min([*found, list(graph.nodes)], key=lambda nodes: launches.seconds(nodes, costs, held))
         made = rethreaded(graph, best)
         after = launches.timeline(made, costs)
         ctx.report(
@@ -170,9 +178,8 @@ def _problem(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> Pr
     return Problem(tuple(seconds(start) for start in parts.exchanges), tuple(works), heavy)
 
 
-def _placed(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> list[list[Node]]:
+def _placed(problem: Problem) -> list[list[Node]]:
     """For each exchange the nodes beside it."""
-    problem = _problem(parts, costs, held)
     return [[problem.nodes[i] for i in mine] for mine in assign(problem.seconds, problem.works)]
 
 
@@ -249,6 +256,51 @@ class _Order:
             return
         while self.sums and self._ready(self.sums[0]):
             self.emit(self.sums.pop(0))
+
+
+class _Filled(_Order):
+    """The same, with work where the order would let the cores wait, by a clock that runs along: of what is ready at a wait
+    the longest that fits. Between the pieces of a pipeline an exchange mostly has computation beside it, and what is moved
+    there only delays the launches behind it."""
+
+    def __init__(
+        self, parts: _Parts, moved: Collection[Node], costs: Estimates, held: Mapping[Value, float], *, early: bool
+    ) -> None:
+        super().__init__(parts, [() for _ in parts.exchanges], early=early)
+        self.held, self.costs, self.shares = set(moved), costs, held
+        later = set(parts.later)
+        mine = [work for work in parts.later if work in self.held]
+        self.waiting = {work: [n for n in parts.reach.needed([work]) if n not in later] for work in mine}
+        self.now = self.link = 0.0  # when the cores, and the link, have done what was launched so far
+        self.ends: dict[Value, float] = {}
+
+    def emit(self, node: Node) -> None:
+        """Append a node, what it needs before it, and let the clock run."""
+        if node in self.emitted:
+            return
+        super().emit(node)
+        self.waiting.pop(node, None)
+        if node.op.name == WAIT:
+            self.now = max(self.now, self.ends.get(node.inputs[0], 0.0))
+        elif is_start(node):
+            self.now += self.costs.handling
+            self.link = max(self.link, self.now) + self.costs.collective(node, launches.share(node, self.shares))
+            self.ends.update(dict.fromkeys(node.results, self.link))
+        else:
+            self.now += self._seconds(node)
+
+    def _seconds(self, node: Node) -> float:
+        factor = self.costs.slowdown.get((COMPUTE, COMMUNICATION), 1.0) if self.link > self.now else 1.0
+        return factor * self.costs.compute(node, launches.share(node, self.shares))
+
+    def _fill(self, i: int, wait: Node) -> None:
+        super()._fill(i, wait)
+        while (gap := self.ends.get(wait.inputs[0], 0.0) - self.now) > 0:
+            ready = [w for w, needed in self.waiting.items() if self.emitted.issuperset(needed)]
+            fitting = [w for w in ready if self._seconds(w) <= gap * (1 + SLACK)]
+            if not fitting:
+                return
+            self.emit(max(fitting, key=self._seconds))
 
 
 __all__ = ["OverlapDW", "Problem", "rethreaded"]

@@ -50,6 +50,20 @@ def test_what_was_measured_counts() -> None:
     assert Estimates(RATES, table, threads=1).compute(product) != 5e-3
 
 
+def test_other_sizes_miss_their_roofline_as_the_nearest_one_that_was_measured() -> None:
+    product, relu, *_ = nodes()
+    table = Table()
+    plain = Estimates(RATES, table)
+    table.record(node_key(product, 1, "cpu"), MEASURED, timing(3 * plain.roofline(product)))
+    costs = plain.calibrated([product, relu])
+    half = Value(TensorType((32, 32), torch.float32), "x")
+    builder = Builder(Graph("g", (half, product.inputs[1]), (), ()))
+    builder.call("aten.mm.default", half, product.inputs[1])
+    (other,) = builder.nodes
+    assert costs.compute(other) == pytest.approx(3 * plain.roofline(other))
+    assert costs.compute(relu) == plain.compute(relu)
+
+
 def test_a_share_of_the_rows_costs_its_share_and_a_launch() -> None:
     product, *_ = nodes()
     costs = Estimates(RATES)
