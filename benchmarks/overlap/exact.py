@@ -18,11 +18,13 @@ SMALL = {"units": 12, "length": 5, "width": 16, "hidden": 24, "experts": 4}
 LARGE = {"units": 32, "length": 64, "width": 128, "hidden": 512, "experts": 4}
 LOADS = ("even", "uneven", "empty")
 VARIANTS: Mapping[str, list[str]] = {
-    **{f"layer/{k}": [f"overlap-chunks:around=layer,count={k}"] for k in range(1, 9)},
-    **{f"all/{k}": [f"overlap-chunks:around=all,count={k}"] for k in (2, 8)},
+    **{f"step/{k}": [f"overlap-chunks:around=step,count={k}"] for k in range(1, 9)},
+    **{f"layer/{k}": [f"overlap-chunks:around=layer,count={k}"] for k in (3, 8)},
     "all/5, dw": ["overlap-chunks:around=all,count=5", "overlap-dw"],
+    "step/4, dw": ["overlap-chunks:around=step,count=4", "overlap-dw"],
 }
-EXCHANGES = {"whole": 0, **{name: 2 * (2 * int(name.split(",")[0].split("/")[1]) + 2) for name in VARIANTS}}
+"""Whole steps in pieces; layers in pieces of tokens, their gradients in pieces of rows; with weight gradients."""
+EXCHANGES = {"whole": 0, **{name: 8 * int(name.split(",")[0].split("/")[1]) for name in VARIANTS}}
 """Exchanges that are started: two of each piece in the forward and two in the backward of two layers."""
 LONGEST_S = 1800.0
 
@@ -31,10 +33,10 @@ def jobs(quick: bool) -> dict[str, dict[str, Any]]:
     """What is run, by name. A quick run takes one program, one load and three pieces."""
     same = {"sizes": SMALL, "seeds": 2, "loads": LOADS, "curve": 50}
     if quick:
-        few = {"layer/3": VARIANTS["layer/3"]}
+        few = {"step/3": VARIANTS["step/3"]}
         return {"top2 1.25": {**same, "gate": "top2", "factor": 1.25, "variants": few, "loads": LOADS[1:2], "curve": 0}}
     found = {f"{g} {f:g}": {**same, "gate": g, "factor": f, "variants": VARIANTS} for g in GATES for f in FACTORS}
-    few = {name: VARIANTS[name] for name in ("layer/2", "layer/8", "all/8", "all/5, dw")}
+    few = {name: VARIANTS[name] for name in ("step/2", "step/8", "layer/8", "step/4, dw")}
     large = {**same, "sizes": LARGE, "seeds": 1, "variants": few}
     return found | {f"{g} 1.25 large": {**large, "gate": g, "factor": 1.25} for g in ("switch", "top2-by-choice")}
 

@@ -19,12 +19,15 @@ REMOVED = 0.77
 """The share of exchanges that nothing hides, of those of Tutel's best degree, that must be gone."""
 VARIANTS = ("i", "ii/2", "ii/4", "ii/8", "iii", "iv", "v", "vi", "vii")
 SIZES = {"vocabulary": 96, "width": 128, "heads": 4, "layers": 4, "context": 128, "hidden": 512, "experts": 4}
-FULL: dict[str, Any] = {"sizes": SIZES, "batch": 32, "variants": VARIANTS, "repeats": 20}
+OPTIONS = {"bucket_mb": 0.25}
+"""Sums of dense gradients are short messages, so that exchanges need not wait long behind one."""
+FULL: dict[str, Any] = {"sizes": SIZES, "batch": 64, "variants": VARIANTS, "repeats": 20, "options": OPTIONS}
 SAMPLE: dict[str, Any] = {
     "sizes": {**SIZES, "width": 64, "layers": 2, "context": 64, "hidden": 256},
     "batch": 16,
     "variants": ("i", "vi"),
     "repeats": 6,
+    "options": OPTIONS,
 }
 LONGEST_S = 3600.0
 
