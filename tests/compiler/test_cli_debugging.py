@@ -133,6 +133,7 @@ def test_bisect_names_the_choice(wrong_tanh: Callable[[], None], jobs: str) -> N
     assert found["at"].startswith("debugging_factories.py:")
 
 
+@pytest.mark.slow
 def test_bisect_by_a_command(wrong_tanh: Callable[[], None], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
     result = plait("bisect", SRC, "--check", f"{sys.executable} judge.py {{}}", "--jobs", "2", "--json")

@@ -376,6 +376,7 @@ def test_the_module_computes_the_same_and_the_original_stays(scheme: str) -> Non
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_an_artifact_gives_the_same_numbers(tmp_path: Path) -> None:
     model, calib = seeded(), data()
     for scheme in ("awq-w4g32", "w8a8"):
