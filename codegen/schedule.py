@@ -11,6 +11,7 @@ from ..ir import Graph, Node, TensorType, Value, flatten, op
 from ..ir.rewrite import RuleLog
 from ..runtime import moe as runtime_moe
 from ..runtime import ops as runtime_ops
+from ..runtime.pending import EXCHANGES
 from .allow import Allow, always
 from .analysis import Analysis
 from .attention import emit_attention
@@ -31,7 +32,7 @@ from .target import CPU, Target
 from .templates.matmul_choice import ONEDNN
 from .tuning import default_choice, linear_call, measured_choice
 from .unbacked import bind_sizes
-from .unread import EXCHANGES, received_alone
+from .unread import received_alone
 from .waits import with_waits
 
 assert runtime_ops is not None and runtime_moe is not None  # importing registers the ops `plait.*` that plans call

@@ -6,10 +6,8 @@ y = expert_mm(x, w, rows); z = expert_act(y, None, None, rows, "gelu"); return (
 from __future__ import annotations
 
 from ..ir import Graph, Node, Value
-from ..runtime.pending import WAIT
+from ..runtime.pending import EXCHANGES, WAIT
 from .expert import ACTIVATION, ACTIVATION_BACKWARD, MM, WEIGHT
-
-EXCHANGES = ("plait.all_to_all_capacity.default", "plait.all_to_all_capacity_start.default")
 
 _READS = {
     MM: ("x",),

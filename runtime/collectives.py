@@ -80,7 +80,8 @@ def follow(setting: Callable[[], float]) -> None:
 class Record:
     """One collective that has run: the bytes that this rank sent to others, start and end as `time.perf_counter_ns`.
 
-    On CUDA devices these are the times at which the host was at it. `result` is what it gave, where that was asked for.
+    The start is when the channel came to it, which may have posted its messages before; on CUDA devices these are the times
+    at which the host was at it. `result` is what it gave, where that was asked for.
     """
 
     group: str

@@ -15,10 +15,9 @@ from .calls import resolve_op
 from .collectives import Pending, Progress, Work
 from .exchange import exchange
 from .layout import argument_values
-from .pending import ASYNCHRONOUS, START, WAIT
+from .pending import ASYNCHRONOUS, EXCHANGES, WAIT
 from .plan import Call, Launch, Plan, SizeExpr, ValueSpec
 
-EXCHANGES = ("plait.all_to_all_capacity.default", START)
 _UNEVEN = "all_to_all_single"  # ranks may send each other different numbers of rows
 
 

@@ -16,6 +16,7 @@ from .plan import Call, Launch
 ASYNCHRONOUS = ("_c10d_functional.", "_c10d_functional_autograd.")
 WAIT = "_c10d_functional.wait_tensor.default"
 START = "plait.all_to_all_capacity_start.default"
+EXCHANGES = ("plait.all_to_all_capacity.default", START)
 
 
 def is_wait(op: str) -> bool:

@@ -56,7 +56,7 @@ PRINTS = {
     "tiny_llama.py": "with outliers",
     "smollm2.py": "The capital of France is Paris.",
     "quantize_smollm2.py": "The capital of France is Paris.",
-    "train_gpt2_moe.py": "2 ranks, compiled\noverlap-chunks: chunks x",
+    "train_gpt2_moe.py": "2 ranks, compiled\noverlap-chunks: chunks x{n}\noverlap-dw: beside x",
     "mixtral.py": "2 ranks, 2 of 4 experts on each",
     "sentence_similarity.py": "Your order is on its way",
 }
@@ -74,7 +74,8 @@ def test_example(path: Path, tmp_path: Path) -> None:
     command += [str(path), *ARGUMENTS.get(path.name, ())]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | threads)
     assert run.returncode == 0, run.stderr
-    assert PRINTS[path.name] in run.stdout
+    wanted = re.escape(PRINTS[path.name]).replace(re.escape("{n}"), r"\d+")  # decided by measured times
+    assert re.search(wanted, run.stdout), run.stdout
     page = SHOWN.get(path.name)
     if page is not None:
         shown = re.search(r"^```text\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)

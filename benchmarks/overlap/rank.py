@@ -192,7 +192,8 @@ def rate(plain: Variant, data: list[Any], device: str, share: float) -> float:
         exchanging = mean_over_ranks(statistics.median(s.waited for s in samples))
         sent = 8e-6 * mean_over_ranks(statistics.median(s.sent for s in samples))
         wanted = (computing + other) * share / (1 - share)
-        mbit = sent / (sent / mbit + wanted - exchanging) if mbit else sent / wanted
+        carried = max(sent / mbit + wanted - exchanging, 0.25 * wanted) if mbit else wanted  # seconds for the bytes alone
+        mbit = sent / carried
         dist.barrier()
     set_rate(device, mbit)
     dist.barrier()

@@ -60,8 +60,8 @@ class OverlapDW(Pass):
         problem = _problem(parts, costs, held)
         placed = [self._allowed(ctx, *pair) for pair in zip(parts.exchanges, _placed(problem), strict=True)]
         found = [_Order(parts, placed, early=early).run() for early in (True, False)]
-        if sum(map(len, placed)):
-            moved = {n for works in placed for n in works}
+        moved = {n for works in placed for n in works}
+        if moved:
             found += [_Filled(parts, moved, costs, held, early=early).run() for early in (True, False)]
         best = min([*found, list(graph.nodes)], key=lambda nodes: launches.seconds(nodes, costs, held))
         made = rethreaded(graph, best)
@@ -69,7 +69,7 @@ class OverlapDW(Pass):
         ctx.report(
             WeightsReport(
                 tuple(node.loc.short for node in parts.exchanges),
-                tuple(tuple(n.out.hint for n in works) for works in placed),
+                tuple(tuple(n.out.hint for n in works) for works in _beside(parts, made.nodes, moved)),
                 before.seconds, after.seconds, launches.exposed(before), launches.exposed(after),
                 before.peak_bytes, after.peak_bytes,
             )
@@ -87,6 +87,22 @@ class OverlapDW(Pass):
         else:
             ctx.log.refuse("beside", start, HELD_BACK)
         return ()
+
+
+def _beside(parts: _Parts, order: Iterable[Node], moved: Collection[Node]) -> list[list[Node]]:
+    """For each exchange what of the work that was free to move runs, in this order, between its launch and its wait; work
+    within several counts for the one that was launched last."""
+    found: dict[Node, list[Node]] = {start: [] for start in parts.exchanges}
+    starts = {v: start for start in parts.exchanges for v in start.results}
+    flying: list[Node] = []
+    for node in order:
+        if node in found:
+            flying.append(node)
+        elif node in parts.waits:
+            flying = [start for start in flying if start is not starts.get(node.inputs[0])]
+        elif node in moved and flying:
+            found[flying[-1]].append(node)
+    return list(found.values())
 
 
 class _Parts:
