@@ -62,14 +62,16 @@ class Estimates:
     handling: float = 0.0
     known: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict[str, tuple[tuple[float, float], ...]])
     curves: dict[tuple[str, int], Curve | None] = field(default_factory=dict[tuple[str, int], "Curve | None"])
+    _known_nodes: dict[Node, float] = field(default_factory=dict[Node, float], init=False, repr=False, compare=False)
 
     def compute(self, node: Node, share: float = 1.0) -> float:
         """Seconds of a node that is no collective, on a share of its rows."""
-        if node.op.has("view") or node.op.name in _FREE or node.op.has("scalar"):
+        if node.op.has("view") or node.op.name in _FREE or node.op.has("scalar") or _in_place(node):
             return 0.0
-        whole = self.measured(node)
+        whole = self._known_nodes.get(node)
         if whole is None:
-            whole = self._like_known(node.op, self.roofline(node))
+            whole = self.measured(node)
+            whole = self._known_nodes[node] = self._like_known(node.op, self.roofline(node)) if whole is None else whole
         least = 0.0 if node.op.has("elementwise") else min(self.rates.launch, whole)
         return least + share * (whole - least)
 
@@ -118,6 +120,14 @@ class Estimates:
             device = f"{self.device}/{self.backend}"
             self.curves[at] = None if self.table is None else curve(self.table, name, ranks, device)
         return self.curves[at]
+
+
+def _in_place(node: Node) -> bool:
+    """Whether a node joins what is computed where it lies in the joined value: parts along its outermost axis."""
+    if node.op.name != "aten.cat.default" or not node.out.tensor.is_contiguous:
+        return False
+    at = node["dim"] % node.out.tensor.rank
+    return all(size == 1 for size in node.out.tensor.shape[:at])
 
 
 def sent(node: Node, ranks: int) -> float:

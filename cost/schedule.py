@@ -115,6 +115,11 @@ def simulate(
     return Timeline(tuple(tasks), spans, resident + _peak(tasks, spans, frozenset(kept)))
 
 
+def duration(tasks: Sequence[Task], *, slowdown: Slowdown | None = None) -> float:
+    """Seconds until the last task of a schedule ends; memory is not looked at. Raises CircularSchedule."""
+    return max((span.end for span in _spans(tasks, slowdown or {})), default=0.0)
+
+
 def _spans(tasks: Sequence[Task], slowdown: Slowdown) -> tuple[Span, ...]:
     queues: dict[str, list[int]] = {}
     for i, task in enumerate(tasks):
@@ -211,4 +216,4 @@ def _common(some: Sequence[Span], others: Sequence[Span]) -> float:
     return total
 
 
-__all__ = ["Slowdown", "Span", "Task", "Timeline", "simulate"]
+__all__ = ["Slowdown", "Span", "Task", "Timeline", "duration", "simulate"]

@@ -59,7 +59,8 @@ class Pass:
     """Base of all passes. Subclasses are frozen dataclasses registered by `@register`.
 
     `requires` names facts that must hold before, `establishes` facts that hold after, `preserves` facts that survive
-    when the pass changes the graph; all other facts are dropped then.
+    when the pass changes the graph; all other facts are dropped then. A pass that `reorders` changes nothing but the order
+    of launches: passes before it that go by expected times look ahead to what it would make of their graphs.
     """
 
     name: ClassVar[str]
@@ -67,6 +68,7 @@ class Pass:
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
     preserves: ClassVar[frozenset[str]] = frozenset()
+    reorders: ClassVar[bool] = False
 
     def numerics(self) -> Numerics:
         """What the pass promises about results."""
@@ -121,7 +123,7 @@ class Context:
     `parameters` numbers inputs that are parameters; with `freezes` they become constants later on.
 
     `costs` says how long nodes and collectives take (None: nobody has measured), `forward_outputs` how many of a joint
-    graph's outputs are the forward's; the others are gradients.
+    graph's outputs are the forward's; the others are gradients. `then` are the passes of the pipeline that follow.
     """
 
     at: CapturePoint = "any"
@@ -140,6 +142,17 @@ class Context:
     freezes: bool = False
     costs: Estimates | None = None
     forward_outputs: int = 1
+    then: tuple[Pass, ...] = ()
+
+    def ahead(self, graph: Graph) -> Graph:
+        """What the passes that follow and only reorder launches would make of a graph: no log, no report, no choice."""
+        for one in self.then:
+            if one.reorders:
+                graph = one.run(
+                    graph,
+                    dataclasses.replace(self, allow=_always, current=one.name, log=RuleLog(), report=_quietly, then=()),
+                )
+        return graph
 
     def allowed(self, rule: str, node: Node | None = None) -> bool:
         """Ask before a rule of the running pass fires. For passes that do not go through `rewrite`; a pass that never asks
@@ -288,7 +301,7 @@ class Pipeline:
         one, graph = self.rest[0], self.graph
         _check_place(one, self._ctx, self.facts)
         try:
-            step = _run_pass(one, graph, self._ctx)
+            step = _run_pass(one, graph, dataclasses.replace(self._ctx, then=tuple(self.rest[1:])))
         except PassFailed:
             _verify_end(self.steps, graph)  # an earlier pass may have left the graph that this one fails on
             raise

@@ -60,7 +60,7 @@ class Cluster:
 
 CLUSTERS = (
     Cluster("V100", 0.85 * 15.7e12, 0.8 * 900e9, 0.7 * 150e9, 0.75 * 12.5e9, 30e-6),
-    Cluster("A100", 0.85 * 19.5e12, 0.8 * 2.0e12, 0.7 * 300e9, 0.4 * 50e9, 30e-6),
+    Cluster("A100", 0.85 * 19.5e12, 0.8 * 2.0e12, 0.7 * 300e9, 0.27 * 50e9, 30e-6),
 )
 """Shares of what links are rated at are such that hiding all exchanges of GPT2-S-MoE on 16 GPUs would give 1.3x (A100) and
 1.46x (V100); the paper's figure 2 has 1.29x to 1.48x."""

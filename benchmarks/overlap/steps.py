@@ -17,7 +17,7 @@ SHARES = {0.3: 1.15, 0.45: 1.3, 0.6: 1.3}
 """How many times faster than the best baseline a step must be, by share of exchanges."""
 REMOVED = 0.77
 """The share of exchanges that nothing hides, of those of Tutel's best degree, that must be gone."""
-VARIANTS = ("i", "ii/2", "ii/4", "ii/8", "iii", "iv", "v", "vi", "vii")
+VARIANTS = ("i", "ii/2", "ii/4", "ii/8", "iii", "iv", "v", "vi")
 SIZES = {"vocabulary": 96, "width": 128, "heads": 4, "layers": 4, "context": 128, "hidden": 512, "experts": 4}
 OPTIONS = {"bucket_mb": 0.25}
 """Sums of dense gradients are short messages, so that exchanges need not wait long behind one."""

@@ -4,11 +4,16 @@ Which range around each layer is cut, and in how many pieces, a dynamic programm
 T(n) = min over i of T(i) + the least P(i, n, k) over k, with P simulated for the pipeline of range [i, n) in k pieces.
 Ranges begin and end at boundaries that split the computation between two layers into `GROUPS` parts. Those of several layers
 do not let the pipeline run empty between these: where exchanges take longer than the computation, they follow each other.
+
+What a range takes is not all: exchanges that it leaves bare may have weight gradients computed behind them later on. So
+several plans are made, those of single layers, those of several, the whole step in so many pieces, and none; the one is kept
+whose step, as the passes that follow would order it, is expected to be the fastest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +21,14 @@ from typing import Any, ClassVar, Literal
 
 from ...cost.estimate import COMMUNICATION, COMPUTE, Estimates
 from ...cost.ops import size_bytes
-from ...cost.schedule import Task, simulate
+from ...cost.schedule import Task, duration
 from ...errors import InferenceFailed
 from ...ir import Graph, Node, Reason, TensorType, Value
+from ...ir.axes import axes
 from ...ir.reach import Reach
 from ...ir.rewrite import HELD_BACK
 from ..base import Context, Numerics, Pass, option, reassociates, register
+from . import launches
 from .cuts import DECODE, DECODE_WEIGHT, ENCODE, EXCHANGE, SLOTS, Cutting, Layer, Mode, Whole, between, cutting, layers
 from .launches import share, used
 from .pieces import asynchronous, in_pieces, is_view, stages
@@ -74,28 +81,30 @@ class OverlapChunks(Pass):
         if costs is None or not any(n.op.name == EXCHANGE for n in graph.nodes):
             return graph
         forward = Reach(graph).needed([], [v for v in graph.outputs[: ctx.forward_outputs] if isinstance(v, Value)])
-        chosen = _Search(graph, graph.nodes if self.backward else forward, forward, self, costs).best()
-        taken: list[tuple[Cutting, int]] = []
+        search = _Search(graph, graph.nodes if self.backward else forward, forward, self, costs)
+        plans = search.plans()
+        steps = tuple(launches.expected(ctx.ahead(asynchronous(_made(graph, plan))), costs) for plan in plans.values())
+        chosen = min(zip(steps, plans.values(), strict=True), key=lambda pair: pair[0])[1]
+        taken: list[_Range] = []
         said: list[LayerReport] = []
         for r in chosen:
             why = _why_not(graph, r)
             if why is None and ctx.allowed("chunks", r.layers[0].dispatch):
-                assert r.how is not None
-                taken.append((r.how, r.pieces))
+                taken.append(r)
                 ctx.log.fire("chunks")
                 said += r.reports()
             else:
                 ctx.log.refuse("chunks", r.layers[0].dispatch, why or HELD_BACK)
                 said += dataclasses.replace(r, pieces=1, why=str(why or HELD_BACK)).reports()
-        ctx.report(ChunksReport(tuple(said)))
-        made = in_pieces(graph, taken) if taken else graph
+        ctx.report(ChunksReport(tuple(said), tuple(zip(plans, steps, strict=True))))
+        made = _made(graph, taken)
         return asynchronous(made) if ctx.allowed("launch") else made
 
 
 @dataclass(frozen=True)
 class _Range:
-    """A range around layers: positions among the nodes, how it is cut (None: not), seconds by number of pieces, and why it
-    is not cut, or not further."""
+    """A range around layers: positions among the nodes, how it can be cut (None: not at all), in how many pieces it is,
+    seconds of these, and why it is not cut, or not further."""
 
     layers: tuple[Layer, ...]
     first: int
@@ -107,6 +116,10 @@ class _Range:
     tried: tuple[tuple[int, float], ...]
     axis: str
     why: str
+
+    def of(self, pieces: int) -> _Range:
+        """In another number of pieces that was tried."""
+        return dataclasses.replace(self, pieces=pieces, seconds=dict(self.tried)[pieces])
 
     def reports(self) -> list[LayerReport]:
         """One for each layer."""
@@ -120,9 +133,22 @@ class _Range:
         ]  # fmt: skip
 
 
+def _made(graph: Graph, plan: Sequence[_Range]) -> Graph:
+    """The graph with the ranges of a plan in pieces, those left out that an op does not take."""
+    try:
+        return _in_pieces(graph, plan)
+    except InferenceFailed:
+        return _in_pieces(graph, [r for r in plan if _why_not(graph, r) is None])
+
+
+def _in_pieces(graph: Graph, plan: Sequence[_Range]) -> Graph:
+    taken = [(r.how, r.pieces) for r in plan if r.how is not None and r.pieces > 1]
+    return in_pieces(graph, taken) if taken else graph
+
+
 def _why_not(graph: Graph, r: _Range) -> Reason | None:
     """Why a range is not cut: it pays less than leaving it whole, or an op does not take a piece."""
-    if r.how is None:
+    if r.how is None or r.pieces == 1:
         return Reason(r.why)
     try:
         in_pieces(graph, [(r.how, r.pieces)])
@@ -151,6 +177,7 @@ class _Search:
         self._seconds = [self._alone(node) for node in nodes]
         self._signatures: dict[Node, Any] = {}
         self._known: dict[Any, tuple[tuple[tuple[int, float], ...], str]] = {}
+        self._axes_of = functools.cache(axes)
 
     def _core(self, layer: Layer) -> tuple[int, int]:
         """Positions that hold a layer: from where its rows get their slots to where tokens take their results."""
@@ -181,13 +208,28 @@ class _Search:
                 found.append(i + 1)
         return [*found, end] if end > first else [first]
 
-    def best(self) -> list[_Range]:
-        """Ranges that hold every layer once, so that their seconds together are least."""
+    def plans(self) -> dict[str, list[_Range]]:
+        """Plans worth a look at the whole step, by what they are."""
+        if self.options.around != "search" or self.options.by == "capacity":
+            return {"ranges": self._best(several=False)}
+        single = self._best(several=False)
+        found = {"single layers": single, "layers together": self._best(several=True)}
+        if not self.options.count:
+            found["the backward whole"] = [r if r.layers[0].dispatch in self.forward else r.of(1) for r in single]
+            found["nothing in pieces"] = [r.of(1) for r in single]
+        if self.layers:
+            step = self._range(slice(0, len(self.layers)), 0, len(self.nodes))
+            found |= {f"all in {k} pieces": [step.of(k)] for k, _ in step.tried[1:]}
+        distinct = {tuple((r.first, r.end, r.pieces) for r in plan if r.pieces > 1): name for name, plan in found.items()}
+        return {name: found[name] for name in distinct.values()}
+
+    def _best(self, *, several: bool) -> list[_Range]:
+        """Ranges that hold every layer once, so that their seconds together are least; `several` layers in one, too."""
         states: list[dict[int, tuple[float, list[_Range]]]] = [{} for _ in range(len(self.layers) + 1)]
         states[0][0] = (0.0, [])  # for so many layers: what is decided up to a position
         for j, reached in enumerate(states[:-1]):
             for begun, (spent, ranges) in reached.items():
-                for r in self._ranges(j, begun):
+                for r in self._ranges(j, begun, several=several):
                     found = states[j + len(r.layers)]
                     total = spent + sum(self._seconds[begun : r.first]) + r.seconds
                     if r.end not in found or total < found[r.end][0]:
@@ -196,7 +238,7 @@ class _Search:
         rest = {end: spent + sum(self._seconds[end:]) for end, (spent, _) in ends.items()}
         return ends[min(rest, key=lambda end: rest[end])][1]
 
-    def _ranges(self, j: int, begun: int) -> list[_Range]:
+    def _ranges(self, j: int, begun: int, *, several: bool) -> list[_Range]:
         """Ranges around layer `j`, and layers behind it, that begin at a position or behind it."""
         first, end = self.cores[j]
         alone = slice(j, j + 1)
@@ -210,7 +252,7 @@ class _Search:
         if self.options.around == "all":
             return [self._range(alone, widest, self.boundaries[j + 1][0])]
         found = [self._range(alone, a, b) for a in self.boundaries[j] if a >= begun for b in self.boundaries[j + 1]]
-        for last in self._ends(j):  # of several layers only the widest and the narrowest
+        for last in self._ends(j) if several else ():  # of several layers only the widest and the narrowest
             behind = {self.cores[last][1], self.boundaries[last + 1][-1]}
             found += [self._range(slice(j, last + 1), a, b) for a in sorted({widest, first}) for b in sorted(behind)]
         return found
@@ -226,16 +268,16 @@ class _Search:
         key = mode, tuple(self._signature(node) for node in nodes)
         how: Cutting | Reason | None = None
         if key not in self._known:
-            how = cutting(self.graph, nodes, mine, mode)
+            how = cutting(self.graph, nodes, mine, mode, self._axes_of)
             self._known[key] = self._tried(nodes, how)
         tried, why = self._known[key]
-        pieces, seconds = min(tried, key=lambda t: t[1])
+        pieces = min(tried, key=lambda t: t[1])[0]
         if self.options.count and any(k == self.options.count for k, _ in tried):
-            pieces, seconds = self.options.count, dict(tried)[self.options.count]
-        if pieces > 1 and how is None:
-            how = cutting(self.graph, nodes, mine, mode)
-        cut = how if isinstance(how, Cutting) and pieces > 1 else None
-        return _Range(tuple(mine), first, end, nodes, cut, pieces, seconds, tried, mode, why)
+            pieces = self.options.count
+        if len(tried) > 1 and how is None:
+            how = cutting(self.graph, nodes, mine, mode, self._axes_of)
+        cut = how if isinstance(how, Cutting) else None
+        return _Range(tuple(mine), first, end, nodes, cut, pieces, dict(tried)[pieces], tried, mode, why)
 
     def _signature(self, node: Node) -> Any:
         """What decides how a node is cut and what it costs; equal for the same node of equal layers."""
@@ -257,44 +299,52 @@ class _Search:
         if isinstance(how, Reason):
             return tuple(tried), f"it cannot be cut: {how}"
         counts = [self.options.count] if self.options.count > 1 else [2, 3, 4, 6, 8, 12, 16]
+        pipeline = Pipeline(self.graph, how, self.costs, self.held)
         for k in counts:
             if k > how.unit or (k > self.options.most and not self.options.count):
                 why = f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
                 return tuple(tried), why
-            tried.append((k, predicted(self.graph, how, k, self.costs, self.held)))
+            tried.append((k, pipeline.seconds(k)))
             if not self.options.count and tried[-1][1] >= tried[-2][1]:
                 return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms"
         return tuple(tried), f"{counts[-1]} pieces were asked for" if self.options.count else f"{self.options.most} are most"
 
 
-def predicted(graph: Graph, how: Cutting, count: int, costs: Estimates, held: Mapping[Value, float]) -> float:
-    """Seconds of a range in pieces, simulated, joins included."""
-    when = stages(graph, how)
-    at = when.at
-    behind = _joins(graph, how, at, costs)
-    for node in (*how.between, *how.after):
-        stage = when.behind.get(node, when.count)
-        behind[stage] = behind.get(stage, 0.0) + _seconds(node, costs, held)
-    tasks = [Task("before", COMPUTE, behind.get(-1, 0.0) + sum(_seconds(node, costs, held) for node in how.before))]
-    launched: dict[tuple[Node, int], int] = {}
-    for stage in range(when.count):
-        mine = [node for node in how.cut if at[node] == stage]
-        exchanges = [node for node in mine if node.op.name == EXCHANGE]
-        computing = sum(_seconds(node, costs, held, _share(node, how, count)) for node in mine if node.op.name != EXCHANGE)
-        computing += len(exchanges) * costs.handling
-        for p in range(count):
-            waits = tuple(i for (node, q), i in launched.items() if q == p and at[node] == stage - 1)
-            tasks.append(Task(f"stage {stage} piece {p}", COMPUTE, computing, waits))
-            here = len(tasks) - 1
-            for node in exchanges:
-                tasks.append(
-                    Task(f"exchange {stage} piece {p}", COMMUNICATION, _seconds(node, costs, held, 1 / count), (here,))
-                )
-                launched[node, p] = len(tasks) - 1
-        tasks.append(Task(f"behind stage {stage}", COMPUTE, behind.get(stage, 0.0)))
-    waits = tuple(launched.values())
-    tasks.append(Task("after", COMPUTE, behind.get(when.count, 0.0), waits))
-    return simulate(tasks, slowdown=costs.slowdown).seconds
+class Pipeline:
+    """A range in pieces, simulated, joins included."""
+
+    def __init__(self, graph: Graph, how: Cutting, costs: Estimates, held: Mapping[Value, float]) -> None:
+        self.how, self.costs, self.held = how, costs, held
+        self.when = stages(graph, how)
+        self.behind = _joins(graph, how, self.when.at, costs)  # seconds of what follows a stage
+        for node in (*how.between, *how.after):
+            stage = self.when.behind.get(node, self.when.count)
+            self.behind[stage] = self.behind.get(stage, 0.0) + _seconds(node, costs, held)
+        self.before = self.behind.get(-1, 0.0) + sum(_seconds(node, costs, held) for node in how.before)
+        self.stages: list[list[Node]] = [[] for _ in range(self.when.count)]
+        for node in how.cut:
+            self.stages[self.when.at[node]].append(node)
+
+    def seconds(self, count: int) -> float:
+        """How long it takes in so many pieces."""
+        how, costs, held = self.how, self.costs, self.held
+        tasks = [Task("before", COMPUTE, self.before)]
+        launched: list[list[int]] = [[] for _ in range(count)]  # by piece, what the stage before has launched
+        for stage, mine in enumerate(self.stages):
+            exchanges = [node for node in mine if node.op.name == EXCHANGE]
+            computing = sum(_seconds(n, costs, held, _share(n, how, count)) for n in mine if n.op.name != EXCHANGE)
+            computing += len(exchanges) * costs.handling
+            sending = [_seconds(node, costs, held, 1 / count) for node in exchanges]
+            for p in range(count):
+                tasks.append(Task(f"stage {stage} piece {p}", COMPUTE, computing, tuple(launched[p])))
+                here = len(tasks) - 1
+                launched[p] = [here + 1 + i for i in range(len(sending))]
+                tasks += [Task(f"exchange {stage} piece {p}", COMMUNICATION, s, (here,)) for s in sending]
+            tasks.append(Task(f"behind stage {stage}", COMPUTE, self.behind.get(stage, 0.0)))
+        tasks.append(
+            Task("after", COMPUTE, self.behind.get(self.when.count, 0.0), tuple(i for ids in launched for i in ids))
+        )
+        return duration(tasks, slowdown=costs.slowdown)
 
 
 def _seconds(node: Node, costs: Estimates, held: Mapping[Value, float], part: float = 1.0) -> float:
@@ -327,4 +377,4 @@ def _joins(graph: Graph, how: Cutting, at: Mapping[Node, int], costs: Estimates)
     return found
 
 
-__all__ = ["OverlapChunks", "predicted"]
+__all__ = ["OverlapChunks", "Pipeline"]

@@ -137,6 +137,7 @@ def between(graph: Graph, layer: Layer, nodes: Sequence[Node]) -> list[Node]:
 
 
 Relation = Callable[[Node, Mode], Mapping[Value, Cut]]
+AxesOf = Callable[[Node], AxisMap | Reason]
 
 
 def _named(node: Node, **cuts: Cut) -> dict[Value, Cut]:
@@ -187,7 +188,7 @@ FIXED: Mapping[str, Relation] = {
 
 
 def _demand(
-    node: Node, known: Mapping[Value, Cut], mode: Mode
+    node: Node, known: Mapping[Value, Cut], mode: Mode, axes_of: AxesOf
 ) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason | None:
     """How all values of a node are cut, given some of them, with the letter that is cut and sizes that are cut; None where
     none of its values is."""
@@ -201,7 +202,7 @@ def _demand(
         return _each_row(node, mine)
     if any(not isinstance(cut, Along) for cut in mine.values()):
         return Reason(f"{node.op.name} reads what only ops of an MoE layer can take in pieces")
-    return _by_letter(node, mine)
+    return _by_letter(node, mine, axes_of)
 
 
 def _size(v: Value, at: int) -> int:
@@ -219,10 +220,12 @@ def _each_row(node: Node, mine: Mapping[Value, Cut]) -> tuple[Mapping[Value, Cut
     return {**mine, **dict.fromkeys(node.results, Whole.ROWS)}, "", []
 
 
-def _by_letter(node: Node, mine: Mapping[Value, Cut]) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason:
+def _by_letter(
+    node: Node, mine: Mapping[Value, Cut], axes_of: AxesOf
+) -> tuple[Mapping[Value, Cut], str, list[int]] | Reason:
     if node.token is not None:
         return Reason(f"{node.op.name} has an effect: it would have it once for each piece")
-    found = axes(node)
+    found = axes_of(node)
     if isinstance(found, Reason):
         return found
     tensors = [v for v in node.inputs if isinstance(v.type, TensorType)]
@@ -270,8 +273,8 @@ def _labelled(
 class _Propagation:
     """Cuts of values, spread from the nodes of the layer through the range until nothing changes."""
 
-    def __init__(self, graph: Graph, nodes: Sequence[Node], mode: Mode) -> None:
-        self.graph, self.nodes = graph, nodes
+    def __init__(self, graph: Graph, nodes: Sequence[Node], mode: Mode, axes_of: AxesOf) -> None:
+        self.graph, self.nodes, self.axes_of = graph, nodes, axes_of
         self.mode: Mode = mode
         self.inside = set(nodes)
         self.cuts: dict[Value, Cut] = {}
@@ -286,7 +289,7 @@ class _Propagation:
             node = todo.popleft()
             if node in self.letters or node in self.reasons:
                 continue
-            found = _demand(node, self.cuts, self.mode)
+            found = _demand(node, self.cuts, self.mode, self.axes_of)
             if found is None:
                 continue
             if isinstance(found, Reason):
@@ -318,10 +321,13 @@ def _otherwise(node: Node, v: Value) -> Reason:
     return Reason(f"{node.op.name} reads a value that is cut in another way", v)
 
 
-def cutting(graph: Graph, nodes: Sequence[Node], inside: Sequence[Layer], mode: Mode = "tokens") -> Cutting | Reason:
-    """How the nodes of a range, in the order of the graph, are cut; why not where its layers themselves cannot be."""
+def cutting(
+    graph: Graph, nodes: Sequence[Node], inside: Sequence[Layer], mode: Mode = "tokens", axes_of: AxesOf = axes
+) -> Cutting | Reason:
+    """How the nodes of a range, in the order of the graph, are cut; why not where its layers themselves cannot be. A search
+    over ranges gives axis rules that it has looked up before."""
     core = list(dict.fromkeys(node for layer in inside for node in between(graph, layer, nodes)))
-    spread = _Propagation(graph, nodes, mode)
+    spread = _Propagation(graph, nodes, mode, axes_of)
     fixed = [node for node in nodes if node.op.name in FIXED] if mode == "tokens" else core
     spread.run([*fixed, *core])
     reasons = spread.reasons

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ...cost.estimate import COMMUNICATION, COMPUTE, Estimates
 from ...cost.ops import size_bytes
-from ...cost.schedule import Task, Timeline, simulate
+from ...cost.schedule import Task, Timeline, duration, simulate
 from ...ir import Graph, Node, TensorType, Value, flatten
 from .cuts import SLOTS
 from .pieces import START, WAIT
@@ -90,7 +90,12 @@ def timeline(graph: Graph, costs: Estimates) -> Timeline:
 
 def seconds(nodes: Sequence[Node], costs: Estimates, held: Mapping[Value, float]) -> float:
     """How long nodes take in this order."""
-    return simulate(tasks(nodes, costs, held), slowdown=costs.slowdown).seconds
+    return duration(tasks(nodes, costs, held), slowdown=costs.slowdown)
+
+
+def expected(graph: Graph, costs: Estimates) -> float:
+    """How long a graph is expected to take in its order."""
+    return seconds(graph.nodes, costs, used(graph))
 
 
 def exposed(line: Timeline) -> float:
@@ -110,4 +115,15 @@ def collectives(nodes: Iterable[Node]) -> list[Node]:
     return [node for node in nodes if is_start(node)]
 
 
-__all__ = ["EXCHANGE_STARTS", "collectives", "exposed", "is_start", "seconds", "share", "tasks", "timeline", "used"]
+__all__ = [
+    "EXCHANGE_STARTS",
+    "collectives",
+    "expected",
+    "exposed",
+    "is_start",
+    "seconds",
+    "share",
+    "tasks",
+    "timeline",
+    "used",
+]

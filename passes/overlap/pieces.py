@@ -45,7 +45,10 @@ def stages(graph: Graph, cutting: Cutting) -> Stages:
     there: dict[Node, int] = {}  # the stage in which, or behind which, a node's results are there
     at: dict[Node, int] = {}
     behind: dict[Node, int] = {}
+    mine = {*cut, *between, *after}
     for node in graph.nodes:
+        if node not in mine:
+            continue
         makers = [n for v in (*node.inputs, *node.after) if (n := graph.producers.get(v)) is not None]
         if node in cut:
             at[node] = max((there[n] + (n in between) for n in makers if n in there), default=0)

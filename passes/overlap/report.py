@@ -35,12 +35,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ChunksReport:
-    """What `overlap-chunks` chose for each MoE layer."""
+    """What `overlap-chunks` chose for each MoE layer, and seconds that a step was expected to take by plan."""
 
     layers: tuple[LayerReport, ...]
+    steps: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.layers)) or "no MoE layer was found"
+        lines = [*map(str, self.layers)] or ["no MoE layer was found"]
+        if len(self.steps) > 1:
+            lines.append("step: " + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in self.steps))
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

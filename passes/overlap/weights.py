@@ -44,6 +44,7 @@ class OverlapDW(Pass):
 
     name: ClassVar[str] = "overlap-dw"
     at: ClassVar = "joint"
+    reorders: ClassVar[bool] = True
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         costs = ctx.costs
@@ -121,6 +122,23 @@ class _Parts:
         gradients |= {v for n in self.tail for v in n.inputs}
         pinned = [*self.exchanges, *self.waits]
         self.later = deferrable(self.core, self.reach, pinned, gradients)
+        self._later = set(self.later)
+        self._needs: dict[Node, tuple[set[Node], set[Node]]] = {}
+
+    def needs(self, work: Node) -> tuple[set[Node], set[Node]]:
+        """What one of `later` needs: those of `later` themselves, and the nodes that these wait for directly."""
+        if work not in self._needs:
+            inner, outer = {work}, set[Node]()
+            for v in (*work.inputs, *work.after):
+                maker = self.core.producers.get(v)
+                if maker in self._later:
+                    more, others = self.needs(maker)
+                    inner |= more
+                    outer |= others
+                elif maker is not None:
+                    outer.add(maker)
+            self._needs[work] = inner, outer
+        return self._needs[work]
 
     def waits_of(self, start: Node) -> list[Node]:
         """Waits for the results of an exchange."""
@@ -176,20 +194,19 @@ def _problem(parts: _Parts, costs: Estimates, held: Mapping[Value, float]) -> Pr
         return run(node, launches.share(node, held))
 
     pinned = [(start, [start, *parts.waits_of(start)]) for start in parts.exchanges]
-    later = set(parts.later)
     least = LEAST * max((seconds(start) for start in parts.exchanges), default=0.0)
     heavy = tuple(n for n in parts.later if not n.op.has("elementwise") and seconds(n) > least)
     at = {node: i for i, node in enumerate(heavy)}
     order = {node: i for i, node in enumerate(parts.core.nodes)}
     works: list[Work] = []
     for node in heavy:
-        needed = reach.needed([node])
-        there = max((order[n] for n in needed if n not in later), default=-1)  # from here on all that it needs is computed
+        inner, outer = parts.needs(node)
+        there = max((order[n] for n in outer), default=-1)  # from here on all that it needs is computed
         beside = tuple(
             k for k, (start, nodes) in enumerate(pinned)
             if order[start] > there and all(reach.independent(node, n) for n in nodes)
         )  # fmt: skip
-        needs = tuple(at[n] for n in needed if n in at and n is not node)
+        needs = tuple(sorted(at[n] for n in inner if n in at and n is not node))
         works.append(Work(seconds(node), beside, needs))
     return Problem(tuple(seconds(start) for start in parts.exchanges), tuple(works), heavy)
 
@@ -284,9 +301,14 @@ class _Filled(_Order):
     ) -> None:
         super().__init__(parts, [() for _ in parts.exchanges], early=early)
         self.held, self.costs, self.shares = set(moved), costs, held
-        later = set(parts.later)
         mine = [work for work in parts.later if work in self.held]
-        self.waiting = {work: [n for n in parts.reach.needed([work]) if n not in later] for work in mine}
+        self.missing: dict[Node, int] = {}  # by work, how many nodes that it needs are not there; `needed_by` is the inverse
+        self.needed_by: dict[Node, list[Node]] = {}
+        for work in mine:
+            outer = parts.needs(work)[1]
+            self.missing[work] = len(outer)
+            for n in outer:
+                self.needed_by.setdefault(n, []).append(work)
         self.now = self.link = 0.0  # when the cores, and the link, have done what was launched so far
         self.ends: dict[Value, float] = {}
 
@@ -295,7 +317,10 @@ class _Filled(_Order):
         if node in self.emitted:
             return
         super().emit(node)
-        self.waiting.pop(node, None)
+        self.missing.pop(node, None)
+        for work in self.needed_by.get(node, ()):
+            if work in self.missing:
+                self.missing[work] -= 1
         if node.op.name == WAIT:
             self.now = max(self.now, self.ends.get(node.inputs[0], 0.0))
         elif is_start(node):
@@ -312,8 +337,7 @@ class _Filled(_Order):
     def _fill(self, i: int, wait: Node) -> None:
         super()._fill(i, wait)
         while (gap := self.ends.get(wait.inputs[0], 0.0) - self.now) > 0:
-            ready = [w for w, needed in self.waiting.items() if self.emitted.issuperset(needed)]
-            fitting = [w for w in ready if self._seconds(w) <= gap * (1 + SLACK)]
+            fitting = [w for w, n in self.missing.items() if not n and self._seconds(w) <= gap * (1 + SLACK)]
             if not fitting:
                 return
             self.emit(max(fitting, key=self._seconds))
