@@ -364,20 +364,28 @@ def _drop_views(graph: Graph, nodes: Sequence[Node], cut: set[Node]) -> None:
 def _needed(graph: Graph, nodes: Sequence[Node], cut: set[Node]) -> tuple[list[Node], list[Node]]:
     """Nodes that are not cut and that pieces need: those that need no piece themselves, and those that do."""
     wanted: set[Node] = set()
+    inside = set(nodes)
     for node in reversed(nodes):
-        users = (user for v in node.outputs for user in graph.users.get(v, ()))
-        if node not in cut and any(user in cut or user in wanted for user in users):
-            wanted.add(node)
+        if node in cut or node in wanted:
+            wanted.update(maker for maker in makers(graph, node) if maker in inside and maker not in cut)
     behind: set[Node] = set()
     for node in nodes:
-        makers = (graph.producers.get(v) for v in (*node.inputs, *node.after))
-        if node in wanted and any(maker in cut or maker in behind for maker in makers):
+        if node in wanted and any(maker in cut or maker in behind for maker in makers(graph, node)):
             behind.add(node)
     return [n for n in nodes if n in wanted and n not in behind], [n for n in nodes if n in behind]
+
+
+def makers(graph: Graph, node: Node) -> list[Node]:
+    """The nodes that a node waits for. Collectives do not wait for each other: their order may be another one, as long as it
+    is the same on all ranks, and an exchange need not stay behind a sum of gradients that all pieces add to."""
+    found = [graph.producers.get(v) for v in node.inputs]
+    earlier = [graph.producers.get(v) for v in node.after]
+    found += [n for n in earlier if n is not None and not n.op.effect == node.op.effect == "collective"]
+    return [n for n in found if n is not None]
 
 
 def _place(node: Node) -> str:
     return f"{node.loc.short}: " if node.loc.short else ""
 
 
-__all__ = ["EXCHANGE", "Along", "Cut", "Cutting", "Layer", "Mode", "Whole", "between", "cutting", "layers"]
+__all__ = ["EXCHANGE", "Along", "Cut", "Cutting", "Layer", "Mode", "Whole", "between", "cutting", "layers", "makers"]

@@ -17,7 +17,7 @@ from ...errors import InferenceFailed
 from ...ir import Arg, Builder, Graph, Node, Reason, TensorType, Value, map_arg
 from ...ir.axes import AxisMap, axes
 from ...ir.graph import flatten
-from .cuts import EXCHANGE, SLOTS, Along, Cutting, Whole
+from .cuts import EXCHANGE, SLOTS, Along, Cutting, Whole, makers
 
 START, WAIT = "plait.all_to_all_capacity_start.default", "_c10d_functional.wait_tensor.default"
 RULE = "overlap-chunks"
@@ -49,14 +49,14 @@ def stages(graph: Graph, cutting: Cutting) -> Stages:
     for node in graph.nodes:
         if node not in mine:
             continue
-        makers = [n for v in (*node.inputs, *node.after) if (n := graph.producers.get(v)) is not None]
+        waits = makers(graph, node)
         if node in cut:
-            at[node] = max((there[n] + (n in between) for n in makers if n in there), default=0)
+            at[node] = max((there[n] + (n in between) for n in waits if n in there), default=0)
             there[node] = at[node] + (node.op.name == EXCHANGE)
         elif node in between or (
-            node in after and node.token is None and not any(n in after and n not in behind for n in makers)
+            node in after and node.token is None and not any(n in after and n not in behind for n in waits)
         ):
-            behind[node] = there[node] = max((there[n] for n in makers if n in there), default=-1)
+            behind[node] = there[node] = max((there[n] for n in waits if n in there), default=-1)
     return Stages(at, behind, max(at.values(), default=-1) + 1)
 
 

@@ -246,11 +246,13 @@ class _Order:
                 for work in self.beside[node]:
                     self.emit(work)
             self._launch_sums()
-        for node in nodes:
-            self.emit(node)
         self.left = 0
-        self._launch_sums()
-        for node in self.tail:
+        for node in list(self.sums):  # what is summed over ranks first, so that the sums run beside the rest
+            for v in node.inputs:
+                if v in self.producers:
+                    self.emit(self.producers[v])
+            self._launch_sums()
+        for node in (*nodes, *self.tail):
             self.emit(node)
         return self.order
 
