@@ -45,6 +45,10 @@ FEW = 6
 forward and that of a whole step."""
 
 
+NEGLIGIBLE = 0.01
+"""What more pieces must gain at least: estimates are not as good as this, and each piece has kernels of its own."""
+
+
 @register
 @dataclass(frozen=True)
 class OverlapChunks(Pass):
@@ -114,7 +118,7 @@ class _Range:
     pieces: int
     seconds: float
     tried: tuple[tuple[int, float], ...]
-    axis: str
+    axis: Mode
     why: str
 
     def of(self, pieces: int) -> _Range:
@@ -218,7 +222,7 @@ class _Search:
             found["the backward whole"] = [r if r.layers[0].dispatch in self.forward else r.of(1) for r in single]
             found["nothing in pieces"] = [r.of(1) for r in single]
         if self.layers:
-            step = self._range(slice(0, len(self.layers)), 0, len(self.nodes))
+            step = self._known_how(self._range(slice(0, len(self.layers)), 0, len(self.nodes)))
             found |= {f"all in {k} pieces": [step.of(k)] for k, _ in step.tried[1:]}
         distinct = {tuple((r.first, r.end, r.pieces) for r in plan if r.pieces > 1): name for name, plan in found.items()}
         return {name: found[name] for name in distinct.values()}
@@ -236,7 +240,14 @@ class _Search:
                         found[r.end] = total, [*ranges, r]
         ends = states[-1]
         rest = {end: spent + sum(self._seconds[end:]) for end, (spent, _) in ends.items()}
-        return ends[min(rest, key=lambda end: rest[end])][1]
+        return [self._known_how(r) for r in ends[min(rest, key=lambda end: rest[end])][1]]
+
+    def _known_how(self, r: _Range) -> _Range:
+        """With how it is cut, which is not found out for ranges that were looked at elsewhere and are not taken."""
+        if r.how is not None or len(r.tried) == 1:
+            return r
+        how = cutting(self.graph, r.nodes, r.layers, r.axis, self._axes_of)
+        return dataclasses.replace(r, how=how) if isinstance(how, Cutting) else r
 
     def _ranges(self, j: int, begun: int, *, several: bool) -> list[_Range]:
         """Ranges around layer `j`, and layers behind it, that begin at a position or behind it."""
@@ -271,11 +282,10 @@ class _Search:
             how = cutting(self.graph, nodes, mine, mode, self._axes_of)
             self._known[key] = self._tried(nodes, how)
         tried, why = self._known[key]
-        pieces = min(tried, key=lambda t: t[1])[0]
+        least = min(seconds for _, seconds in tried)
+        pieces = next(k for k, seconds in tried if seconds <= (1 + NEGLIGIBLE) * least)
         if self.options.count and any(k == self.options.count for k, _ in tried):
             pieces = self.options.count
-        if len(tried) > 1 and how is None:
-            how = cutting(self.graph, nodes, mine, mode, self._axes_of)
         cut = how if isinstance(how, Cutting) else None
         return _Range(tuple(mine), first, end, nodes, cut, pieces, dict(tried)[pieces], tried, mode, why)
 
@@ -305,7 +315,7 @@ class _Search:
                 why = f"there are only {how.unit} units to cut" if k > how.unit else f"{self.options.most} are most"
                 return tuple(tried), why
             tried.append((k, pipeline.seconds(k)))
-            if not self.options.count and tried[-1][1] >= tried[-2][1]:
+            if not self.options.count and tried[-1][1] >= (1 - NEGLIGIBLE) * tried[-2][1]:
                 return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms"
         return tuple(tried), f"{counts[-1]} pieces were asked for" if self.options.count else f"{self.options.most} are most"
 

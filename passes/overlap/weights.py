@@ -224,6 +224,8 @@ class _Order:
         self.parts, self.early = parts, early
         self.beside = dict(zip(parts.exchanges, placed, strict=True))
         self.held = {n for works in placed for n in works}
+        self.later = set(parts.later)
+        self._for_held: dict[Node, bool] = {}
         self.emitted: set[Node] = set()
         self.order: list[Node] = []
         self.left = len(parts.exchanges)
@@ -233,10 +235,9 @@ class _Order:
         self.sums = [n for n in self.tail if n not in finishing]
 
     def run(self) -> list[Node]:
-        later = set(self.parts.later)
         nodes = self.parts.core.nodes
         for i, node in enumerate(nodes):
-            if node in self.emitted or node in self.held or (node in later and self._only_for_held(node)):
+            if node in self.emitted or node in self.held or (node in self.later and self._only_for_held(node)):
                 continue
             if node in self.parts.waits:
                 self._fill(i, node)
@@ -258,8 +259,12 @@ class _Order:
 
     def _only_for_held(self, node: Node) -> bool:
         """Whether only work that is placed elsewhere reads what a node computes, which then comes with it."""
-        users = [u for v in node.results for u in self.parts.core.users.get(v, ())]
-        return bool(users) and all(u in self.held or (u in self.parts.later and self._only_for_held(u)) for u in users)
+        if node not in self._for_held:
+            users = [u for v in node.results for u in self.parts.core.users.get(v, ())]
+            self._for_held[node] = bool(users) and all(
+                u in self.held or (u in self.later and self._only_for_held(u)) for u in users
+            )
+        return self._for_held[node]
 
     def emit(self, node: Node) -> None:
         """Append a node, what it needs before it."""
@@ -277,7 +282,7 @@ class _Order:
         for node in self.parts.core.nodes[i + 1 :]:
             if is_start(node) or node in self.parts.waits:
                 return
-            if node in self.emitted or node in self.held or node.token is not None or node in self.parts.later:
+            if node in self.emitted or node in self.held or node.token is not None or node in self.later:
                 continue
             if not self.parts.reach.waits(node, wait) and self._ready(node):
                 self.emit(node)
