@@ -41,7 +41,7 @@ SUITE = Suite(
             "steps of GPT2-S-MoE and GPT2-L-MoE on 8 to 64 simulated V100 and A100, over the best degree of Tutel",
             "the paper's speed-ups to 0.05 (V100 1.21, A100 1.17 in the mean); planning within 60 s",
             scale.measure,
-            sample="GPT2-S-MoE on 16 A100",
+            sample="four layers of GPT2-S-MoE on 16 A100",
             seconds=6.0,
         ),
         Letter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,13 +14,15 @@ from plait.compiler.debugging.interpret import interpret, replay
 from plait.cost.communication import record
 from plait.cost.estimate import Estimates, Rates
 from plait.cost.profile import Table, Timing
-from plait.ir import Graph, Reason, verify
+from plait.ir import Builder, Graph, Reason, Value, verify
 from plait.ir.reach import Reach
 from plait.passes.base import Context
 from plait.passes.overlap.chunks import OverlapChunks
 from plait.passes.overlap.cuts import EXCHANGE, Layer, cutting, layers
+from plait.passes.overlap.launches import expected
 from plait.passes.overlap.pieces import START, WAIT, in_pieces
 from plait.passes.overlap.report import ChunksReport
+from plait.passes.overlap.weights import OverlapDW
 
 from tests import moe_programs as programs
 from tests.moe_programs import GATES, Sizes
@@ -233,4 +236,56 @@ def test_held_back_layers_stay_whole(group: str) -> None:
     verify(made)
     assert sum(n.op.name == "plait.moe_slots.default" for n in made.nodes) == 3
     for found, wanted in zip(interpret(made, inputs), interpret(graph, inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
+
+
+def test_the_plan_is_the_fastest_with_weight_gradients_behind_it(group: str) -> None:
+    graph, inputs = programs.step(Sizes(batch=8, length=64, width=64, hidden=128, layers=3), "switch", group)
+    figures, said = slow_link(group, 4e-9), list[ChunksReport]()
+    ctx = Context(at="joint", costs=figures, report=said.append, then=(OverlapDW(),))
+    made = OverlapChunks().run(graph, ctx)
+    steps = dict(said[0].steps)
+    assert len(steps) > 2
+    assert expected(ctx.ahead(made), figures) == pytest.approx(min(steps.values()))
+    for options in ({"around": "layer"}, {"around": "all", "count": 2}, {"around": "step", "count": 8}):
+        other = OverlapChunks(**options).run(graph, dataclasses.replace(ctx, report=lambda _: None))
+        assert min(steps.values()) <= 1.05 * expected(ctx.ahead(other), figures)  # up to ranges that were not looked at
+    for found, wanted in zip(interpret(made, inputs), interpret(graph, inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
+
+
+def test_looking_ahead_leaves_no_trace(group: str) -> None:
+    graph, _ = programs.step(Sizes(), "switch", group)
+    asked: list[str] = []
+    said: list[Any] = []
+
+    def allow(name: str, _rule: str, _node: Any) -> bool:
+        asked.append(name)
+        return True
+
+    ctx = Context(at="joint", costs=slow_link(group, 1e-8), report=said.append, allow=allow, current="overlap-chunks")
+    OverlapChunks().run(graph, dataclasses.replace(ctx, then=(OverlapDW(),)))
+    assert set(asked) == {"overlap-chunks"}
+    assert [type(s) for s in said] == [ChunksReport]
+
+
+def test_exchanges_do_not_stay_behind_sums_that_all_pieces_add_to(group: str) -> None:
+    graph, inputs = programs.step(Sizes(batch=8), "switch", group)
+    builder = Builder(graph)
+    gradients = {v for v in graph.outputs[1:] if isinstance(v, Value)}
+    summed: dict[Value, Value] = {}
+    for node in graph.nodes:
+        builder.append(node)
+        for v in node.results:
+            if v in gradients:
+                summed[v] = builder.call("_c10d_functional.all_reduce.default", v, "sum", group)
+    outputs = [builder.call(WAIT, summed[v]) if isinstance(v, Value) and v in summed else v for v in graph.outputs]
+    whole = builder.finish(outputs=tuple(outputs))
+    made, _ = run(whole, Estimates(RATES), count=2, around="step")
+    at = {n: i for i, n in enumerate(made.nodes)}
+    starts = [n for n in made.nodes if n.op.name == START]
+    products = [at[n] for n in made.nodes if n.op.name == "aten.mm.default"]
+    pairs = list(zip(starts[::2], starts[1::2], strict=True))  # two pieces of each exchange
+    assert all(any(at[a] < i < at[b] for i in products) for a, b in pairs[-2:-1])
+    for found, wanted in zip(interpret(made, inputs), interpret(whole, inputs), strict=True):
         assert wanted is None or torch.equal(found, wanted)

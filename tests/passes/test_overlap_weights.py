@@ -121,3 +121,20 @@ def test_held_back_work_stays_where_it_is(group: str) -> None:
 def test_without_exchanges_or_figures_nothing_changes(group: str) -> None:
     graph, _ = programs.step(Sizes(), "switch", group)
     assert OverlapDW().run(graph, Context(at="joint")) is graph
+
+
+def test_what_is_summed_over_ranks_is_computed_before_what_is_not(group: str) -> None:
+    graph, inputs = programs.step(Sizes(batch=8, length=32, width=64, hidden=128, layers=1), "switch", group)
+    outputs = [v for v in graph.outputs[1:] if isinstance(v, Value)]
+    builder = Builder(graph)
+    for node in graph.nodes:
+        builder.append(node)
+    last = outputs[-1]  # the graph computes it behind others
+    wait = builder.call(WAIT, builder.call(REDUCE, last, "sum", group))
+    whole = builder.finish(outputs=tuple(wait if v is last else v for v in graph.outputs))
+    made, _ = run(whole, costs(group, 1e-7))
+    at = {n: i for i, n in enumerate(made.nodes)}
+    (started,) = [at[n] for n in made.nodes if n.op.name == REDUCE]
+    assert any(at[made.producers[v]] > started for v in outputs if v is not last and v in made.producers)
+    for found, wanted in zip(interpret(made, inputs), interpret(whole, inputs), strict=True):
+        assert wanted is None or torch.equal(found, wanted)
