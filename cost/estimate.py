@@ -123,7 +123,8 @@ class Estimates:
 
 
 def _in_place(node: Node) -> bool:
-    """Whether a node joins what is computed where it lies in the joined value: parts along its outermost axis."""
+    """Whether a node joins what kernels compute where it lies in the joined value: parts along its outermost axis. Those
+    that a library or the user made are copied all the same, which is not counted."""
     if node.op.name != "aten.cat.default" or not node.out.tensor.is_contiguous:
         return False
     at = node["dim"] % node.out.tensor.rank

@@ -122,8 +122,12 @@ class _Range:
     why: str
 
     def of(self, pieces: int) -> _Range:
-        """In another number of pieces that was tried."""
-        return dataclasses.replace(self, pieces=pieces, seconds=dict(self.tried)[pieces])
+        """In another number of pieces that was tried, for the sake of the step."""
+        if pieces == self.pieces:
+            return self
+        seconds = dict(self.tried)
+        better = f"in {self.pieces} pieces it is expected to take {1e3 * seconds[self.pieces]:.2f} ms, the step longer"
+        return dataclasses.replace(self, pieces=pieces, seconds=seconds[pieces], why=better)
 
     def reports(self) -> list[LayerReport]:
         """One for each layer."""
@@ -224,7 +228,9 @@ class _Search:
         if self.layers:
             step = self._known_how(self._range(slice(0, len(self.layers)), 0, len(self.nodes)))
             found |= {f"all in {k} pieces": [step.of(k)] for k, _ in step.tried[1:]}
-        distinct = {tuple((r.first, r.end, r.pieces) for r in plan if r.pieces > 1): name for name, plan in found.items()}
+        distinct: dict[Any, str] = {}
+        for name, plan in found.items():
+            distinct.setdefault(tuple((r.first, r.end, r.pieces) for r in plan if r.pieces > 1), name)
         return {name: found[name] for name in distinct.values()}
 
     def _best(self, *, several: bool) -> list[_Range]:
@@ -316,7 +322,8 @@ class _Search:
                 return tuple(tried), why
             tried.append((k, pipeline.seconds(k)))
             if not self.options.count and tried[-1][1] >= (1 - NEGLIGIBLE) * tried[-2][1]:
-                return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms"
+                few = " and gain less than 1 %" if tried[-1][1] < tried[-2][1] else ""
+                return tuple(tried), f"{k} pieces are expected to take {1e3 * tried[-1][1]:.2f} ms{few}"
         return tuple(tried), f"{counts[-1]} pieces were asked for" if self.options.count else f"{self.options.most} are most"
 
 

@@ -108,7 +108,7 @@ def _beside(parts: _Parts, order: Iterable[Node], moved: Collection[Node]) -> li
 
 class _Parts:
     """The nodes of a training step by what they are to this pass: `core` is all but sums of gradients over ranks and what
-    follows from these (`tail`); `later` are nodes of the core that only gradients of weights need."""
+    follows from these (`tail`); `later` are nodes of the core that only gradients of weights need (`free` as a set)."""
 
     def __init__(self, graph: Graph, forward_outputs: int) -> None:
         self.graph = graph
@@ -122,7 +122,7 @@ class _Parts:
         gradients |= {v for n in self.tail for v in n.inputs}
         pinned = [*self.exchanges, *self.waits]
         self.later = deferrable(self.core, self.reach, pinned, gradients)
-        self._later = set(self.later)
+        self.free = set(self.later)
         self._needs: dict[Node, tuple[set[Node], set[Node]]] = {}
 
     def needs(self, work: Node) -> tuple[set[Node], set[Node]]:
@@ -131,7 +131,7 @@ class _Parts:
             inner, outer = {work}, set[Node]()
             for v in (*work.inputs, *work.after):
                 maker = self.core.producers.get(v)
-                if maker in self._later:
+                if maker in self.free:
                     more, others = self.needs(maker)
                     inner |= more
                     outer |= others
@@ -224,7 +224,7 @@ class _Order:
         self.parts, self.early = parts, early
         self.beside = dict(zip(parts.exchanges, placed, strict=True))
         self.held = {n for works in placed for n in works}
-        self.later = set(parts.later)
+        self.later = parts.free
         self._for_held: dict[Node, bool] = {}
         self.emitted: set[Node] = set()
         self.order: list[Node] = []

@@ -17,10 +17,10 @@ from plait.cost.profile import Table, Timing
 from plait.ir import Builder, Graph, Reason, Value, verify
 from plait.ir.reach import Reach
 from plait.passes.base import Context
-from plait.passes.overlap.chunks import OverlapChunks
+from plait.passes.overlap.chunks import OverlapChunks, _Search
 from plait.passes.overlap.cuts import EXCHANGE, Layer, cutting, layers
 from plait.passes.overlap.launches import expected
-from plait.passes.overlap.pieces import START, WAIT, in_pieces
+from plait.passes.overlap.pieces import START, WAIT, in_pieces, stages
 from plait.passes.overlap.report import ChunksReport
 from plait.passes.overlap.weights import OverlapDW
 
@@ -281,11 +281,21 @@ def test_exchanges_do_not_stay_behind_sums_that_all_pieces_add_to(group: str) ->
                 summed[v] = builder.call("_c10d_functional.all_reduce.default", v, "sum", group)
     outputs = [builder.call(WAIT, summed[v]) if isinstance(v, Value) and v in summed else v for v in graph.outputs]
     whole = builder.finish(outputs=tuple(outputs))
+    counts: list[int] = []
+    for one in (graph, whole):
+        how = cutting(one, one.nodes, layers(one, one.nodes))
+        assert not isinstance(how, Reason)
+        counts.append(stages(one, how).count)
+    assert counts[0] == counts[1]  # one more stage would hold nothing but exchanges, of all pieces at once
     made, _ = run(whole, Estimates(RATES), count=2, around="step")
-    at = {n: i for i, n in enumerate(made.nodes)}
-    starts = [n for n in made.nodes if n.op.name == START]
-    products = [at[n] for n in made.nodes if n.op.name == "aten.mm.default"]
-    pairs = list(zip(starts[::2], starts[1::2], strict=True))  # two pieces of each exchange
-    assert all(any(at[a] < i < at[b] for i in products) for a, b in pairs[-2:-1])
     for found, wanted in zip(interpret(made, inputs), interpret(whole, inputs), strict=True):
         assert wanted is None or torch.equal(found, wanted)
+
+
+def test_a_layer_that_is_whole_for_the_sake_of_the_step_says_so(group: str) -> None:
+    graph, _ = programs.step(Sizes(batch=8, length=64, width=64, hidden=128), "switch", group)
+    search = _Search(graph, forward(graph), forward(graph), OverlapChunks(), slow_link(group, 1e-8))
+    plans = search.plans()
+    (cut,) = (r for r in plans["single layers"][:1])
+    assert cut.pieces > 1
+    assert f"in {cut.pieces} pieces it is expected to take" in plans["nothing in pieces"][0].reports()[0].why

@@ -16,7 +16,7 @@ from plait.passes.overlap.cuts import EXCHANGE
 from plait.passes.overlap.launches import exposed, is_start, timeline
 from plait.passes.overlap.pieces import WAIT, asynchronous
 from plait.passes.overlap.report import WeightsReport
-from plait.passes.overlap.weights import OverlapDW
+from plait.passes.overlap.weights import OverlapDW, Problem, _Filled, _Parts, rethreaded
 
 from tests import moe_programs as programs
 from tests.moe_programs import Sizes
@@ -125,16 +125,19 @@ def test_without_exchanges_or_figures_nothing_changes(group: str) -> None:
 
 def test_what_is_summed_over_ranks_is_computed_before_what_is_not(group: str) -> None:
     graph, inputs = programs.step(Sizes(batch=8, length=32, width=64, hidden=128, layers=1), "switch", group)
-    outputs = [v for v in graph.outputs[1:] if isinstance(v, Value)]
     builder = Builder(graph)
     for node in graph.nodes:
         builder.append(node)
-    last = outputs[-1]  # the graph computes it behind others
-    wait = builder.call(WAIT, builder.call(REDUCE, last, "sum", group))
-    whole = builder.finish(outputs=tuple(wait if v is last else v for v in graph.outputs))
-    made, _ = run(whole, costs(group, 1e-7))
-    at = {n: i for i, n in enumerate(made.nodes)}
-    (started,) = [at[n] for n in made.nodes if n.op.name == REDUCE]
-    assert any(at[made.producers[v]] > started for v in outputs if v is not last and v in made.producers)
+    router = graph.outputs[3]  # the graph computes it behind the experts' gradients
+    wait = builder.call(WAIT, builder.call(REDUCE, router, "sum", group))
+    whole = asynchronous(builder.finish(outputs=tuple(wait if v is router else v for v in graph.outputs)))
+    figures = costs(group, 1e-15)  # no wait is long enough for any work, so that all of it is left for the end
+    order = _Filled(_Parts(whole, 1), set(Problem.of(whole, figures).nodes), figures, {}, early=False).run()
+    at = {n: i for i, n in enumerate(order)}
+    (started,) = [at[n] for n in order if n.op.name == REDUCE]
+    experts = [n for n in order if n.op.name == "plait.expert_mm_weight.default"]
+    assert len(experts) == 2
+    assert all(at[n] > started for n in experts)
+    made = rethreaded(whole, order)
     for found, wanted in zip(interpret(made, inputs), interpret(whole, inputs), strict=True):
         assert wanted is None or torch.equal(found, wanted)
