@@ -1216,3 +1216,35 @@ class BadMesh(PlaitError):
     code = "P1308"
     message = "the mesh of a training step must be a 1-D DeviceMesh, a ProcessGroup or None, got {got}"
     fix = "take one dimension of a mesh, `mesh['data']`, after torch.distributed.init_process_group(), on every rank of it"
+
+
+class BadSchedule(PlaitError):
+    """A micro-batch schedule cannot be read, or cannot be run: a stage lacks an action, or ranks wait for each other."""
+
+    code = "P1401"
+    message = "this is no micro-batch schedule: {why}"
+    fix = "let every stage run each micro-batch forward (F), then backward (B, or I and W), on one rank; see docs/stages.md"
+
+
+class BadProfile(PlaitError):
+    """What a model's layers are said to cost cannot be used for planning."""
+
+    code = "P1402"
+    message = "this profile of layers cannot be used: {why}"
+    fix = "measure it again (`plait plan SRC --profile FILE` writes a new one), or correct the file; see docs/stages.md"
+
+
+class NoPartition(PlaitError):
+    """No way to cut a model into pipeline stages fits the devices."""
+
+    code = "P1403"
+    message = "the model cannot be cut into {stages} stages on {devices} devices: {why}"
+    fix = "{way}"
+
+
+class CannotStage(PlaitError):
+    """A model cannot be cut into pipeline stages as asked."""
+
+    code = "P1404"
+    message = "this model cannot be cut so: {why}"
+    fix = "{way}"

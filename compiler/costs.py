@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ..codegen.ceilings import ceilings
 from ..codegen.compile import CodegenOptions, compile_graph
 from ..cost import communication
-from ..cost.communication import Curve
+from ..cost.curve import Curve
 from ..cost.estimate import COMMUNICATION, COMPUTE, EXCHANGES, MEASURED, Estimates, Rates, node_key
 from ..cost.ops import size_bytes
 from ..cost.profile import Table, Timing, measure_alternating, open_table, user_path

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..ir import Node, TensorType, flatten
 from ..ir.op import Op
-from .communication import Curve, curve
+from .communication import curve
+from .curve import Curve
 from .ops import size_bytes, work
 from .profile import Key, Table
 from .schedule import Slowdown

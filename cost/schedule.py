@@ -121,6 +121,8 @@ def duration(tasks: Sequence[Task], *, slowdown: Slowdown | None = None) -> floa
 
 
 def _spans(tasks: Sequence[Task], slowdown: Slowdown) -> tuple[Span, ...]:
+    if all(factor == 1.0 for factor in slowdown.values()):
+        return _independent(tasks)
     queues: dict[str, list[int]] = {}
     for i, task in enumerate(tasks):
         queues.setdefault(task.stream, []).append(i)
@@ -151,6 +153,40 @@ def _spans(tasks: Sequence[Task], slowdown: Slowdown) -> tuple[Span, ...]:
                 heads[stream] += 1
                 del running[stream], left[i]
     return tuple(Span(a, b) for a, b in zip(starts, ends, strict=True))
+
+
+def _independent(tasks: Sequence[Task]) -> tuple[Span, ...]:
+    """Spans where streams do not slow each other: a task starts when the last of what it waits for ends."""
+    before = [list(task.after) for task in tasks]
+    queues: dict[str, list[int]] = {}
+    for i, task in enumerate(tasks):
+        queue = queues.setdefault(task.stream, [])
+        before[i] += queue[-1:]
+        queue.append(i)
+    behind: list[list[int]] = [[] for _ in tasks]
+    missing = [len(needs) for needs in before]
+    for i, needs in enumerate(before):
+        for j in needs:
+            behind[j].append(i)
+    spans: list[Span | None] = [None] * len(tasks)
+    starts = [0.0] * len(tasks)
+    ready = [i for i, count in enumerate(missing) if not count]
+    finished = 0
+    while ready:
+        i = ready.pop()
+        end = starts[i] + tasks[i].seconds
+        spans[i] = Span(starts[i], end)
+        finished += 1
+        for j in behind[i]:
+            starts[j] = max(starts[j], end)
+            missing[j] -= 1
+            if not missing[j]:
+                ready.append(j)
+    done = [span is not None for span in spans]
+    if finished < len(tasks):
+        heads = [next(i for i in queue if not done[i]) for queue in queues.values() if not done[queue[-1]]]
+        raise CircularSchedule(what=_waiting(tasks, heads, done))
+    return tuple(span for span in spans if span is not None)
 
 
 def _factor(stream: str, running: Mapping[str, int], slowdown: Slowdown) -> float:

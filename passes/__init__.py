@@ -1,6 +1,6 @@
 """Graph passes: the base class, the registry, and one module for each pass."""
 
-from . import attention, channels_last, fold, layout, normalise, overlap, prune, quantize, share, simplify
+from . import attention, channels_last, fold, layout, normalise, overlap, prune, quantize, share, simplify, stages
 from .base import (
     PASSES,
     CapturePoint,
@@ -21,5 +21,5 @@ from .registry import OptionInfo, describe, find, make, parse, summary
 __all__ = [
     "PASSES", "CapturePoint", "Context", "Numerics", "OptionInfo", "Pass", "Step", "approximate", "attention",
     "channels_last", "describe", "exact", "find", "fold", "layout", "make", "map_regions", "normalise", "option", "overlap",
-    "parse", "prune", "quantize", "reassociates", "register", "run_pipeline", "share", "simplify", "summary",
+    "parse", "prune", "quantize", "reassociates", "register", "run_pipeline", "share", "simplify", "stages", "summary",
 ]  # fmt: skip

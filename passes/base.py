@@ -120,7 +120,8 @@ class Context:
     `calibration` are batches of the graph's inputs that a pass may run it on, `slower` measures kernels that a pass would
     bring in, `progress(done, of, what)` is told of long work, `report` takes what a pass wants to say beyond its log.
     `known` is what an earlier run of a pass, interrupted, has worked out, and `keep` takes what this one does, by key.
-    `parameters` numbers inputs that are parameters; with `freezes` they become constants later on.
+    `parameters` numbers inputs that are parameters; with `freezes` they become constants later on. `trained` numbers those
+    that require gradients.
 
     `costs` says how long nodes and collectives take (None: nobody has measured), `forward_outputs` how many of a joint
     graph's outputs are the forward's; the others are gradients. `then` are the passes of the pipeline that follow.
@@ -140,6 +141,7 @@ class Context:
     keep: Callable[[Any, Any], None] = _quietly
     parameters: frozenset[int] = frozenset()
     freezes: bool = False
+    trained: frozenset[int] = frozenset()
     costs: Estimates | None = None
     forward_outputs: int = 1
     then: tuple[Pass, ...] = ()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plait.cost.communication import Curve
+from plait.cost.curve import Curve
 from plait.cost.estimate import EXCHANGES, Estimates, Rates
 from plait.ir import Builder, Graph, Value, from_fx
 from plait.passes.base import Context

@@ -13,7 +13,7 @@ from plait import errors
 from plait.compiler.costs import Link
 from plait.compiler.predicted import REST, Computed, Parts, merged, tasks_of
 from plait.compiler.report import render_report
-from plait.cost.communication import Curve
+from plait.cost.curve import Curve
 from plait.cost.estimate import COMMUNICATION, COMPUTE, EXCHANGES
 from plait.cost.schedule import Task, simulate
 from plait.runtime.collectives import recording

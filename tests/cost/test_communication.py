@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plait.cost.communication import Curve, curve, record
+from plait.cost.communication import curve, record
+from plait.cost.curve import Curve
 from plait.cost.profile import Table, Timing, load
 
 OP, DEVICE = "_c10d_functional.all_to_all_single", "cpu/gloo"

@@ -1,0 +1,267 @@
+"""Frozen layers in bubbles: what a step's idle devices compute of the next batch, whose layers no gradient reaches.
+
+Each block of devices (a stage with its replicas) takes rows of the next batch and runs all frozen layers on these, so that
+nothing between frozen layers travels. How many rows it takes follows from its bubbles: what does not fit into them runs
+behind the step, and blocks should end together. Within a bubble whole layers are chosen first, and then one layer on a
+part of the rows fills the rest (DiffusionPipe, MLSys 2024, algorithms 1 and 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ...cost.schedule import Span
+from .layers import FrozenLayer
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96)
+"""Rows of a device that a layer on a part of them may have: kernels are compiled for few sizes."""
+
+CANDIDATES = 256
+"""How many choices of whole layers are looked at for one bubble."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Devices that are idle at the same times: how many, and when, in order."""
+
+    devices: int
+    idle: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A frozen layer on rows low to high of what each device of a block has; `bubble` numbers the idle span of the block
+    (None: behind the step), `start` and `seconds` say when."""
+
+    layer: int
+    low: int
+    high: int
+    bubble: int | None
+    start: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Filling:
+    """For each block the rows that each of its devices takes, and its pieces in order. `seconds` is the step with what runs
+    behind it, `hidden` the part of the frozen layers' device seconds that runs in bubbles."""
+
+    rows: tuple[int, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    seconds: float
+    hidden: float
+
+
+def fill(
+    frozen: Sequence[FrozenLayer],
+    rows: int,
+    blocks: Sequence[Block],
+    end: float,
+    *,
+    partial: bool = True,
+    least: float = 0.0,
+    sizes: Sequence[int] = SIZES,
+    use: bool = True,
+) -> Filling:
+    """Place frozen layers on `rows` rows in the bubbles of a step that ends at `end`.
+
+    Bubbles shorter than `least` seconds stay empty. Without `partial` only whole layers are placed; without `use`
+    nothing is, and all runs behind the step on all devices.
+    """
+    fillers = [_Filler(frozen, block, partial, least, tuple(sizes), use) for block in blocks]
+    shares = _shares(fillers, rows)
+    pieces: list[tuple[Piece, ...]] = []
+    hidden = whole = behind = 0.0
+    for filler, share in zip(fillers, shares, strict=True):
+        placed, left = filler.place(share)
+        at, rest = end, list[Piece]()
+        for piece in left:
+            rest.append(Piece(piece.layer, piece.low, piece.high, None, at, piece.seconds))
+            at += piece.seconds
+        behind = max(behind, at - end)
+        pieces.append((*placed, *rest))
+        hidden += filler.block.devices * sum(piece.seconds for piece in placed)
+        whole += filler.block.devices * sum(piece.seconds for piece in (*placed, *rest))
+    return Filling(tuple(shares), tuple(pieces), end + behind, hidden / whole if whole else 1.0)
+
+
+def _shares(fillers: Sequence[_Filler], rows: int) -> list[int]:
+    """Rows of each device of each block, so that the last block behind the step ends as early as possible."""
+    if not fillers[0].frozen or not rows:
+        return [0] * len(fillers)
+    low, high = 0.0, max(filler.behind(-(-rows // sum(f.block.devices for f in fillers))) for filler in fillers)
+
+    def within(seconds: float) -> list[int]:
+        return [filler.most(seconds, rows) for filler in fillers]
+
+    def enough(shares: Sequence[int]) -> bool:
+        return sum(n * filler.block.devices for n, filler in zip(shares, fillers, strict=True)) >= rows
+
+    found = within(low)
+    if not enough(found):
+        for _ in range(30):
+            middle = (low + high) / 2
+            if enough(within(middle)):
+                high = middle
+            else:
+                low = middle
+        found = within(high * (1 + 1e-9))
+    return _trimmed(found, fillers, rows)
+
+
+def _trimmed(shares: list[int], fillers: Sequence[_Filler], rows: int) -> list[int]:
+    """Shares reduced to what is needed, where it saves most: blocks whose devices have the most rows first."""
+    found = list(shares)
+    while True:
+        extra = sum(n * f.block.devices for n, f in zip(found, fillers, strict=True)) - rows
+        able = [i for i, n in enumerate(found) if n and fillers[i].block.devices <= extra]
+        if not able:
+            return found
+        found[max(able, key=lambda i: (fillers[i].behind(found[i]), found[i]))] -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """Of each layer, how many rows are done; layers with all rows done are done."""
+
+    done: tuple[int, ...]
+
+    def with_rows(self, layer: int, rows: int) -> _Left:
+        return _Left((*self.done[:layer], rows, *self.done[layer + 1 :]))
+
+
+class _Filler:
+    def __init__(
+        self, frozen: Sequence[FrozenLayer], block: Block, partial: bool, least: float, sizes: tuple[int, ...], use: bool
+    ) -> None:
+        self.frozen, self.block, self.partial, self.sizes = frozen, block, partial, sizes
+        self.bubbles = [(i, s) for i, s in enumerate(block.idle) if use and s.seconds > least]
+        self.chains = _chains(frozen)
+        self._behind: dict[int, float] = {0: 0.0}
+        self._seconds: dict[tuple[int, int], float] = {}
+
+    def seconds(self, layer: int, rows: int) -> float:
+        key = (layer, rows)
+        if key not in self._seconds:
+            self._seconds[key] = self.frozen[layer].seconds.seconds(rows) if rows else 0.0
+        return self._seconds[key]
+
+    def behind(self, rows: int) -> float:
+        """Seconds that remain behind the step where each device takes so many rows."""
+        if rows not in self._behind:
+            self._behind[rows] = sum(piece.seconds for piece in self.place(rows)[1])
+        return self._behind[rows]
+
+    def most(self, seconds: float, rows: int) -> int:
+        """The most rows of a device that leave no more than so many seconds behind the step."""
+        low, high = 0, -(-rows // self.block.devices)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.behind(middle) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def place(self, rows: int) -> tuple[list[Piece], list[Piece]]:
+        """What goes into bubbles, and what is left, each in order."""
+        left = _Left((0,) * len(self.frozen))
+        placed: list[Piece] = []
+        if rows:
+            for number, span in self.bubbles:
+                at = span.start
+                for layer, low, high in self._chosen(left, rows, span.seconds):
+                    took = self.seconds(layer, high - low)
+                    placed.append(Piece(layer, low, high, number, at, took))
+                    left, at = left.with_rows(layer, high), at + took
+        rest = [
+            Piece(layer, done, rows, None, 0.0, self.seconds(layer, rows - done))
+            for layer, done in enumerate(left.done) if done < rows
+        ]  # fmt: skip
+        return placed, rest
+
+    def _chosen(self, left: _Left, rows: int, room: float) -> list[tuple[int, int, int]]:
+        """(layer, first row, last row) of what fills a bubble best."""
+        best: list[tuple[int, int, int]] = []
+        longest = 0.0
+        for count, (chosen, state, spent) in enumerate(self._whole(left, rows, room, 0)):
+            pieces = list(chosen)
+            if self.partial:
+                part = self._part(state, rows, room - spent)
+                if part is not None:
+                    pieces.append(part)
+                    spent += self.seconds(part[0], part[2] - part[1])
+            if spent > longest:
+                best, longest = pieces, spent
+            if count >= CANDIDATES or longest > 0.999 * room:
+                break
+        return best
+
+    def _whole(
+        self, left: _Left, rows: int, room: float, chain: int
+    ) -> Iterator[tuple[tuple[tuple[int, int, int], ...], _Left, float]]:
+        """Choices of whole layers that fit: from each chain of layers a first part, longer ones first."""
+        if chain == len(self.chains):
+            yield (), left, 0.0
+            return
+        options: list[tuple[tuple[tuple[int, int, int], ...], _Left, float]] = [((), left, 0.0)]
+        state, spent, taken = left, 0.0, tuple[tuple[int, int, int], ...]()
+        for layer in self.chains[chain]:
+            done = state.done[layer]
+            if done == rows:
+                continue
+            if not self._ready(state, layer, rows):
+                break
+            took = self.seconds(layer, rows - done)
+            if spent + took > room:
+                break
+            state, spent, taken = state.with_rows(layer, rows), spent + took, (*taken, (layer, done, rows))
+            options.append((taken, state, spent))
+        for taken, state, spent in reversed(options):
+            for more, after, longer in self._whole(state, rows, room - spent, chain + 1):
+                yield (*taken, *more), after, spent + longer
+
+    def _ready(self, state: _Left, layer: int, rows: int) -> bool:
+        return all(state.done[j] == rows for j in self.frozen[layer].after)
+
+    def _part(self, state: _Left, rows: int, room: float) -> tuple[int, int, int] | None:
+        """The longest piece of one layer on a part of the rows that fits."""
+        found: tuple[int, int, int] | None = None
+        longest = 0.0
+        for chain in self.chains:
+            layer = next((i for i in chain if state.done[i] < rows), None)
+            if layer is None or not self._ready(state, layer, rows):
+                continue
+            done = state.done[layer]
+            for size in reversed(self.sizes):
+                if size >= rows - done:
+                    continue
+                took = self.seconds(layer, size)
+                if took <= room:
+                    if took > longest:
+                        found, longest = (layer, done, done + size), took
+                    break
+        return found
+
+
+def _chains(frozen: Sequence[FrozenLayer]) -> list[list[int]]:
+    """Layers as chains: each layer follows the only one that it reads where nothing else reads that."""
+    readers: dict[int, int] = {}
+    for layer in frozen:
+        for j in layer.after:
+            readers[j] = readers.get(j, 0) + 1
+    chains: list[list[int]] = []
+    at: dict[int, list[int]] = {}
+    for i, layer in enumerate(frozen):
+        if len(layer.after) == 1 and readers[layer.after[0]] == 1:
+            chain = at[layer.after[0]]
+            chain.append(i)
+        else:
+            chain = [i]
+            chains.append(chain)
+        at[i] = chain
+    return chains
+
+
+__all__ = ["SIZES", "Block", "Filling", "Piece", "fill"]
