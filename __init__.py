@@ -16,6 +16,7 @@ _FACE = {
     "debug": "compiler.debugging.front",
     "bisect": "compiler.debugging.front",
     "first_bad_node": "compiler.debugging.front",
+    "staged_step": "compiler.stages",
     "train_step": "compiler.training",
     "TrainStep": "compiler.training",
     "quantize": "compiler.quantize.api",

@@ -1248,3 +1248,27 @@ class CannotStage(PlaitError):
     code = "P1404"
     message = "this model cannot be cut so: {why}"
     fix = "{way}"
+
+
+class StageLost(PlaitError):
+    """A rank of a pipeline cannot go on because another one, or the connection to it, is gone."""
+
+    code = "P1405"
+    message = "rank {rank} is without {what}: rank {peer} is gone ({why})"
+    fix = "look at what rank {peer} said last; all ranks have to be started again, from the last checkpoint"
+
+
+class StageTimedOut(PlaitError):
+    """A rank of a pipeline waited too long for a value of another one."""
+
+    code = "P1406"
+    message = "rank {rank} waited {seconds} s for {what}, which rank {peer} did not send"
+    fix = "look at what rank {peer} does; a longer time-out is set with PLAIT_COLLECTIVE_TIMEOUT_S"
+
+
+class BatchChanged(PlaitError):
+    """A batch does not fit the pipeline that was compiled for the first one, or cannot be cut into micro-batches."""
+
+    code = "P1407"
+    message = "{what}"
+    fix = "{way}"

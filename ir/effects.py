@@ -23,12 +23,15 @@ def effect_of(op: Op, args: tuple[Arg, ...]) -> str | None:
 
 
 def _draws_nothing(op: Op, args: tuple[Arg, ...]) -> bool:
-    """True for an op that can drop elements and is told not to: attention without dropout, layers in evaluation."""
+    """True for an op that can drop elements and is told to drop none, or all: attention without dropout, evaluation."""
     for name, off in (("dropout_p", 0), ("dropout", 0), ("train", False), ("training", False)):
         i = op.index.get(name)
         if i is not None and isinstance(args[i], bool | int | float) and args[i] == off:
             return True
-    return False
+    return op.base in _DROPOUTS and args[op.index["p"]] in (0, 1)
+
+
+_DROPOUTS = frozenset(f"aten.{n}" for n in ("dropout", "native_dropout", "feature_dropout", "alpha_dropout"))
 
 
 def order_after(effect: str, tokens: dict[str, Value]) -> tuple[Value, ...]:

@@ -7,6 +7,7 @@ after:   t, = call(frozen_0, [tokens]); h1, = call(stage_0, [x, t]); loss, = cal
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ...errors import CannotStage
 from ...ir import Arg, Builder, Graph, Node, TensorType, Value, flatten
@@ -16,9 +17,17 @@ from .parts import Parts
 FROZEN, STAGE = "frozen", "stage"
 
 
-def regions(parts: Parts, frozen: Sequence[Sequence[Node]], stages: Sequence[Sequence[Node]]) -> Graph:
-    """The graph in which each group of nodes is a region; free nodes are computed in every region that reads them. Raises
-    CannotStage for a result or a buffer that no single stage can own."""
+@dataclass(frozen=True)
+class Regions:
+    """A graph that calls regions; the nodes of the old graph in each of them, in order, and what its values became."""
+
+    graph: Graph
+    nodes: tuple[tuple[Node, ...], ...]
+    became: Mapping[Value, Value]
+
+
+def regions(parts: Parts, frozen: Sequence[Sequence[Node]], stages: Sequence[Sequence[Node]]) -> Regions:
+    """The graph in which each group of nodes is a region; free nodes are computed in every region that reads them."""
     graph = parts.graph
     groups = [*((f"{FROZEN}_{i}", list(nodes)) for i, nodes in enumerate(frozen)),
               *((f"{STAGE}_{i}", list(nodes)) for i, nodes in enumerate(stages))]  # fmt: skip
@@ -39,14 +48,18 @@ def regions(parts: Parts, frozen: Sequence[Sequence[Node]], stages: Sequence[Seq
         read |= {v for n in mine for v in n.inputs if v not in made}
         full.append((name, mine))
     builder = Builder(graph.replace(nodes=(), constants={}))
+    kept: list[tuple[Node, ...]] = []
+    became: dict[Value, Value] = {}
     for number, (name, mine) in enumerate(full):
         outputs = tuple(v for n in mine for v in n.results if v in read and owner.get(v) == number)
         region, operands = extract(graph, mine, outputs, name)
         if not outputs:
             continue
         results = builder.call("plait.call", region, tuple(builder.resolve(v) for v in operands), loc=mine[-1].loc)
-        builder.subst.update(zip(outputs, results, strict=True))
-    return builder.finish()
+        became.update(zip(outputs, results, strict=True))
+        builder.subst.update(became)
+        kept.append(tuple(mine))
+    return Regions(builder.finish(), tuple(kept), became)
 
 
 def _with_free(parts: Parts, nodes: Iterable[Node], values: Iterable[Value]) -> list[Node]:
@@ -61,16 +74,18 @@ def _with_free(parts: Parts, nodes: Iterable[Node], values: Iterable[Value]) -> 
     return [n for n in parts.graph.nodes if n in wanted]
 
 
-def extract(graph: Graph, nodes: Sequence[Node], outputs: Sequence[Value], name: str) -> tuple[Graph, list[Value]]:
-    """A graph of some nodes, with values of its own, and the values of the old graph that its inputs stand for, in the order
-    in which they are first read."""
+def extract(
+    graph: Graph, nodes: Sequence[Node], outputs: Sequence[Arg], name: str, inputs: Sequence[Value] | None = None
+) -> tuple[Graph, list[Value]]:
+    """A graph of some nodes, with values of its own, and the values of the old graph that its inputs stand for: those that
+    were given, or what it reads, in the order in which it does."""
     made = {v for n in nodes for v in n.outputs}
-    operands = list(dict.fromkeys(v for n in nodes for v in n.inputs if v not in made))
-    inputs = {v: Value(v.type, v.hint) for v in operands}
+    operands = list(dict.fromkeys(v for n in nodes for v in n.inputs if v not in made)) if inputs is None else list(inputs)
+    fresh = {v: Value(v.type, v.hint) for v in operands}
     constants = {n.args[0]: graph.constants[n.args[0]] for n in nodes if n.op.name == "plait.constant"}
-    shell = graph.replace(name=name, inputs=tuple(inputs.values()), nodes=(), outputs=(), writes=(), constants=constants)
+    shell = graph.replace(name=name, inputs=tuple(fresh.values()), nodes=(), outputs=(), writes=(), constants=constants)
     builder = Builder(shell)
-    new: dict[Value, Value] = dict(inputs)
+    new: dict[Value, Value] = dict(fresh)
 
     def moved(arg: Arg) -> Arg:
         return new[arg] if isinstance(arg, Value) else arg
@@ -79,7 +94,7 @@ def extract(graph: Graph, nodes: Sequence[Node], outputs: Sequence[Value], name:
         outs = tuple(Value(v.type, v.hint) for v in node.outputs)
         builder.append(Node(node.op, tuple(map_arg(a, moved) for a in node.args), outs, (), node.loc))
         new.update(zip(node.outputs, outs, strict=True))
-    return builder.finish(outputs=tuple(new[v] for v in outputs)), operands
+    return builder.finish(outputs=tuple(moved(v) for v in outputs)), operands
 
 
 def check(parts: Parts, stages: Sequence[Sequence[Node]], names: Mapping[Value, str]) -> None:
@@ -111,4 +126,4 @@ def shared_inputs(parts: Parts, stages: Sequence[Sequence[Node]], trained: Colle
     return found
 
 
-__all__ = ["FROZEN", "STAGE", "check", "extract", "regions", "shared_inputs"]
+__all__ = ["FROZEN", "STAGE", "Regions", "check", "extract", "regions", "shared_inputs"]

@@ -12,7 +12,7 @@ from ...cost.curve import Curve
 from ...errors import CannotStage, NoPartition
 from ...ir import Graph, Node, Reason, Value
 from ..base import Context, Pass, option, register
-from .cut import check, regions, shared_inputs
+from .cut import Regions, check, regions, shared_inputs
 from .layering import Cut, bytes_of, layers_of
 from .layers import Layer, Profile
 from .partition import Problem, best
@@ -71,7 +71,7 @@ class Stages(Pass):
         positions = cutting.at_modules(self.begin) if self.begin else cutting.balanced(self.count)
         if not ctx.allowed("cut", cutting.parts.touched[0]):
             return graph
-        made = cutting.cut(positions)
+        made = cutting.cut(positions).graph
         ctx.log.fire("cut", len(positions) + 1)
         ctx.report(cutting.report(positions))
         return made
@@ -137,7 +137,7 @@ class Cutting:
             found.append(at)
         return found
 
-    def cut(self, positions: Sequence[int]) -> Graph:
+    def cut(self, positions: Sequence[int]) -> Regions:
         """The graph with stages between positions of its trained nodes. Raises CannotStage."""
         stages = _between(self.parts.touched, positions)
         check(self.parts, stages, {})

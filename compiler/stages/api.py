@@ -1,0 +1,383 @@
+"""`plait.staged_step`: a training step in pipeline stages, one or several on each rank.
+
+step = plait.staged_step(model, loss, optimizer, mesh, microbatches=8)
+for value in step.over(batches):                  # forward, backward, optimizer.step() of each batch; the mean loss
+    ...
+print(step)                                       # what was cut where, what is frozen
+
+Every rank holds the whole model, is called with the same batches, and trains the parameters of its own stages; what other
+ranks hold of these is old until `synchronise`. Layers that no gradient reaches run one batch ahead, in bubbles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from ...cost.microbatches import NAMED, Schedule
+from ...errors import BadSchedule, BatchChanged, CannotStage, NotCompiledYet
+from ...passes.stages.stages import Cutting
+from ..export import name_of
+from ..options import Options
+from ..pipelines import Session
+from ..training.checks import check_model, check_optimizer
+from ..training.ranks import Ranks
+from .capture import capture
+from .execute import Batch, Event, Layout, Placed, Rank
+from .messages import Messages
+from .programs import Frozen, Trained
+from .staged import Staged, staged
+
+
+def staged_step(
+    model: torch.nn.Module,
+    loss: Callable[..., torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    mesh: Any = None,
+    *,
+    microbatches: int = 4,
+    schedule: str | Schedule = "1f1b",
+    stages: int | None = None,
+    begin: Sequence[str] = (),
+    fill: bool = True,
+    placed: Sequence[Sequence[Placed]] | None = None,
+    seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> StagedStep:
+    """Train a model in pipeline stages; the result is called with a batch and returns its mean loss.
+
+    `loss(model, *batch)` gives a mean over the rows of its batch; batches are cut along the first dimension into
+    `microbatches` equal parts. `mesh` (a 1-D DeviceMesh or a ProcessGroup) names the ranks, which form pipelines beside each
+    other of as many ranks as the schedule has; without a mesh one process runs all stages. `schedule` is gpipe, 1f1b,
+    interleaved, zero-bubble, or one that was read from a file. `stages` (by default one for each rank) are cut evenly, or
+    `begin` names the modules that the second one and those behind it begin with. Without `fill` frozen layers run before
+    each step; `placed` says for each rank when they run instead of where bubbles are expected. Random draws follow from
+    `seed` (by default torch's initial one on the first rank), the step and the micro-batch alone.
+
+    Raises WrappedModel, NothingToTrain, ForeignParameters, SeveralDevices, BadMesh, BadSchedule; the first call raises
+    CannotStage, LossIsNoScalar, BatchChanged and what compiling raises.
+    """
+    check_model(model)
+    check_optimizer(model, optimizer)
+    ranks = Ranks.of(mesh)
+    plan = _schedule(schedule, ranks, stages, len(begin), microbatches)
+    return StagedStep(
+        model, loss, optimizer, ranks, plan, tuple(begin), fill, placed, seed, Options.of(options), name or name_of(model)
+    )
+
+
+def _schedule(given: str | Schedule, ranks: Ranks | None, stages: int | None, begin: int, microbatches: int) -> Schedule:
+    if isinstance(given, Schedule):
+        found = given.check()
+        if found.microbatches != microbatches:
+            raise BadSchedule(why=f"it is for {found.microbatches} micro-batches, and {microbatches} were asked for")
+    elif given not in NAMED:
+        raise BadSchedule(why=f"{given!r} is none of {', '.join(NAMED)}")
+    else:
+        count = stages or (begin + 1 if begin else ranks.count if ranks else 1)
+        if given == "interleaved":
+            if count % 2:
+                raise BadSchedule(why=f"{count} stages are not two for each rank")
+            count //= 2
+        found = NAMED[given](count, microbatches).check()
+    if len(found.chains) > 1 or found.self_conditioned:
+        raise BadSchedule(why="schedules of two backbones, and of self-conditioning, can be planned, not run")
+    wanted = begin + 1 if begin else stages
+    if wanted is not None and wanted != len(found.chains[0]):
+        raise BadSchedule(why=f"it has {len(found.chains[0])} stages, and {wanted} were asked for")
+    if ranks is not None and ranks.count % len(found.ranks):
+        raise BadSchedule(why=f"it is for {len(found.ranks)} ranks, which do not divide the {ranks.count} of the mesh")
+    return found
+
+
+class StagedStep:
+    """A training step in stages, compiled at its first call for batches of one signature."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: Callable[..., torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks | None,
+        schedule: Schedule,
+        begin: tuple[str, ...],
+        fill: bool,
+        placed: Sequence[Sequence[Placed]] | None,
+        seed: int | None,
+        options: Options,
+        name: str,
+    ) -> None:
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.schedule, self.options, self.name = schedule, options, name
+        self._begin, self._fill, self._placed = begin, fill, placed
+        self._ranks, self._count = ranks, schedule.microbatches
+        self._pipeline = len(schedule.ranks) if ranks is not None else 1
+        self._seed = torch.initial_seed() if seed is None else seed
+        self._steps = 0
+        self._signature: tuple[Any, ...] | None = None
+        self._runner: Rank | None = None
+        self._staged: Staged | None = None
+        self._ahead: tuple[tuple[Any, ...], Batch] | None = None
+        self._groups: dict[tuple[int, ...], Any] = {}
+        if ranks is not None:
+            ranks.share([*model.parameters(), *model.buffers()])
+            told = [self._seed]
+            dist.broadcast_object_list(told, group_src=0, group=ranks.group)
+            self._seed = told[0]
+            self._make_groups(ranks)
+
+    def _make_groups(self, ranks: Ranks) -> None:
+        """Process groups of the ranks that hold the same stages; all ranks make all of them."""
+        world = dist.get_process_group_ranks(ranks.group)
+        for block in range(self._pipeline):
+            members = tuple(world[block :: self._pipeline])
+            if len(members) > 1:
+                self._groups[members] = dist.new_group(list(members))
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *batch: Any, ahead: tuple[Any, ...] | None = None) -> torch.Tensor:
+        """Train on a batch; `ahead` is the next one, whose frozen layers then run in this step's bubbles.
+
+        Raises BatchChanged for a batch of another signature, one that micro-batches do not divide, or another one than was
+        announced; StageLost, StageTimedOut where another rank is gone.
+        """
+        try:
+            return self._call(batch, ahead)
+        except BaseException:
+            if self._runner is not None and self._runner.messages is not None:
+                self._runner.messages.close()
+            raise
+
+    def over(self, batches: Iterable[Any]) -> Iterator[torch.Tensor]:
+        """Train on batches, each a tuple, or a single tensor; each one's frozen layers run during the step before."""
+        tuples = (b if isinstance(b, tuple) else tuple(b) if isinstance(b, list) else (b,) for b in batches)
+        current = next(tuples, None)
+        while current is not None:
+            following = next(tuples, None)
+            yield self(*current, ahead=following)
+            current = following
+
+    def _call(self, batch: tuple[Any, ...], ahead: tuple[Any, ...] | None) -> torch.Tensor:
+        self._check(batch)
+        if ahead is not None:
+            self._check(ahead)
+        runner = self._runner or self._compile(batch)
+        state = torch.get_rng_state()
+        try:
+            mine = self._taken(batch)
+            coming = None
+            if ahead is not None and self._fill:
+                coming = self._batch(ahead, self._steps + 1)
+                self._ahead = (ahead, coming)
+            loss, gradients = runner.step(mine, coming)
+        finally:
+            torch.set_rng_state(state)
+        gradients = self._summed(gradients)
+        assert self._staged is not None
+        for p in self.model.parameters():
+            p.grad = None
+        for n, g in gradients.items():
+            self._staged.state[n].grad = g
+        told = self._told(loss)
+        self.optimizer.step()
+        self._steps += 1
+        return told()
+
+    def _taken(self, batch: tuple[Any, ...]) -> Batch:
+        """The micro-batches of a batch, with what was computed of them ahead of time."""
+        if self._ahead is None:
+            return self._batch(batch, self._steps)
+        announced, made = self._ahead
+        self._ahead = None
+        if any(a is not b for a, b in zip(pytree.tree_leaves(announced), pytree.tree_leaves(batch), strict=True)):
+            what = "the batch is not the one that was announced as `ahead`, whose frozen layers have been computed"
+            raise BatchChanged(what=what, way="pass the same tensors, or leave out `ahead`; `over(batches)` does it right")
+        return made
+
+    def _batch(self, batch: tuple[Any, ...], step: int) -> Batch:
+        leaves = pytree.tree_leaves(batch)
+        index = 0 if self._ranks is None else self._ranks.group.rank() // self._pipeline
+        pipelines = 1 if self._ranks is None else self._ranks.count // self._pipeline
+        rows = self._rows(leaves) // (self._count * pipelines)
+        parts: list[list[Any]] = []
+        for m in range(self._count):
+            at = (index * self._count + m) * rows
+            parts.append([t[at : at + rows] if isinstance(t, torch.Tensor) and t.dim() else t for t in leaves])
+        return Batch(parts, step * pipelines + index)
+
+    @staticmethod
+    def _rows(leaves: Sequence[Any]) -> int:
+        return next((len(t) for t in leaves if isinstance(t, torch.Tensor) and t.dim()), 0)
+
+    def _check(self, batch: tuple[Any, ...]) -> None:
+        leaves, spec = pytree.tree_flatten(batch)
+        sizes = {len(t) for t in leaves if isinstance(t, torch.Tensor) and t.dim()}
+        if len(sizes) != 1:
+            found = ", ".join(map(str, sorted(sizes))) or "no tensor with rows"
+            what = f"tensors of a batch must have equally many rows, and these have {found}"
+            raise BatchChanged(what=what, way="put what belongs to no row into the model or the loss")
+        parts = self._count * (1 if self._ranks is None else self._ranks.count // self._pipeline)
+        (rows,) = sizes
+        if rows % parts or not rows:
+            what = f"a batch of {rows} rows cannot be cut into {parts} equal micro-batches"
+            raise BatchChanged(what=what, way="drop or pad the last batch of an epoch, or choose other `microbatches`")
+        kinds = tuple((tuple(t.shape), t.dtype, t.device) if isinstance(t, torch.Tensor) else t for t in leaves)
+        modes = tuple(module.training for module in self.model.modules())
+        trained = tuple(p.requires_grad for p in self.model.parameters())
+        signature = (spec, kinds, modes, trained)
+        if self._signature is None:
+            self._signature = signature
+        elif signature != self._signature:
+            raise BatchChanged(what=_difference(self._signature, signature), way="make a `staged_step` for each kind of batch")
+
+    # -- compiling ----------------------------------------------------------------------------------------------------
+
+    def _compile(self, batch: tuple[Any, ...]) -> Rank:
+        leaves, spec = pytree.tree_flatten(batch)
+        micro = pytree.tree_unflatten(self._batch(batch, 0).leaves[0], spec)
+        captured = capture(self.model, self.loss, micro)
+        cutting = Cutting.of(captured.graph, captured.trained)
+        count = len(self.schedule.chains[0])
+        positions = cutting.at_modules(self._begin) if self._begin else cutting.balanced(count) if count > 1 else []
+        found = self._staged = staged(captured, cutting, positions)
+        self.report = cutting.report(positions)
+        self._refuse_shared(found)
+        messages, rank, peers = None, 0, list[int]()
+        if self._ranks is not None:
+            here = self._ranks.group.rank()
+            rank, first = here % self._pipeline, here - here % self._pipeline
+            peers = list(range(first, first + self._pipeline))
+            if self._pipeline > 1:
+                messages = Messages(self._ranks.group)
+        schedule = self.schedule.with_comms() if messages is not None else self.schedule
+        layout = self._layout(schedule, len(found.frozen))
+        session = Session(self.name, self.options)
+        programs: dict[int, Trained] = {}
+        for s, region in enumerate(found.stages):
+            if messages is None or schedule.rank_of[s] == rank:
+                made = found.program(session, region, 1 / self._count)
+                assert isinstance(made, Trained)
+                programs[s] = made
+        frozen = [found.program(session, region, 1.0) for region in found.frozen]
+        self._runner = Rank(
+            found, layout, rank, programs, [f for f in frozen if isinstance(f, Frozen)], messages, peers, self._seed
+        )  # fmt: skip
+        return self._runner
+
+    def _refuse_shared(self, found: Staged) -> None:
+        for n, where in found.shared.items():
+            if len({self.schedule.rank_of[s] for s in where}) > 1 and self._ranks is not None:
+                what = f"parameter {found.names[n]!r} is used by stages {where} on several ranks"
+                raise CannotStage(why=what, way="cut so that one rank holds all layers that use it, or untie it")
+
+    def _layout(self, schedule: Schedule, frozen: int) -> Layout:
+        ranks = len(schedule.ranks)
+        owners = tuple(m % ranks for m in range(self._count))
+        if self._placed is not None:
+            return Layout(schedule, owners, tuple(tuple(p) for p in self._placed))
+        return Layout(schedule, owners, tuple(_spread(schedule, rank, owners, frozen) for rank in range(ranks)))
+
+    # -- what ranks exchange behind a step ----------------------------------------------------------------------------
+
+    def _summed(self, gradients: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Gradients averaged over pipelines beside each other."""
+        if self._ranks is None or self._ranks.count == self._pipeline or not gradients:
+            return gradients
+        world = dist.get_process_group_ranks(self._ranks.group)
+        here = self._ranks.group.rank() % self._pipeline
+        group = self._groups[tuple(world[here :: self._pipeline])]
+        pipelines = self._ranks.count // self._pipeline
+        for n in sorted(gradients):
+            dist.all_reduce(gradients[n], group=group)
+            gradients[n] /= pipelines
+        return gradients
+
+    def _told(self, loss: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+        """The mean loss of the whole batch, known on all ranks."""
+        if self._ranks is None:
+            assert loss is not None
+            return lambda: loss
+        device = next(self.model.parameters()).device
+        value = torch.zeros((), dtype=torch.float64, device=device)
+        if loss is not None:
+            value += loss / (self._ranks.count // self._pipeline)
+        work = dist.all_reduce(value, group=self._ranks.group, async_op=True)
+
+        def told() -> torch.Tensor:
+            assert work is not None
+            work.wait()
+            return value.to(torch.get_default_dtype() if loss is None else loss.dtype)
+
+        return told
+
+    def synchronise(self) -> None:
+        """Give all ranks the parameters and buffers as their stages have trained them, as before a checkpoint. A collective."""
+        if self._ranks is None:
+            return
+        if self._staged is None:
+            raise NotCompiledYet(name=self.name)
+        owner: dict[int, int] = {}
+        for s, region in enumerate(self._staged.stages):
+            for n in region.reads:
+                if n in self._staged.state:
+                    owner.setdefault(n, self.schedule.rank_of[s])
+        for n, rank in sorted(owner.items()):
+            dist.broadcast(self._staged.state[n].detach(), group_src=rank, group=self._ranks.group)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Event]]:
+        """Collects what this rank does in the steps within the block, and when."""
+        if self._runner is None:
+            raise NotCompiledYet(name=self.name)
+        self._runner.events = events = list[Event]()
+        try:
+            yield events
+        finally:
+            self._runner.events = None
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.report}" if self._staged is not None else repr(self)
+
+    def __repr__(self) -> str:
+        ranks = len(self.schedule.ranks)
+        return f"<StagedStep {self.name}: {len(self.schedule.chains[0])} stages on {ranks} ranks, {self._count} micro-batches>"
+
+
+def _spread(schedule: Schedule, rank: int, owners: Sequence[int], frozen: int) -> tuple[Placed, ...]:
+    """A rank's frozen work where it would wait, by the numbers of actions alone: before each receive as much as the rest."""
+    actions = list(itertools.chain.from_iterable(a.parts or (a,) for a in schedule.ranks[rank]))
+    places: list[int | None] = [i for i, a in enumerate(actions) if a.kind.startswith("RECV")]
+    work = [(layer, m) for m, owner in enumerate(owners) if owner == rank for layer in range(frozen)]
+    if not places:
+        return tuple(Placed(layer, m, None) for layer, m in work)
+    each = len(work) / len(places)
+    return tuple(Placed(layer, m, places[min(int(i / each), len(places) - 1)]) for i, (layer, m) in enumerate(work))
+
+
+def _difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
+    if old[0] != new[0]:
+        return "this batch nests otherwise than the first one"
+    for i, (a, b) in enumerate(zip(old[1], new[1], strict=True)):
+        if a != b:
+            return f"leaf {i} of this batch is {_kind(b)}, and was {_kind(a)} in the first one"
+    if old[2] != new[2]:
+        return "a module was switched between training and evaluation since the first batch"
+    return "other parameters require gradients than with the first batch"
+
+
+def _kind(leaf: Any) -> str:
+    if isinstance(leaf, tuple):
+        shape, dtype, device = leaf
+        return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
+    return repr(leaf)
+
+
+__all__ = ["StagedStep", "staged_step"]
