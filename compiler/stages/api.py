@@ -31,8 +31,12 @@ from ..training.ranks import Ranks
 from .capture import capture
 from .execute import Batch, Event, Layout, Placed, Rank
 from .messages import Messages
+from .placing import Placement, agree
 from .programs import Frozen, Trained
 from .staged import Staged, staged
+
+MEASURED = 3
+"""After so many steps frozen layers are placed by what these took."""
 
 
 def staged_step(
@@ -86,7 +90,7 @@ def _schedule(given: str | Schedule, ranks: Ranks | None, stages: int | None, be
             if count % 2:
                 raise BadSchedule(why=f"{count} stages are not two for each rank")
             count //= 2
-        found = NAMED[given](count, microbatches).check()
+        found: Schedule = NAMED[given](count, microbatches).check()
     if len(found.chains) > 1 or found.self_conditioned:
         raise BadSchedule(why="schedules of two backbones, and of self-conditioning, can be planned, not run")
     wanted = begin + 1 if begin else stages
@@ -126,6 +130,8 @@ class StagedStep:
         self._staged: Staged | None = None
         self._ahead: tuple[tuple[Any, ...], Batch] | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
+        self._measuring: list[Event] = []
+        self.placement: Placement | None = None
         if ranks is not None:
             ranks.share([*model.parameters(), *model.buffers()])
             told = [self._seed]
@@ -189,7 +195,17 @@ class StagedStep:
         told = self._told(loss)
         self.optimizer.step()
         self._steps += 1
+        if self._steps == MEASURED and runner.messages is not None and self._placed is None:
+            self._place(runner)
         return told()
+
+    def _place(self, runner: Rank) -> None:
+        """Let frozen layers run where bubbles were measured to be."""
+        assert self._ranks is not None
+        runner.watching[:] = [events for events in runner.watching if events is not self._measuring]
+        self.placement = agree(runner, self._measuring, self._ranks.group)
+        if self._fill and runner.staged.frozen:
+            runner.layout = self.placement.layout
 
     def _taken(self, batch: tuple[Any, ...]) -> Batch:
         """The micro-batches of a batch, with what was computed of them ahead of time."""
@@ -236,12 +252,14 @@ class StagedStep:
         if self._signature is None:
             self._signature = signature
         elif signature != self._signature:
-            raise BatchChanged(what=_difference(self._signature, signature), way="make a `staged_step` for each kind of batch")
+            raise BatchChanged(
+                what=_difference(self._signature, signature), way="make a `staged_step` for each kind of batch"
+            )
 
     # -- compiling ----------------------------------------------------------------------------------------------------
 
     def _compile(self, batch: tuple[Any, ...]) -> Rank:
-        leaves, spec = pytree.tree_flatten(batch)
+        spec = pytree.tree_structure(batch)
         micro = pytree.tree_unflatten(self._batch(batch, 0).leaves[0], spec)
         captured = capture(self.model, self.loss, micro)
         cutting = Cutting.of(captured.graph, captured.trained)
@@ -270,6 +288,7 @@ class StagedStep:
         self._runner = Rank(
             found, layout, rank, programs, [f for f in frozen if isinstance(f, Frozen)], messages, peers, self._seed
         )  # fmt: skip
+        self._runner.watching.append(self._measuring)
         return self._runner
 
     def _refuse_shared(self, found: Staged) -> None:
@@ -319,7 +338,8 @@ class StagedStep:
         return told
 
     def synchronise(self) -> None:
-        """Give all ranks the parameters and buffers as their stages have trained them, as before a checkpoint. A collective."""
+        """Give all ranks the parameters and buffers as their stages have trained them, as before a checkpoint. All ranks
+        call this."""
         if self._ranks is None:
             return
         if self._staged is None:
@@ -337,18 +357,21 @@ class StagedStep:
         """Collects what this rank does in the steps within the block, and when."""
         if self._runner is None:
             raise NotCompiledYet(name=self.name)
-        self._runner.events = events = list[Event]()
+        watching = self._runner.watching
+        watching.append(events := list[Event]())
         try:
             yield events
         finally:
-            self._runner.events = None
+            watching[:] = [one for one in watching if one is not events]
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.report}" if self._staged is not None else repr(self)
 
     def __repr__(self) -> str:
         ranks = len(self.schedule.ranks)
-        return f"<StagedStep {self.name}: {len(self.schedule.chains[0])} stages on {ranks} ranks, {self._count} micro-batches>"
+        return (
+            f"<StagedStep {self.name}: {len(self.schedule.chains[0])} stages on {ranks} ranks, {self._count} micro-batches>"
+        )
 
 
 def _spread(schedule: Schedule, rank: int, owners: Sequence[int], frozen: int) -> tuple[Placed, ...]:

@@ -7,18 +7,18 @@ this rank computes. Frozen layers of the batch to come run where the plan places
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ...cost.microbatches import Action, Schedule
+from ...cost.microbatches import Action, Schedule, in_order
 from ...ir import TensorType
 from .messages import Awaited, Messages
 from .programs import Backward, Frozen, Trained
 from .reseed import mixed
-from .staged import Region, Staged
+from .staged import Staged
 
 AHEAD = 2
 """How many receives are posted before they are needed."""
@@ -47,20 +47,24 @@ class Layout:
 
 @dataclass
 class Event:
-    """What a rank did: `kind` is an action's, "frozen", "wait" or "sum"; nanoseconds of `time.perf_counter_ns`."""
+    """What a rank did: `kind` is an action's, "frozen" or "wait", `of` the stage or the frozen layer; nanoseconds of
+    `time.perf_counter_ns`."""
 
     name: str
     kind: str
+    of: int
     start: int
     end: int
 
 
 @dataclass
 class Batch:
-    """A batch in micro-batches: the leaves of each, and the frozen layers' results, as far as they are known here."""
+    """A batch in micro-batches: the leaves of each, who runs its frozen layers, and what these gave, as far as it is known
+    here."""
 
     leaves: list[list[Any]]
     step: int
+    owners: tuple[int, ...] = ()
     frozen: list[Values] = field(default_factory=list[Values])
     done: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     awaited: dict[tuple[int, int], tuple[Awaited, tuple[int, ...]]] = field(
@@ -87,13 +91,13 @@ class Rank:
         self.programs, self.frozen, self.messages, self.peers, self.seed = programs, frozen, messages, peers, seed
         self.schedule = layout.schedule
         self.actions = list(_single(layout.schedule.ranks[rank])) if messages else [a for _, a in _all(layout.schedule)]
-        self.count = layout.schedule.microbatches
+        self.count = self.schedule.microbatches
         self.split: dict[int, Backward] = {
             s: p.parts() for s, p in programs.items() if any(a.kind in ("I", "W") and a.stage == s for a in self.actions)
         }
         self.receives = [i for i, a in enumerate(self.actions) if a.kind.startswith("RECV")]
         self.readers = self._readers()
-        self.events: list[Event] | None = None
+        self.watching: list[list[Event]] = []
 
     def _readers(self) -> list[tuple[int, tuple[int, ...]]]:
         """(rank, numbers): what each other rank's stages read of frozen layers."""
@@ -131,35 +135,36 @@ class Rank:
         return loss, self.gradients
 
     def prepare(self, batch: Batch) -> None:
-        """Run the frozen layers of a batch that have not been run ahead of time, on the micro-batches that are this rank's."""
+        """Run those frozen layers of a batch that have not been run ahead of time, on this rank's micro-batches."""
         if not self.staged.frozen:
             return
         self.expect(batch)
         for m in range(self.count):
-            if self._owns(m):
+            if self._owns(batch, m):
                 for layer in range(len(self.staged.frozen)):
                     if (layer, m) not in batch.done:
                         self._run_frozen(batch, layer, m)
 
-    def _owns(self, m: int) -> bool:
-        return self.messages is None or self.layout.owners[m] == self.rank
+    def _owns(self, batch: Batch, m: int) -> bool:
+        return self.messages is None or batch.owners[m] == self.rank
 
     def expect(self, batch: Batch) -> None:
         """Post the receives of what other ranks compute of a batch's frozen layers."""
         if batch.frozen:
             return
         batch.frozen = [{} for _ in range(self.count)]
+        batch.owners = self.layout.owners
         if self.messages is None:
             return
         mine = dict(self.readers).get(self.rank, ())
         for m in range(self.count):
-            if self.layout.owners[m] == self.rank or not mine:
+            if self._owns(batch, m) or not mine:
                 continue
             for layer, region in enumerate(self.staged.frozen):
                 ids = tuple(n for n in region.gives if n in mine)
                 if ids:
                     what = f"frozen layer {layer} of micro-batch {m}"
-                    found = self._receive(ids, self.layout.owners[m], self._tag("frozen", layer, m), what)
+                    found = self._receive(ids, batch.owners[m], self._tag("frozen", layer, m), what)
                     batch.awaited[layer, m] = (found, ids)
 
     def _fill(self, placed: Placed) -> None:
@@ -177,7 +182,7 @@ class Rank:
         results = program.program.run(inputs)
         known.update(zip(region.gives, results, strict=True))
         batch.done.add((layer, m))
-        self._note(f"frozen {layer} of {m}", "frozen", start)
+        self._note(f"frozen {layer} of {m}", "frozen", layer, start)
         if self.messages is not None:
             for r, ids in self.readers:
                 sending = tuple(n for n in region.gives if n in ids)
@@ -205,13 +210,13 @@ class Rank:
             self._send_values(self.staged.crossing_back[stage - 1], stage, stage - 1, "B", m)
         else:
             self._arrive(i, action)
-            self._note(str(action), "wait", start)
+            self._note(str(action), "wait", stage, start)
             return
-        self._note(str(action), kind, start)
+        self._note(str(action), kind, stage, start)
 
-    def _note(self, name: str, kind: str, start: int) -> None:
-        if self.events is not None:
-            self.events.append(Event(name, kind, start, time.perf_counter_ns()))
+    def _note(self, name: str, kind: str, of: int, start: int) -> None:
+        for events in self.watching:
+            events.append(Event(name, kind, of, start, time.perf_counter_ns()))
 
     # -- forwards and backwards ---------------------------------------------------------------------------------------
 
@@ -380,7 +385,8 @@ class Rank:
 
 
 def _zeros(kind: TensorType) -> torch.Tensor:
-    return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)
+    shape: Any = kind.shape
+    return torch.zeros(shape, dtype=kind.dtype, device=kind.device)
 
 
 def _single(actions: Iterable[Action]) -> Iterable[Action]:
@@ -390,11 +396,7 @@ def _single(actions: Iterable[Action]) -> Iterable[Action]:
 
 def _all(schedule: Schedule) -> list[tuple[int, Action]]:
     """The actions of all ranks in an order in which a single process can run them."""
-    from ...cost.microbatches import in_order
-
     return [(rank, part) for rank, action in in_order(schedule) for part in (action.parts or (action,))]
 
 
-Step = Callable[..., Any]
-
-__all__ = ["AHEAD", "Batch", "Event", "Layout", "Placed", "Rank", "Region"]
+__all__ = ["AHEAD", "Batch", "Event", "Layout", "Placed", "Rank"]

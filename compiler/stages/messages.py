@@ -54,13 +54,13 @@ class Messages:
         self._finish(block=False)
         for i, t in enumerate(tensors):
             dense = t.detach().contiguous()
-            self._flying.append(Sent(self._try(lambda d=dense, i=i: self.group.send([d], peer, tag + i), what, peer), dense, what, peer))
+            self._flying.append(
+                Sent(self._try(lambda d=dense, i=i: self.group.send([d], peer, tag + i), what, peer), dense, what, peer)
+            )
 
     def receive(self, tensors: Sequence[torch.Tensor], peer: int, tag: int, what: str) -> Awaited:
         """Start to receive values into tensors."""
-        works = [
-            self._try(lambda t=t, i=i: self.group.recv([t], peer, tag + i), what, peer) for i, t in enumerate(tensors)
-        ]
+        works = [self._try(lambda t=t, i=i: self.group.recv([t], peer, tag + i), what, peer) for i, t in enumerate(tensors)]
         return Awaited(works, list(tensors), what, peer)
 
     def wait(self, awaited: Awaited) -> list[torch.Tensor]:

@@ -102,7 +102,12 @@ def frozen_program(session: Session, region: Graph, numbers: Sequence[int]) -> F
 
 
 def trained_program(
-    session: Session, region: Graph, examples: Sequence[Any], numbers: Sequence[int], activations: Sequence[int], scale: float
+    session: Session,
+    region: Graph,
+    examples: Sequence[Any],
+    numbers: Sequence[int],
+    activations: Sequence[int],
+    scale: float,
 ) -> Trained:
     """The programs of a stage. Inputs that require gradients among `examples`, fake tensors, get them; those numbered
     `activations` come from other stages, the rest are parameters. A result that is the loss has the tangent `scale`. Raises

@@ -7,6 +7,7 @@ neighbour to neighbour, and so do gradients back, to which each stage on the way
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,10 @@ class Staged:
             kind = self.types[number]
             if not isinstance(kind, TensorType):
                 raise CannotStage(why=f"{region.graph.name} reads a number", way="keep numbers that change in tensors")
+            shape: Any = kind.shape
+            strides: Any = kind.strides
             with mode:
-                example = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=kind.device)
+                example = torch.empty_strided(shape, strides, dtype=kind.dtype, device=kind.device)
             example.requires_grad_(number in self.gradients)
             if number in self.gradients and number not in self.state:
                 activations.append(i)
@@ -106,7 +109,7 @@ def staged(captured: Captured, cutting: Cutting, positions: Sequence[int]) -> St
     if maker.get(loss) != len(stages) - 1:
         raise CannotStage(why="the last stage does not compute the loss", way="cut elsewhere")
     bounds = [0, *positions, len(old.touched)]
-    parts = [old.touched[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [old.touched[a:b] for a, b in itertools.pairwise(bounds)]
     return Staged(
         graph, tuple(frozen), tuple(stages), tuple(types), captured.state, captured.names, captured.leaves, loss,
         tuple(crossing), tuple(tuple(n for n in ids if n in with_gradient) for ids in crossing),
