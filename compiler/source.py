@@ -46,7 +46,7 @@ def load(src: str, shapes: Sequence[str] = (), dynamic: Sequence[str] = (), *, s
         raise BadSource(src=src, why="it is compiled already")
     if ":" not in src:
         raise BadSource(src=src, why="it ends neither in .pt2 nor in .plait, and holds no colon")
-    found = _call_factory(src)
+    found = call_factory(src)
     parts = found if isinstance(found, tuple) else (found,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], torch.nn.Module):
         raise BadSource(src=src, why=f"the factory returned {_kind(found)}")
@@ -84,7 +84,8 @@ def _exported(src: str, shapes: Sequence[str], dynamic: Sequence[str]) -> Source
     return Source(src, program, tuple(args), None, argument_names(program)[: len(args)])
 
 
-def _call_factory(src: str) -> Any:
+def call_factory(src: str) -> Any:
+    """What the function gives that SRC names as `pkg.mod:function`. Raises BadSource, and what the function raises."""
     where, _, name = src.partition(":")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", where) or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
         raise BadSource(src=src, why="the part before the colon is a module, the part after it a function")

@@ -91,11 +91,12 @@ def _schedule(given: str | Schedule, ranks: Ranks | None, stages: int | None, be
                 raise BadSchedule(why=f"{count} stages are not two for each rank")
             count //= 2
         found: Schedule = NAMED[given](count, microbatches).check()
+    made = len(found.chains[0])
     if len(found.chains) > 1 or found.self_conditioned:
         raise BadSchedule(why="schedules of two backbones, and of self-conditioning, can be planned, not run")
     wanted = begin + 1 if begin else stages
-    if wanted is not None and wanted != len(found.chains[0]):
-        raise BadSchedule(why=f"it has {len(found.chains[0])} stages, and {wanted} were asked for")
+    if wanted is not None and wanted != made:
+        raise BadSchedule(why=f"it has {made} stages, and {wanted} were asked for")
     if ranks is not None and ranks.count % len(found.ranks):
         raise BadSchedule(why=f"it is for {len(found.ranks)} ranks, which do not divide the {ranks.count} of the mesh")
     return found

@@ -165,13 +165,18 @@ class _Filler:
         return low
 
     def place(self, rows: int) -> tuple[list[Piece], list[Piece]]:
-        """What goes into bubbles, and what is left, each in order."""
+        """What goes into bubbles, and what is left, each in order. A part of a layer in one bubble may leave less for the
+        next one than it gives, so that whole layers alone are looked at, too."""
+        found = [self._placed(rows, partial) for partial in ([True, False] if self.partial else [False])]
+        return min(found, key=lambda pair: sum(piece.seconds for piece in pair[1]))
+
+    def _placed(self, rows: int, partial: bool) -> tuple[list[Piece], list[Piece]]:
         left = _Left((0,) * len(self.frozen))
         placed: list[Piece] = []
         if rows:
             for number, span in self.bubbles:
                 at = span.start
-                for layer, low, high in self._chosen(left, rows, span.seconds):
+                for layer, low, high in self._chosen(left, rows, span.seconds, partial):
                     took = self.seconds(layer, high - low)
                     placed.append(Piece(layer, low, high, number, at, took))
                     left, at = left.with_rows(layer, high), at + took
@@ -181,13 +186,13 @@ class _Filler:
         ]  # fmt: skip
         return placed, rest
 
-    def _chosen(self, left: _Left, rows: int, room: float) -> list[tuple[int, int, int]]:
+    def _chosen(self, left: _Left, rows: int, room: float, partial: bool) -> list[tuple[int, int, int]]:
         """(layer, first row, last row) of what fills a bubble best."""
         best: list[tuple[int, int, int]] = []
         longest = 0.0
         for count, (chosen, state, spent) in enumerate(self._whole(left, rows, room, 0)):
             pieces = list(chosen)
-            if self.partial:
+            if partial:
                 part = self._part(state, rows, room - spent)
                 if part is not None:
                     pieces.append(part)

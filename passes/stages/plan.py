@@ -347,9 +347,10 @@ def _feedback(problem: Problem, r: int) -> float:
     return profile.links.send(profile.feedback * -(-problem.samples // r)) if profile.condition else 0.0
 
 
-def data_parallel(profile: Profile, devices: int, batch: int) -> tuple[float, float]:
+def data_parallel(profile: Profile, devices: int, batch: int, *, overlapped: bool = True) -> tuple[float, float]:
     """A step of plain data parallelism, and its part that sums gradients with nothing beside: frozen layers, forward,
-    backward with the sum of a layer's gradients starting behind the backward of that layer."""
+    backward with the sum of a layer's gradients starting behind the backward of that layer; all sums behind the backward
+    where they are not `overlapped`."""
     rows = -(-batch // devices)
     layers: list[Layer] = [layer for chain in profile.chains for layer in chain]
     forward = sum(layer.forward.seconds(rows) for layer in layers)
@@ -358,6 +359,9 @@ def data_parallel(profile: Profile, devices: int, batch: int) -> tuple[float, fl
         at += layer.backward.seconds(rows)
         size = layer.gradients
         summed = max(at, summed) + (profile.links.sum(size, devices) - profile.links.sum_latency if size else 0.0)
+    if not overlapped:
+        whole = profile.links.sum(sum(layer.gradients for layer in layers), devices)
+        return at + whole, whole
     end = max(at, summed + (profile.links.sum_latency if devices > 1 else 0.0))
     return end, end - at
 

@@ -143,6 +143,14 @@ class Cutting:
         check(self.parts, stages, {})
         return regions(self.parts, self.frozen_layers, stages)
 
+    def place(self, layer: int) -> str:
+        """The module that a trained layer begins in, or its source line."""
+        return _place(self.layers[layer][0])
+
+    def frozen_place(self, layer: int) -> str:
+        """The module that a frozen layer begins in, or its source line."""
+        return _place(self.frozen_layers[layer][0])
+
     def crossing(self, positions: Sequence[int]) -> list[list[Value]]:
         """What crosses each position."""
         nodes, found = self.parts.touched, list[list[Value]]()

@@ -1,0 +1,1 @@
+"""Pipeline stages: planning against brute force, simulated clusters, real ranks."""
