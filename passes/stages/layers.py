@@ -6,7 +6,7 @@ that belong to samples are per sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from math import inf
 from typing import Any
@@ -143,7 +143,9 @@ class Profile:
                 float(data.get("feedback", 0.0)),
                 str(data.get("device", "")),
             ).checked()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except KeyError as error:
+            raise BadProfile(why=f"it has no {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
             raise BadProfile(why=f"{type(error).__name__}: {error}") from error
 
     def checked(self) -> Profile:
@@ -153,10 +155,17 @@ class Profile:
         for i, layer in enumerate(self.frozen):
             if any(not 0 <= j < i for j in layer.after):
                 raise BadProfile(why=f"frozen layer {layer.name!r} reads what comes behind it")
+        links = self.links
+        if not all(rate > 0 for rate in (links.send_rate, links.sum_rate)):
+            raise BadProfile(why="a link has a rate that is not positive")
+        if not all(0 <= n < inf for n in (links.send_latency, links.sum_latency, self.optimizer, self.feedback)):
+            raise BadProfile(why="a latency, `optimizer` or `feedback` is negative or no number")
+        if not 0 <= self.condition <= 1:
+            raise BadProfile(why=f"`condition` is a probability, not {self.condition}")
         for layer in (*(one for chain in self.chains for one in chain), *self.frozen):
             numbers = [v for v in vars(layer).values() if isinstance(v, float | int)]
             curves = [v for v in vars(layer).values() if isinstance(v, Curve)]
-            numbers += [s for curve in curves for _, s in curve.points]
+            numbers += [n for curve in curves for point in curve.points for n in point]
             if not all(0 <= n < inf for n in numbers):
                 raise BadProfile(why=f"layer {layer.name!r} has a time or a size that is negative or no number")
             if any(not curve.points for curve in curves):
@@ -178,15 +187,20 @@ def _written(layer: Layer | FrozenLayer) -> dict[str, Any]:
 
 
 def _read(kind: type[Any], data: dict[str, Any]) -> Any:
-    fields: dict[str, Any] = {}
+    known = {one.name: one.type for one in fields(kind)}
+    found: dict[str, Any] = {}
     for name, value in data.items():
-        if name == "after":
-            fields[name] = tuple(int(i) for i in value)
-        elif isinstance(value, list):
-            fields[name] = Curve.of((float(n), float(s)) for n, s in value)
+        if name not in known:
+            raise BadProfile(why=f"a layer has {name!r}, and only {', '.join(known)} are known")
+        if known[name] == "Curve":
+            found[name] = Curve.of((float(n), float(s)) for n, s in value)
+        elif name == "after":
+            found[name] = tuple(int(i) for i in value)
         else:
-            fields[name] = str(value) if name == "name" else float(value)
-    return kind(**fields)
+            found[name] = str(value) if name == "name" else float(value)
+    if missing := [one.name for one in fields(kind) if one.default is MISSING and one.name not in found]:
+        raise BadProfile(why=f"layer {found.get('name', '')!r} has no {' and no '.join(missing)}")
+    return kind(**found)
 
 
 __all__ = ["NOTHING", "FrozenLayer", "Layer", "Links", "Profile"]

@@ -118,7 +118,7 @@ def described(problem: Problem, schedule: str, partition: Partition) -> str:
     )
     beside = f"{problem.groups} pipelines of " if problem.groups > 1 else ""
     plural = "s" * (problem.stages > 1)
-    batches = f"{problem.microbatches} micro-batches of {problem.samples}"
+    batches = f"{problem.microbatches} micro-batch{'es' * (problem.microbatches > 1)} of {problem.samples}"
     return f"{beside}{problem.stages} stage{plural}, {each}, {batches}, {schedule}"
 
 
@@ -156,8 +156,10 @@ def plan(
     if replicas == "any":
         problems += _problems(profile, devices, batch, "any", *given)
     if not problems:
+        wanted = "any number of" if stage_counts is None else " or ".join(map(str, stage_counts))
+        why = f"no choice of pipelines, stages and micro-batches goes into {devices} devices and a batch of {batch}"
         way = "take a global batch that micro-batches and pipelines divide, or fewer stages"
-        raise NoPartition(stages="any number of", devices=devices, why=f"no choice divides a batch of {batch}", way=way)
+        raise NoPartition(stages=wanted, devices=devices, why=why, way=way)
     problems.sort(key=lambda p: (p.replicas == "any", _least(p, batch)))
     ranked: list[tuple[float, Problem, Partition, str]] = []
     failed: NoPartition | None = None
