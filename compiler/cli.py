@@ -10,6 +10,7 @@ from .commands.cache import cache
 from .commands.debugging import bisect, bundle, reduce, replay
 from .commands.look import diff, env, passes
 from .commands.models import compile_command, demo, explain, inspect, run
+from .commands.plan import plan
 from .commands.quantize import quantize
 from .commands.shared import Main
 
@@ -26,7 +27,8 @@ def main() -> None:
 
 
 for _command in (
-    bench, bisect, bundle, cache, compile_command, demo, diff, env, explain, inspect, passes, quantize, reduce, replay, run,
+    bench, bisect, bundle, cache, compile_command, demo, diff, env, explain, inspect, passes, plan, quantize, reduce, replay,
+    run,
 ):  # fmt: skip
     main.add_command(_command)
 

@@ -37,6 +37,7 @@ _GROUPS = {
     "P08": "Programs for one instance, run as batches",
     "P09": "Quantization",
     "P12": "Mixtures of experts",
+    "P14": "Pipeline stages",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import tempfile
 import traceback
@@ -19,14 +20,15 @@ EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "the command worked and the answer is no: results or files differ, cache entries were damaged, a failure shows again "
     "or there is none to look into",
-    2: "wrong use: an option, SRC, a pass or its option; calibration data, a scheme or a budget that does not fit",
+    2: "wrong use: an option, SRC, a pass or its option; calibration data, a scheme or a budget that does not fit; a "
+    "profile of layers that cannot be read, pipeline stages that do not fit model or devices",
     3: "the model could not be compiled or quantized",
     4: "an artifact, a bundle or a checkpoint could not be loaded, or does not take these inputs",
     5: "the model's own code, or plait itself, raised an error that is not in the catalogue",
     6: "the program fails otherwise than its bundle says",
     130: "interrupted",
 }
-_USAGE = ("P020", "P040", "P06", "P07", "P0903", "P0904", "P0905", "P0906", "P0907", "P0912")
+_USAGE = ("P020", "P040", "P06", "P07", "P0903", "P0904", "P0905", "P0906", "P0907", "P0912", "P140")
 _ARTIFACT = ("P050", "P051", "P052", "P054", "P0631", "P0632", "P0633", "P0910", "P0911", "P0913")
 _NOTHING, _OTHER = "P0611", "P0642"
 # Codes of the group P040 that are about the model, not about how the command was called.
@@ -97,6 +99,19 @@ def writable(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
         except OSError as error:
             raise click.BadParameter(f"nothing can be written there: {error}") from error
     return value
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_SIZE = re.compile(r"(?P<number>\d+\.?\d*|\.\d+) ?(?P<unit>[kmgt]?i?)b?", re.IGNORECASE)
+
+
+def bytes_of(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """Callback of an option that takes a number of bytes: 80GB, 80GiB, 0.5TB, 1000000."""
+    found = None if value is None else _SIZE.fullmatch(value.strip())
+    unit = found["unit"].lower() if found else ""
+    if value is not None and (found is None or unit not in _UNITS or not float(found["number"])):
+        raise click.BadParameter(f"write a size such as 80GB, 80GiB or 0.5TB, not {value!r}")
+    return float(found["number"]) * _UNITS[unit] if found else None
 
 
 def inputs_of_source(command: F) -> F:
