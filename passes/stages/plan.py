@@ -236,11 +236,19 @@ def _problems(
             if groups is None and (replicas == "equal" or s == 1) and s != devices // n:
                 continue  # equal replicas of stages are pipelines beside each other
             counts = set(microbatch_counts) if microbatch_counts is not None else {s * k for k in ROUNDS}
+            if microbatch_counts is None and (stage_counts is not None or given):
+                counts = _counts(s, batch // n)  # what was asked for must not fail because 3 does not divide 256
             for m in sorted(counts):
                 if s <= devices // n and (batch // n) % m == 0:
                     yield Problem(
                         profile, devices // n, s, m, batch // n // m, replicas, memory, None, cuts, n
                     )  # fmt: skip
+
+
+def _counts(stages: int, batch: int) -> set[int]:
+    """Micro-batches that are looked at where the number of stages is given: the next ones that divide the batch."""
+    divisors = _divisors(batch)
+    return {next(d for d in divisors if d >= stages * k) for k in ROUNDS if stages * k <= batch}
 
 
 def _divisors(n: int) -> list[int]:
