@@ -340,7 +340,7 @@ def stage_costs(problem: Problem, partition: Partition) -> list[StageCost]:
                 StageCost(
                     forward=float(times[0]),
                     backward=float(times[1]),
-                    weight=float(times[2]),
+                    weight=float(min(times[2], times[1])),  # measured apart, W alone may take longer than all of B
                     send=float(one.there[both - 1, high]) if high < len(chain) else _feedback(problem, r),
                     send_back=float(one.back[both_before - 1, low]),
                     saved=int(sum(layer.saved for layer in mine) * rows),

@@ -18,7 +18,7 @@ from plait.passes.stages.layers import Links
 from plait.passes.stages.partition import Problem
 from plait.passes.stages.plan import Filler, Plan, equal_layers, planned
 
-from tests.compiler.stage_profiles import profile
+from tests.compiler.stage_profiles import BACKBONE, curve, profile
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -163,6 +163,14 @@ def test_the_second_backbone_and_the_end_of_the_step_are_marked() -> None:
     behind = parsed(PLANS["unfilled"])
     assert len([line for line in behind.iter(f"{SVG}line") if line.get("class") == "end"]) == 2, "in the legend and at it"
     assert "runs behind the step" not in timeline.svg(PLANS["gpipe"])
+
+
+def test_weight_gradients_that_were_measured_to_take_longer_than_the_backward_take_all_of_it() -> None:
+    chain = tuple(replace(layer, weight=curve(9)) for layer in BACKBONE)
+    problem = Problem(replace(profile(frozen=False), chains=(chain,)), 2, 2, 4, 8)
+    root = parsed(planned(problem, equal_layers(problem), "zero-bubble"))
+    assert {float(r.get("width", "nan")) for r in rects(root, "I") if "box" in r.get("class", "")} == {0.0}
+    assert all(float(r.get("width", "nan")) > 0 for r in rects(root, "W"))
 
 
 def test_names_of_layers_are_escaped() -> None:
