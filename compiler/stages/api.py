@@ -289,7 +289,8 @@ class StagedStep:
         self._runner = Rank(
             found, layout, rank, programs, [f for f in frozen if isinstance(f, Frozen)], messages, peers, self._seed
         )  # fmt: skip
-        self._runner.watching.append(self._measuring)
+        if messages is not None and self._placed is None:
+            self._runner.watching.append(self._measuring)
         return self._runner
 
     def _refuse_shared(self, found: Staged) -> None:
