@@ -126,6 +126,7 @@ class StagedStep:
         self._pipeline = len(schedule.ranks) if ranks is not None else 1
         self._seed = torch.initial_seed() if seed is None else seed
         self._steps = 0
+        self._ran = 0  # of these by this object: the others were made before a checkpoint
         self._signature: tuple[Any, ...] | None = None
         self._runner: Rank | None = None
         self._staged: Staged | None = None
@@ -196,7 +197,8 @@ class StagedStep:
         told = self._told(loss)
         self.optimizer.step()
         self._steps += 1
-        if self._steps == MEASURED and runner.messages is not None and self._placed is None:
+        self._ran += 1
+        if self._ran == MEASURED and runner.messages is not None and self._placed is None:
             self._place(runner)
         return told()
 
@@ -289,7 +291,8 @@ class StagedStep:
         self._runner = Rank(
             found, layout, rank, programs, [f for f in frozen if isinstance(f, Frozen)], messages, peers, self._seed
         )  # fmt: skip
-        self._runner.watching.append(self._measuring)
+        if messages is not None and self._placed is None:
+            self._runner.watching.append(self._measuring)
         return self._runner
 
     def _refuse_shared(self, found: Staged) -> None:
@@ -339,8 +342,8 @@ class StagedStep:
         return told
 
     def synchronise(self) -> None:
-        """Give all ranks the parameters and buffers as their stages have trained them, as before a checkpoint. All ranks
-        call this."""
+        """Give all ranks the parameters and buffers as their stages have trained them, as before a checkpoint; what the
+        optimizer holds stays with the ranks. All ranks call this."""
         if self._ranks is None:
             return
         if self._staged is None:
@@ -352,6 +355,21 @@ class StagedStep:
                     owner.setdefault(n, self.schedule.rank_of[s])
         for n, rank in sorted(owner.items()):
             dist.broadcast(self._staged.state[n].detach(), group_src=rank, group=self._ranks.group)
+
+    def state_dict(self) -> dict[str, int]:
+        """What random draws follow from: `seed`, and how many `steps` were made. For a checkpoint, beside what model and
+        optimizer hold; an optimizer has a state for the parameters that its rank trains alone."""
+        return {"seed": self._seed, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Draw from now on as the step whose state this is would have. All ranks call this, with the same state. Raises
+        BatchChanged where the next batch has been announced."""
+        if self._ahead is not None:
+            what = "the next batch was announced as `ahead`, and its frozen layers have drawn for another step"
+            raise BatchChanged(what=what, way="load a state before the first step, or behind one without `ahead`")
+        self._seed, self._steps = state["seed"], state["steps"]
+        if self._runner is not None:
+            self._runner.seed = self._seed
 
     @contextmanager
     def recording(self) -> Iterator[list[Event]]:

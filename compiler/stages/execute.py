@@ -234,7 +234,7 @@ class Rank:
                 layer = next(i for i, region in enumerate(self.staged.frozen) if n in region.gives)
                 awaited, ids = self.batch.awaited.pop((layer, m))
                 assert self.messages is not None
-                known.update(zip(ids, self._shaped(self.messages.wait(awaited), ids), strict=True))
+                known.update(zip(ids, self.messages.wait(awaited), strict=True))
         return known
 
     def _forward(self, stage: int, m: int) -> None:
@@ -369,19 +369,8 @@ class Rank:
     def _arrive(self, i: int, action: Action) -> None:
         assert self.messages is not None and action.microbatch is not None
         awaited, ids = self.posted.pop(i)
-        values = self._shaped(self.messages.wait(awaited), ids)
+        values = self.messages.wait(awaited)
         self.arrived[action.stage, action.kind[-1], action.microbatch] = dict(zip(ids, values, strict=True))
-
-    def _shaped(self, tensors: Iterable[torch.Tensor], ids: Sequence[int]) -> list[torch.Tensor]:
-        """Values in the layout in which programs read them."""
-        found: list[torch.Tensor] = []
-        for t, n in zip(tensors, ids, strict=True):
-            kind = self.staged.types[n]
-            if not kind.is_contiguous:
-                laid = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=kind.device)
-                t = laid.copy_(t)
-            found.append(t)
-        return found
 
 
 def _zeros(kind: TensorType) -> torch.Tensor:

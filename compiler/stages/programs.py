@@ -24,7 +24,7 @@ from torch.fx import Node as FxNode
 
 from ...codegen.compile import CompiledGraph
 from ...errors import CannotStage, PlaitError
-from ...ir import Graph, Value, flatten, from_fx
+from ...ir import Graph, TensorType, Value, flatten, from_fx
 from ...ir.reach import Reach, deferrable
 from ...passes.decompositions import table
 from ...passes.stages.cut import extract
@@ -53,9 +53,30 @@ class Program:
 
     @cached_property
     def run(self) -> Callable[[list[Any]], Sequence[Any]]:
-        """How it is called: on a list of flat inputs."""
+        """How it is called: on a list of flat inputs, in any layout."""
         with real_tensors():
-            return self.compiled.executable.run
+            execute = self.compiled.executable.run
+        read = [(i, v.type) for i, v in enumerate(self.captured.inputs) if isinstance(v.type, TensorType)]
+
+        def run(inputs: list[Any]) -> Sequence[Any]:
+            # Kernels do not look at strides: gradients are often views, and what other ranks send is contiguous.
+            for i, kind in read:
+                if inputs[i].stride() != kind.strides and not _reads_alike(inputs[i], kind):
+                    inputs[i] = _laid(inputs[i], kind)
+            return execute(inputs)
+
+        return run
+
+
+def _reads_alike(t: torch.Tensor, kind: TensorType) -> bool:
+    """Whether strides differ only in dimensions that have one place."""
+    return all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), kind.strides, strict=True))
+
+
+def _laid(t: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    shape: Any = kind.shape
+    strides: Any = kind.strides
+    return torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 @dataclass(frozen=True)

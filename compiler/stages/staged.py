@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ...errors import CannotStage
 from ...ir import Graph, TensorType, Value
@@ -61,7 +62,7 @@ class Staged:
         """The programs of a region; the loss has the tangent `scale`."""
         if region in self.frozen:
             return frozen_program(session, region.graph, region.draws)
-        mode = FakeTensorMode()
+        mode = FakeTensorMode(shape_env=ShapeEnv())  # as in every other trace: without, torch types some views otherwise
         examples: list[Any] = []
         activations: list[int] = []
         for i, number in enumerate(region.reads):

@@ -125,7 +125,7 @@ class _Stage(PipelineStage):
             elif n in self.cut.leaves:
                 inputs.append(given[self.names[self.cut.leaves[n]]])
             else:
-                inputs.append(self._laid(came[n], n))
+                inputs.append(came[n])
         if self.program.draws:
             if fwd_chunk_id == 0:
                 self.steps += 1
@@ -194,13 +194,7 @@ class _Stage(PipelineStage):
 
     def _tangent(self, came: Mapping[int, Any], n: int) -> torch.Tensor:
         g = came.get(n)
-        return torch.zeros_like(self._example(n)) if g is None else self._laid(g, n)
-
-    def _laid(self, t: torch.Tensor, n: int) -> torch.Tensor:
-        kind = self.cut.types[n]
-        if kind.is_contiguous:
-            return t
-        return torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=kind.device).copy_(t)
+        return torch.zeros_like(self._example(n)) if g is None else g
 
     def _accumulate(self, gradients: Mapping[int, Any]) -> None:
         for n, g in gradients.items():
