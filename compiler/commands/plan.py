@@ -100,7 +100,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose how to train SRC on so many devices: pipeline stages, micro-batches, what fills the bubbles.
 
-    SRC is a profile, `file.json` (docs/stages.md), or `package.module:factory`, a function that returns model, loss and batch
+    SRC is a profile, `file.json` (docs/stages.md), or `package.module:factory`, a function that returns model, loss, batch
     as `plait.staged_step` takes them. Nothing is trained, and no device but this machine's is needed.
 
     \b
