@@ -100,8 +100,8 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose how to train SRC on so many devices: pipeline stages, micro-batches, what fills the bubbles.
 
-    SRC is a profile, `file.json` (docs/stages.md), or a model as `package.module:factory`. Nothing is trained, and no device
-    but this machine's is needed.
+    SRC is a profile, `file.json` (docs/stages.md), or `package.module:factory`, a function that returns model, loss and
+    batch as `plait.staged_step` takes them. Nothing is trained, and no device but this machine's is needed.
 
     \b
     plait plan unet.json --devices 8 --memory 80GB --global-batch 256

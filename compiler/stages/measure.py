@@ -69,10 +69,12 @@ def profile_of(
 
 
 def read(path: str | Path) -> Profile:
-    """The profile in a file. Raises BadProfile, OSError."""
+    """The profile that a JSON file holds. Raises BadProfile."""
     try:
-        return Profile.from_json(json.loads(Path(path).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return Profile.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BadProfile(why=f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # JSON, or text that is no UTF-8
         raise BadProfile(why=f"{path} is no JSON: {error}") from error
 
 

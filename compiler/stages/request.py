@@ -1,37 +1,21 @@
-"""What a user asks of planning, as text: the file of a profile, the layers at which stages begin."""
+"""What a user asks of planning, as text: a profile or a model, the layers at which stages begin, schedules."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from ...errors import BadProfile, CannotStage
+from ...errors import CannotStage
 from ...passes.stages.layers import Profile
+from .measure import Progress, profile_of, read
 
 _NUMBER = re.compile(r"^\d+: ")
 
 
-def profile_from(src: str, path: str | None, progress: Callable[[int, int, str], None]) -> Profile:
+def profile_from(src: str, path: str | None, progress: Progress | None = None) -> Profile:
     """The profile that `src` is, a JSON file; or what the layers of the model cost that it names: read from `path` where
-    there is such a file, else measured and written there. Raises BadProfile, and what measuring raises."""
-    file = src if src.endswith(".json") else path
-    if file is not None and (file == src or Path(file).exists()):
-        return read_profile(file)
-    from .measure import profile_of  # pyright: ignore
-
-    return profile_of(src, path, progress=progress)
-
-
-def read_profile(path: str | Path) -> Profile:
-    """The profile that a JSON file holds. Raises BadProfile."""
-    try:
-        return Profile.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise BadProfile(why=f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # JSON, or text that is no UTF-8
-        raise BadProfile(why=f"{path} is no JSON: {error}") from error
+    there is such a file, else measured and written there. Raises what `profile_of` raises."""
+    return read(src) if src.endswith(".json") else profile_of(src, path, progress=progress)
 
 
 def cuts_of(profile: Profile, names: Sequence[str]) -> tuple[tuple[int, ...] | None, ...]:
@@ -76,4 +60,4 @@ def schedules_of(profile: Profile, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names)) or known[:1]
 
 
-__all__ = ["cuts_of", "profile_from", "read_profile", "schedules_of"]
+__all__ = ["cuts_of", "profile_from", "schedules_of"]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from plait.compiler.cli import main
-from plait.compiler.stages.request import cuts_of, read_profile, schedules_of
+from plait.compiler.stages import request
+from plait.compiler.stages.request import cuts_of, profile_from, schedules_of
 from plait.compiler.stages.summary import Summary
 from plait.cost.microbatches import Schedule
 from plait.errors import BadProfile, CannotStage
@@ -231,6 +232,20 @@ def test_a_profile_that_was_measured_before_is_read() -> None:
     assert data["source"] == "no.such:model" and data | {"source": "one.json"} == told(*QUICK)
 
 
+def test_a_model_is_measured_where_there_is_no_profile_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def measured(src: str, path: str | None, *, progress: Any) -> Profile:
+        progress(0, 1, "layers")
+        asked.append((src, path))
+        return profile()
+
+    monkeypatch.setattr(request, "profile_of", measured)
+    assert told("--profile", "new.json", *QUICK, src="models.unet:make")["plan"] == told(*QUICK)["plan"]
+    assert told(*QUICK, src="models.unet:make")["source"] == "models.unet:make"
+    assert asked == [("models.unet:make", "new.json"), ("models.unet:make", None)]
+
+
 # -- wrong input --------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +274,7 @@ def test_a_profile_that_is_missing_or_damaged() -> None:
     assert "P1402" in refused(src="gone.json") and "No such file" in refused(src="gone.json")
     Path("cut.json").write_text(Path("one.json").read_text()[:200])
     assert "P1402" in refused(src="cut.json") and "is no JSON" in refused(src="cut.json")
+    assert "P1402" in refused("--profile", "cut.json", src="a.b:c")
     Path("bytes.json").write_bytes(b"\xff\xfe\x00")
     assert "is no JSON" in refused(src="bytes.json")
 
@@ -366,5 +382,5 @@ def test_every_field_of_a_profile_is_on_the_page() -> None:
 
 
 def test_a_summary_reads_what_was_written() -> None:
-    found = plan(read_profile("one.json"), 4, 32, stage_counts=(2,), groups=(1,), microbatch_counts=(4,))
+    found = plan(profile_from("one.json", None), 4, 32, stage_counts=(2,), groups=(1,), microbatch_counts=(4,))
     assert Summary(found).as_json()["plan"] == str(found)
