@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ...cost.microbatches import Action, Schedule, in_order
+from ...cost.microbatches import COMPUTE, Action, Schedule, in_order
 from ...ir import TensorType
 from .messages import Awaited, Messages
-from .programs import Backward, Frozen, Trained
+from .programs import Backward, Frozen, Trained, laid
 from .reseed import mixed
 from .staged import Staged
 
@@ -90,13 +90,14 @@ class Rank:
         self.staged, self.layout, self.rank = staged, layout, rank
         self.programs, self.frozen, self.messages, self.peers, self.seed = programs, frozen, messages, peers, seed
         self.schedule = layout.schedule
-        self.actions = list(_single(layout.schedule.ranks[rank])) if messages else [a for _, a in _all(layout.schedule)]
+        self.actions = list(_single(layout.schedule.ranks[rank])) if messages else list(_all(layout.schedule))
         self.count = self.schedule.microbatches
         self.split: dict[int, Backward] = {
             s: p.parts() for s, p in programs.items() if any(a.kind in ("I", "W") and a.stage == s for a in self.actions)
         }
         self.receives = [i for i, a in enumerate(self.actions) if a.kind.startswith("RECV")]
         self.readers = self._readers()
+        self.written = frozenset(i for i, _ in staged.writes)
         self.watching: list[list[Event]] = []
 
     def _readers(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -116,6 +117,7 @@ class Rank:
         self.posted: dict[int, tuple[Awaited, tuple[int, ...]]] = {}
         self.losses: list[torch.Tensor] = []
         self.gradients: dict[int, torch.Tensor] = {}
+        self.apart: dict[tuple[int, int], torch.Tensor] = {}
         self.batch, self.ahead = batch, ahead
         self.next_receive = 0
         self.prepare(batch)
@@ -131,6 +133,7 @@ class Rank:
             self._fill(placed)
         if self.messages is not None:
             self.messages.finish()
+        self._join()
         loss = torch.stack(self.losses).sum() / self.count if self.losses else None
         return loss, self.gradients
 
@@ -221,11 +224,13 @@ class Rank:
     # -- forwards and backwards ---------------------------------------------------------------------------------------
 
     def _operand(self, n: int, batch: Batch, m: int, known: Values) -> Any:
+        if n in self.written:  # the next micro-batch writes it before the backward of this one reads what it was
+            return self.staged.state[n].clone()
         if n in self.staged.state:
             return self.staged.state[n]
         if n in self.staged.leaves:
-            return batch.leaves[m][self.staged.leaves[n]]
-        return known[n]
+            return laid(batch.leaves[m][self.staged.leaves[n]], self.staged.types[n])
+        return laid(known[n], self.staged.types[n])
 
     def _frozen_values(self, stage: int, m: int) -> Values:
         known = self.batch.frozen[m] if self.batch.frozen else {}
@@ -234,7 +239,7 @@ class Rank:
                 layer = next(i for i, region in enumerate(self.staged.frozen) if n in region.gives)
                 awaited, ids = self.batch.awaited.pop((layer, m))
                 assert self.messages is not None
-                known.update(zip(ids, self._shaped(self.messages.wait(awaited), ids), strict=True))
+                known.update(zip(ids, self.messages.wait(awaited), strict=True))
         return known
 
     def _forward(self, stage: int, m: int) -> None:
@@ -264,9 +269,9 @@ class Rank:
         program, region = self.programs[stage], self.staged.stages[stage]
         came = self.arrived.pop((stage, "B", m), {})
         found: list[Any] = []
-        for i in program.tangents:
+        for i, kind in zip(program.tangents, program.tangent_types, strict=True):
             n = region.gives[i]
-            found.append(came[n] if n in came else _zeros(self.staged.types[n]))
+            found.append(laid(came[n] if n in came else _zeros(kind), kind))
         return found, came
 
     def _backward(self, stage: int, m: int) -> None:
@@ -316,13 +321,21 @@ class Rank:
             n = region.reads[i]
             if n not in self.staged.state:
                 continue
-            if n in self.gradients:
-                old.append(self.gradients[n])
+            into: dict[Any, torch.Tensor] = self.apart if n in self.staged.shared else self.gradients
+            key = (stage, n) if n in self.staged.shared else n
+            if key in into:
+                old.append(into[key])
                 new.append(g)
             else:
-                self.gradients[n] = g.clone(memory_format=torch.contiguous_format)
+                into[key] = g.clone(memory_format=torch.contiguous_format)
         if old:
             torch._foreach_add_(old, new)
+
+    def _join(self) -> None:
+        """Sum the gradients of parameters that several stages read. In the stages' order, so that the sum is the same under
+        every schedule."""
+        for (_, n), g in sorted(self.apart.items(), key=lambda item: item[0]):
+            self.gradients[n] = self.gradients[n] + g if n in self.gradients else g
 
     def _seed(self, batch: Batch, m: int) -> torch.Tensor:
         return torch.tensor(mixed(self.seed, batch.step, m), dtype=torch.int64)
@@ -369,19 +382,8 @@ class Rank:
     def _arrive(self, i: int, action: Action) -> None:
         assert self.messages is not None and action.microbatch is not None
         awaited, ids = self.posted.pop(i)
-        values = self._shaped(self.messages.wait(awaited), ids)
+        values = self.messages.wait(awaited)
         self.arrived[action.stage, action.kind[-1], action.microbatch] = dict(zip(ids, values, strict=True))
-
-    def _shaped(self, tensors: Iterable[torch.Tensor], ids: Sequence[int]) -> list[torch.Tensor]:
-        """Values in the layout in which programs read them."""
-        found: list[torch.Tensor] = []
-        for t, n in zip(tensors, ids, strict=True):
-            kind = self.staged.types[n]
-            if not kind.is_contiguous:
-                laid = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=kind.device)
-                t = laid.copy_(t)
-            found.append(t)
-        return found
 
 
 def _zeros(kind: TensorType) -> torch.Tensor:
@@ -394,9 +396,9 @@ def _single(actions: Iterable[Action]) -> Iterable[Action]:
         yield from action.parts or (action,)
 
 
-def _all(schedule: Schedule) -> list[tuple[int, Action]]:
-    """The actions of all ranks in an order in which a single process can run them."""
-    return [(rank, part) for rank, action in in_order(schedule) for part in (action.parts or (action,))]
+def _all(schedule: Schedule) -> Iterable[Action]:
+    """The actions of all ranks in an order in which a single process can run them. There nothing travels."""
+    return (a for _, action in in_order(schedule) for a in (action.parts or (action,)) if a.kind in COMPUTE)
 
 
 __all__ = ["AHEAD", "Batch", "Event", "Layout", "Placed", "Rank"]

@@ -24,7 +24,7 @@ from torch.fx import Node as FxNode
 
 from ...codegen.compile import CompiledGraph
 from ...errors import CannotStage, PlaitError
-from ...ir import Graph, Value, flatten, from_fx
+from ...ir import Graph, TensorType, Value, flatten, from_fx
 from ...ir.reach import Reach, deferrable
 from ...passes.decompositions import table
 from ...passes.stages.cut import extract
@@ -56,6 +56,20 @@ class Program:
         """How it is called: on a list of flat inputs."""
         with real_tensors():
             return self.compiled.executable.run
+
+
+def laid(t: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    """A value in the layout in which programs, which do not look, read it: a gradient may be a slice of a larger one, a
+    micro-batch comes as the user laid it. The same tensor where it lies so."""
+    shape: Any = kind.shape
+    strides: Any = kind.strides
+    if all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)):
+        return t
+    spread = [i for i, step in enumerate(strides) if step == 0]  # what was expanded is one value along these
+    for i in spread:
+        t = t.narrow(i, 0, min(shape[i], 1))
+    made = torch.empty_strided(t.shape, strides, dtype=kind.dtype, device=kind.device).copy_(t)
+    return made.expand(shape) if spread else made
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,11 @@ class Trained:
     of: tuple[int, ...]
     parts: Callable[[], Backward]
 
+    @cached_property
+    def tangent_types(self) -> tuple[TensorType, ...]:
+        """How `backward` reads each of its tangents."""
+        return () if self.backward is None else tuple(v.tensor for v in self.backward.captured.inputs[self.saved :])
+
 
 def frozen_program(session: Session, region: Graph, numbers: Sequence[int]) -> Frozen:
     """The program of a frozen layer."""
@@ -107,10 +126,11 @@ def trained_program(
     examples: Sequence[Any],
     numbers: Sequence[int],
     activations: Sequence[int],
+    loss: int | None,
     scale: float,
 ) -> Trained:
     """The programs of a stage. Inputs that require gradients among `examples`, fake tensors, get them; those numbered
-    `activations` come from other stages, the rest are parameters. A result that is the loss has the tangent `scale`. Raises
+    `activations` come from other stages, the rest are parameters. The result numbered `loss` has the tangent `scale`. Raises
     CannotStage."""
     joint = _joint(session, region, examples)
     plain: dict[int, FxNode] = {}
@@ -135,7 +155,7 @@ def trained_program(
     if backward is None:
         nothing = Backward(None, (), (), None, (), ())
         return Trained(Program(session, forward_graph), bool(numbers), len(results), saved, (), None, (), lambda: nothing)
-    tangents = _tangents(backward, of_result, scale)
+    tangents = _tangents(backward, of_result, loss, scale)
     backward_graph = _imported(backward, f"{region.name}_backward")
     if draws(backward_graph):
         raise CannotStage(why=f"the backward of {region.name} draws random numbers", way="cut elsewhere")
@@ -158,7 +178,7 @@ def _joint(session: Session, region: Graph, examples: Sequence[Any]) -> GraphMod
         raise CannotStage(why=f"{region.name} cannot be differentiated: {why}", way="cut elsewhere") from error
 
 
-def _tangents(backward: GraphModule, descriptors: Mapping[str, Any], scale: float) -> tuple[int, ...]:
+def _tangents(backward: GraphModule, descriptors: Mapping[str, Any], loss: int | None, scale: float) -> tuple[int, ...]:
     """Give the loss its gradient; the numbers of the results whose tangents are inputs that are left."""
     found: list[int] = []
     for n in backward.graph.find_nodes(op="placeholder"):
@@ -168,7 +188,7 @@ def _tangents(backward: GraphModule, descriptors: Mapping[str, Any], scale: floa
         if not isinstance(desc.output, PlainAOTOutput):
             raise CannotStage(why=f"a stage has the gradient {desc.expr()}", way="cut elsewhere")
         val = n.meta["val"]
-        if val.dim():
+        if desc.output.idx != loss:
             found.append(desc.output.idx)
             continue
         with backward.graph.inserting_before(n):
@@ -231,4 +251,4 @@ def _part(
     return region, tuple(number[v] for v in order if v in number)
 
 
-__all__ = ["Backward", "Frozen", "Program", "Trained", "frozen_program", "split", "trained_program"]
+__all__ = ["Backward", "Frozen", "Program", "Trained", "frozen_program", "laid", "split", "trained_program"]

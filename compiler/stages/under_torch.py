@@ -24,7 +24,7 @@ from ..export import name_of
 from ..options import Options
 from ..pipelines import Session
 from .capture import capture
-from .programs import Backward, Trained
+from .programs import Backward, Trained, laid
 from .reseed import mixed
 from .staged import Staged, staged
 
@@ -123,9 +123,9 @@ class _Stage(PipelineStage):
             if n in self.cut.state:
                 inputs.append(self.cut.state[n])
             elif n in self.cut.leaves:
-                inputs.append(given[self.names[self.cut.leaves[n]]])
+                inputs.append(laid(given[self.names[self.cut.leaves[n]]], self.cut.types[n]))
             else:
-                inputs.append(self._laid(came[n], n))
+                inputs.append(laid(came[n], self.cut.types[n]))
         if self.program.draws:
             if fwd_chunk_id == 0:
                 self.steps += 1
@@ -157,7 +157,10 @@ class _Stage(PipelineStage):
         if not self.is_last:
             came = dict(zip(self.goes, self._retrieve_recv_grads(bwd_chunk_id), strict=True))
         region = self.cut.stages[self.stage_index]
-        tangents = [self._tangent(came, region.gives[i]) for i in self.program.tangents]
+        tangents = [
+            laid(self._tangent(came, region.gives[i]), kind)
+            for i, kind in zip(self.program.tangents, self.program.tangent_types, strict=True)
+        ]
         saved = [*self.saved.pop(bwd_chunk_id), *tangents]
         mine: dict[int, Any] = {}
         if full_backward:
@@ -194,13 +197,7 @@ class _Stage(PipelineStage):
 
     def _tangent(self, came: Mapping[int, Any], n: int) -> torch.Tensor:
         g = came.get(n)
-        return torch.zeros_like(self._example(n)) if g is None else self._laid(g, n)
-
-    def _laid(self, t: torch.Tensor, n: int) -> torch.Tensor:
-        kind = self.cut.types[n]
-        if kind.is_contiguous:
-            return t
-        return torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=kind.device).copy_(t)
+        return torch.zeros_like(self._example(n)) if g is None else g
 
     def _accumulate(self, gradients: Mapping[int, Any]) -> None:
         for n, g in gradients.items():
