@@ -106,6 +106,9 @@ class _Compilation:
                 if not any(isinstance(x, FakeTensor) for x in inputs):
                     self.session.calibration = (tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs),)
                 self.session.parameters = frozenset(i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
+                self.session.trained = frozenset(
+                    i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.requires_grad
+                )
                 graph, steps = self.session.run(graph, "forward")
                 for step in steps:
                     self.not_applied += dict.fromkeys(f"{step.pass_name}: {why}" for _, _, why in step.refused)

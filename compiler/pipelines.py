@@ -90,6 +90,7 @@ class Session:
     reports: bool = True
     calibration: tuple[tuple[Any, ...], ...] = ()
     parameters: frozenset[int] = frozenset()
+    trained: frozenset[int] = frozenset()
     costs: Estimates | None = None
     forward_outputs: int = 1
     said: list[Any] = field(default_factory=list[Any])
@@ -223,7 +224,7 @@ class Stage:
         """What the passes may look at."""
         found = Context(
             at=self.point, devices=tuple(devices), allow=self.session.decisions, costs=self.session.costs,
-            forward_outputs=self.session.forward_outputs, report=self.session.said.append,
+            forward_outputs=self.session.forward_outputs, report=self.session.said.append, trained=self.session.trained,
         )  # fmt: skip
         if not any(isinstance(one, Weights) for one in self.chosen):
             return found

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..ir import Arg, Builder, Graph, Match, Node, Reason, Rule, Such, TensorType, Value, Var, pattern
+from ..ir.graph import map_arg
 from .base import Context, Pass, register
 from .operands import X, tensor_type, view_type
 
@@ -19,6 +20,36 @@ def _rank(value: Arg) -> int:
     found = tensor_type(value)
     return 0 if found is None else found.rank
 
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+def _check_call(m: Match) -> Reason | None:
+    region: Any = m.node["body"]
+    known = set(m.builder.symbols)
+    return None if set(region.symbols) <= known else Reason("sizes are made known in it")
+
+
+def _inlined(m: Match, b: Builder) -> tuple[Arg, ...]:
+    region: Any = m.node["body"]
+    operands: Any = m.node["operands"]
+    new: dict[Value, Arg] = dict(zip(region.inputs, operands, strict=True))
+
+    def moved(arg: Arg) -> Arg:
+        return new[arg] if isinstance(arg, Value) else arg
+
+    for node in region.nodes:
+        if node.op.name == "plait.constant":
+            new[node.out] = b.constant(region.constants[node.args[0]], node.out.hint)
+            continue
+        outs = tuple(Value(v.type, v.hint) for v in node.outputs)
+        b.append(Node(node.op, tuple(map_arg(a, moved) for a in node.args), outs, (), node.loc))
+        new.update(zip(node.outputs, outs, strict=True))
+    return tuple(moved(v) for v in region.outputs)
+
+
+#: What a region computes is fused with what stands around it.
+CALLS: tuple[Rule, ...] = (Rule("inline", pattern("plait.call"), _inlined, _check_call),)
 
 # -- numbers beside tensors -------------------------------------------------------------------------------------------
 
@@ -344,14 +375,15 @@ COPIES: tuple[Rule, ...] = (
     Rule("contiguous-clone", pattern("aten.contiguous.default"), _contiguous),
 )
 
-RULES: tuple[Rule, ...] = (*NUMBERS, *VIEWS, *DIMENSIONS, *REDUCTIONS, *FILLS, *COPIES)
+RULES: tuple[Rule, ...] = (*CALLS, *NUMBERS, *VIEWS, *DIMENSIONS, *REDUCTIONS, *FILLS, *COPIES)
 
 
 @register
 @dataclass(frozen=True)
 class Normalise(Pass):
     """Spell each operation one way: permute for every transpose, view for every reshape that needs no copy, slices for
-    split, cat for stack, full for every filled tensor, numbers on the right, dimensions counted from the front.
+    split, cat for stack, full for every filled tensor, numbers on the right, dimensions counted from the front; what a call
+    of a region computes in its place.
 
     before:  a = t(w); b = reshape(x, (-1, 4)); c = rsub(b, 1); d = mean(c); return (a, d)
     after:   a = permute(w, (1, 0)); b = view(x, (6, 4)); c = sub(1, b); d = mean(c, (0, 1)); return (a, d)

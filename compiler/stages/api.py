@@ -11,9 +11,11 @@ ranks hold of these is old until `synchronise`. Layers that no gradient reaches 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,6 +73,7 @@ def staged_step(
     check_model(model)
     check_optimizer(model, optimizer)
     ranks = Ranks.of(mesh)
+    begin = (begin,) if isinstance(begin, str) else begin
     plan = _schedule(schedule, ranks, stages, len(begin), microbatches)
     return StagedStep(
         model, loss, optimizer, ranks, plan, tuple(begin), fill, placed, seed, Options.of(options), name or name_of(model)
@@ -85,7 +88,8 @@ def _schedule(given: str | Schedule, ranks: Ranks | None, stages: int | None, be
     elif given not in NAMED:
         raise BadSchedule(why=f"{given!r} is none of {', '.join(NAMED)}")
     else:
-        count = stages or (begin + 1 if begin else ranks.count if ranks else 1)
+        each = 2 if given == "interleaved" else 1
+        count = stages or (begin + 1 if begin else each * ranks.count if ranks else each)
         if given == "interleaved":
             if count % 2:
                 raise BadSchedule(why=f"{count} stages are not two for each rank")
@@ -99,7 +103,33 @@ def _schedule(given: str | Schedule, ranks: Ranks | None, stages: int | None, be
         raise BadSchedule(why=f"it has {made} stages, and {wanted} were asked for")
     if ranks is not None and ranks.count % len(found.ranks):
         raise BadSchedule(why=f"it is for {len(found.ranks)} ranks, which do not divide the {ranks.count} of the mesh")
+    if ranks is not None:
+        _check_travels(found.with_comms())
     return found
+
+
+def _check_travels(schedule: Schedule) -> None:
+    """Raise BadSchedule where a file says when values travel, but not for all of them."""
+    for rank, actions in enumerate(schedule.ranks):
+        come: set[tuple[int, str, int | None]] = set()
+        for action in itertools.chain.from_iterable(a.parts or (a,) for a in actions):
+            come.add((action.stage, action.kind, action.microbatch))
+            along = {"F": -1, "B": 1, "I": 1}.get(action.kind)
+            other = None if along is None else schedule.beside(action.stage, along)
+            if other is None or schedule.rank_of[other] == rank:
+                continue
+            receive = "RECV_F" if along == -1 else "RECV_B"
+            if (action.stage, receive, action.microbatch) not in come:
+                raise BadSchedule(why=f"rank {rank} does {action} without {action.stage}{receive}{action.microbatch} before")
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """The batch to come, what was made of it ahead of time, and the versions of what that was made from."""
+
+    batch: tuple[Any, ...]
+    made: Batch
+    versions: tuple[int, ...]
 
 
 class StagedStep:
@@ -130,8 +160,9 @@ class StagedStep:
         self._signature: tuple[Any, ...] | None = None
         self._runner: Rank | None = None
         self._staged: Staged | None = None
-        self._ahead: tuple[tuple[Any, ...], Batch] | None = None
-        self._groups: dict[tuple[int, ...], Any] = {}
+        self._ahead: _Announced | None = None
+        self._beside: Any = None
+        self._messages: Messages | None = None
         self._measuring: list[Event] = []
         self.placement: Placement | None = None
         if ranks is not None:
@@ -142,12 +173,11 @@ class StagedStep:
             self._make_groups(ranks)
 
     def _make_groups(self, ranks: Ranks) -> None:
-        """Process groups of the ranks that hold the same stages; all ranks make all of them."""
-        world = dist.get_process_group_ranks(ranks.group)
-        for block in range(self._pipeline):
-            members = tuple(world[block :: self._pipeline])
-            if len(members) > 1:
-                self._groups[members] = dist.new_group(list(members))
+        """What this rank talks through: the ranks of the mesh, and those that hold the same stages in other pipelines."""
+        if ranks.count > self._pipeline:
+            members = dist.get_process_group_ranks(ranks.group)[ranks.group.rank() % self._pipeline :: self._pipeline]
+            self._beside = dist.new_group(members, use_local_synchronization=True)
+        self._messages = Messages(ranks.group, [self._beside] if self._beside is not None else [])
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -160,8 +190,11 @@ class StagedStep:
         try:
             return self._call(batch, ahead)
         except BaseException:
-            if self._runner is not None and self._runner.messages is not None:
-                self._runner.messages.close()
+            if self._runner is None:
+                self._signature = None  # nothing was compiled for it
+            self._ahead = None
+            if self._messages is not None:
+                self._messages.close()
             raise
 
     def over(self, batches: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -184,7 +217,7 @@ class StagedStep:
             coming = None
             if ahead is not None and self._fill:
                 coming = self._batch(ahead, self._steps + 1)
-                self._ahead = (ahead, coming)
+                self._ahead = _Announced(ahead, coming, self._versions(runner.staged, ahead))
             loss, gradients = runner.step(mine, coming)
         finally:
             torch.set_rng_state(state)
@@ -204,9 +237,8 @@ class StagedStep:
 
     def _place(self, runner: Rank) -> None:
         """Let frozen layers run where bubbles were measured to be."""
-        assert self._ranks is not None
         runner.watching[:] = [events for events in runner.watching if events is not self._measuring]
-        self.placement = agree(runner, self._measuring, self._ranks.group)
+        self.placement = agree(runner, self._measuring)
         if self._fill and runner.staged.frozen:
             runner.layout = self.placement.layout
 
@@ -214,12 +246,24 @@ class StagedStep:
         """The micro-batches of a batch, with what was computed of them ahead of time."""
         if self._ahead is None:
             return self._batch(batch, self._steps)
-        announced, made = self._ahead
-        self._ahead = None
-        if any(a is not b for a, b in zip(pytree.tree_leaves(announced), pytree.tree_leaves(batch), strict=True)):
+        announced, self._ahead = self._ahead, None
+        pairs = zip(pytree.tree_leaves(announced.batch), pytree.tree_leaves(batch), strict=True)
+        if any(a is not b for a, b in pairs if isinstance(a, torch.Tensor)):
             what = "the batch is not the one that was announced as `ahead`, whose frozen layers have been computed"
             raise BatchChanged(what=what, way="pass the same tensors, or leave out `ahead`; `over(batches)` does it right")
-        return made
+        assert self._staged is not None
+        if announced.versions != self._versions(self._staged, batch):
+            what = "the batch or a frozen parameter was written to since frozen layers ran on what was announced as `ahead`"
+            way = "let each batch have tensors of its own; pass `fill=False` where frozen parameters follow the trained ones"
+            raise BatchChanged(what=what, way=way)
+        return announced.made
+
+    @staticmethod
+    def _versions(found: Staged, batch: tuple[Any, ...]) -> tuple[int, ...]:
+        """Changes with every write to what frozen layers read."""
+        read = {n for region in found.frozen for n in region.reads if n in found.state}
+        tensors = [*(found.state[n] for n in sorted(read)), *pytree.tree_leaves(batch)] if found.frozen else []
+        return tuple(t._version for t in tensors if isinstance(t, torch.Tensor) and not t.is_inference())
 
     def _batch(self, batch: tuple[Any, ...], step: int) -> Batch:
         leaves = pytree.tree_leaves(batch)
@@ -229,7 +273,7 @@ class StagedStep:
         parts: list[list[Any]] = []
         for m in range(self._count):
             at = (index * self._count + m) * rows
-            parts.append([t[at : at + rows] if isinstance(t, torch.Tensor) and t.dim() else t for t in leaves])
+            parts.append([_part(t, at, rows) for t in leaves])
         return Batch(parts, step * pipelines + index)
 
     @staticmethod
@@ -250,7 +294,7 @@ class StagedStep:
             raise BatchChanged(what=what, way="drop or pad the last batch of an epoch, or choose other `microbatches`")
         kinds = tuple((tuple(t.shape), t.dtype, t.device) if isinstance(t, torch.Tensor) else t for t in leaves)
         modes = tuple(module.training for module in self.model.modules())
-        trained = tuple(p.requires_grad for p in self.model.parameters())
+        trained = tuple((p.requires_grad, p.shape, p.dtype, p.stride()) for p in self.model.parameters())
         signature = (spec, kinds, modes, trained)
         if self._signature is None:
             self._signature = signature
@@ -268,16 +312,16 @@ class StagedStep:
         cutting = Cutting.of(captured.graph, captured.trained)
         count = len(self.schedule.chains[0])
         positions = cutting.at_modules(self._begin) if self._begin else cutting.balanced(count) if count > 1 else []
-        found = self._staged = staged(captured, cutting, positions)
-        self.report = cutting.report(positions)
+        found = staged(captured, cutting, positions)
         self._refuse_shared(found)
-        messages, rank, peers = None, 0, list[int]()
+        self._agree(found)
+        self._staged, self.report = found, cutting.report(positions)
+        rank, peers = 0, list[int]()
         if self._ranks is not None:
             here = self._ranks.group.rank()
             rank, first = here % self._pipeline, here - here % self._pipeline
             peers = list(range(first, first + self._pipeline))
-            if self._pipeline > 1:
-                messages = Messages(self._ranks.group)
+        messages = self._messages if self._pipeline > 1 else None
         schedule = self.schedule.with_comms() if messages is not None else self.schedule
         layout = self._layout(schedule, len(found.frozen))
         session = Session(self.name, self.options)
@@ -294,6 +338,21 @@ class StagedStep:
         if messages is not None and self._placed is None:
             self._runner.watching.append(self._measuring)
         return self._runner
+
+    def _agree(self, found: Staged) -> None:
+        """Raise where ranks have come to other stages than this one: what they send would not be what others expect."""
+        if self._messages is None:
+            return
+        kinds = self._signature[1] if self._signature is not None else ()
+        leaves = ", ".join(map(_kind, kinds))
+        mine = (leaves, hashlib.blake2b(f"{found.graph}\n{self.schedule}".encode()).hexdigest())
+        for rank, other in enumerate(self._messages.gathered(mine, "the stages that other ranks have cut")):
+            if other[0] != mine[0]:
+                what = f"rank {rank} was given a batch of ({other[0]}), and this one of ({leaves})"
+                raise BatchChanged(what=what, way="pass the same batches on all ranks")
+            if other != mine:
+                why = f"rank {rank} captured another graph, or has another schedule, than this one"
+                raise CannotStage(why=why, way="make the same model, loss and `staged_step` on all ranks")
 
     def _refuse_shared(self, found: Staged) -> None:
         for n, where in found.shared.items():
@@ -314,13 +373,15 @@ class StagedStep:
         """Gradients averaged over pipelines beside each other."""
         if self._ranks is None or self._ranks.count == self._pipeline or not gradients:
             return gradients
-        world = dist.get_process_group_ranks(self._ranks.group)
-        here = self._ranks.group.rank() % self._pipeline
-        group = self._groups[tuple(world[here :: self._pipeline])]
-        pipelines = self._ranks.count // self._pipeline
-        for n in sorted(gradients):
-            dist.all_reduce(gradients[n], group=group)
-            gradients[n] /= pipelines
+        assert self._messages is not None
+        pipelines, group = self._ranks.count // self._pipeline, self._beside
+        waiting = [
+            self._messages.together(lambda g=g: dist.all_reduce(g, group=group, async_op=True), "the sum of gradients")
+            for _, g in sorted(gradients.items())
+        ]
+        for wait in waiting:
+            wait()
+        torch._foreach_div_(list(gradients.values()), pipelines)
         return gradients
 
     def _told(self, loss: torch.Tensor | None) -> Callable[[], torch.Tensor]:
@@ -328,16 +389,17 @@ class StagedStep:
         if self._ranks is None:
             assert loss is not None
             return lambda: loss
-        device = next(self.model.parameters()).device
-        value = torch.zeros((), dtype=torch.float64, device=device)
+        assert self._messages is not None and self._staged is not None
+        kind = self._staged.types[self._staged.loss]
+        value = torch.zeros((), dtype=torch.float64, device=kind.device)
         if loss is not None:
             value += loss / (self._ranks.count // self._pipeline)
-        work = dist.all_reduce(value, group=self._ranks.group, async_op=True)
+        group = self._ranks.group
+        wait = self._messages.together(lambda: dist.all_reduce(value, group=group, async_op=True), "the mean loss")
 
         def told() -> torch.Tensor:
-            assert work is not None
-            work.wait()
-            return value.to(torch.get_default_dtype() if loss is None else loss.dtype)
+            wait()
+            return value.to(kind.dtype)
 
         return told
 
@@ -348,13 +410,20 @@ class StagedStep:
             return
         if self._staged is None:
             raise NotCompiledYet(name=self.name)
+        assert self._messages is not None
         owner: dict[int, int] = {}
         for s, region in enumerate(self._staged.stages):
             for n in region.reads:
                 if n in self._staged.state:
                     owner.setdefault(n, self.schedule.rank_of[s])
+        group = self._ranks.group
         for n, rank in sorted(owner.items()):
-            dist.broadcast(self._staged.state[n].detach(), group_src=rank, group=self._ranks.group)
+            tensor = self._staged.state[n].detach()
+            dense = tensor.contiguous()  # gloo takes no other; the tensor itself where it is
+            send = lambda t=dense, r=rank: dist.broadcast(t, group_src=r, group=group, async_op=True)  # noqa: E731
+            self._messages.together(send, f"{self._staged.names[n]!r} as rank {rank} has trained it")()
+            if dense is not tensor:
+                tensor.copy_(dense)
 
     def state_dict(self) -> dict[str, int]:
         """What random draws follow from: `seed`, and how many `steps` were made. For a checkpoint, beside what model and
@@ -402,6 +471,13 @@ def _spread(schedule: Schedule, rank: int, owners: Sequence[int], frozen: int) -
         return tuple(Placed(layer, m, None) for layer, m in work)
     each = len(work) / len(places)
     return tuple(Placed(layer, m, places[min(int(i / each), len(places) - 1)]) for i, (layer, m) in enumerate(work))
+
+
+def _part(leaf: Any, at: int, rows: int) -> Any:
+    """A micro-batch's part of a leaf. Each is a tensor of its own: capturing would take what comes twice for one input."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf[at : at + rows] if leaf.dim() else leaf.detach()
 
 
 def _difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...cost.microbatches import Action, Schedule, in_order
+from ...cost.microbatches import COMPUTE, Action, Schedule, in_order
 from ...ir import TensorType
 from .messages import Awaited, Messages
 from .programs import Backward, Frozen, Trained
@@ -90,13 +90,14 @@ class Rank:
         self.staged, self.layout, self.rank = staged, layout, rank
         self.programs, self.frozen, self.messages, self.peers, self.seed = programs, frozen, messages, peers, seed
         self.schedule = layout.schedule
-        self.actions = list(_single(layout.schedule.ranks[rank])) if messages else [a for _, a in _all(layout.schedule)]
+        self.actions = list(_single(layout.schedule.ranks[rank])) if messages else list(_all(layout.schedule))
         self.count = self.schedule.microbatches
         self.split: dict[int, Backward] = {
             s: p.parts() for s, p in programs.items() if any(a.kind in ("I", "W") and a.stage == s for a in self.actions)
         }
         self.receives = [i for i, a in enumerate(self.actions) if a.kind.startswith("RECV")]
         self.readers = self._readers()
+        self.written = frozenset(i for i, _ in staged.writes)
         self.watching: list[list[Event]] = []
 
     def _readers(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -116,6 +117,7 @@ class Rank:
         self.posted: dict[int, tuple[Awaited, tuple[int, ...]]] = {}
         self.losses: list[torch.Tensor] = []
         self.gradients: dict[int, torch.Tensor] = {}
+        self.apart: dict[tuple[int, int], torch.Tensor] = {}
         self.batch, self.ahead = batch, ahead
         self.next_receive = 0
         self.prepare(batch)
@@ -131,6 +133,7 @@ class Rank:
             self._fill(placed)
         if self.messages is not None:
             self.messages.finish()
+        self._join()
         loss = torch.stack(self.losses).sum() / self.count if self.losses else None
         return loss, self.gradients
 
@@ -221,6 +224,8 @@ class Rank:
     # -- forwards and backwards ---------------------------------------------------------------------------------------
 
     def _operand(self, n: int, batch: Batch, m: int, known: Values) -> Any:
+        if n in self.written:  # the next micro-batch writes it before the backward of this one reads what it was
+            return self.staged.state[n].clone()
         if n in self.staged.state:
             return self.staged.state[n]
         if n in self.staged.leaves:
@@ -316,13 +321,21 @@ class Rank:
             n = region.reads[i]
             if n not in self.staged.state:
                 continue
-            if n in self.gradients:
-                old.append(self.gradients[n])
+            into: dict[Any, torch.Tensor] = self.apart if n in self.staged.shared else self.gradients
+            key = (stage, n) if n in self.staged.shared else n
+            if key in into:
+                old.append(into[key])
                 new.append(g)
             else:
-                self.gradients[n] = g.clone(memory_format=torch.contiguous_format)
+                into[key] = g.clone(memory_format=torch.contiguous_format)
         if old:
             torch._foreach_add_(old, new)
+
+    def _join(self) -> None:
+        """Sum the gradients of parameters that several stages read. In the stages' order, so that the sum is the same under
+        every schedule."""
+        for (_, n), g in sorted(self.apart.items(), key=lambda item: item[0]):
+            self.gradients[n] = self.gradients[n] + g if n in self.gradients else g
 
     def _seed(self, batch: Batch, m: int) -> torch.Tensor:
         return torch.tensor(mixed(self.seed, batch.step, m), dtype=torch.int64)
@@ -383,9 +396,9 @@ def _single(actions: Iterable[Action]) -> Iterable[Action]:
         yield from action.parts or (action,)
 
 
-def _all(schedule: Schedule) -> list[tuple[int, Action]]:
-    """The actions of all ranks in an order in which a single process can run them."""
-    return [(rank, part) for rank, action in in_order(schedule) for part in (action.parts or (action,))]
+def _all(schedule: Schedule) -> Iterable[Action]:
+    """The actions of all ranks in an order in which a single process can run them. There nothing travels."""
+    return (a for _, action in in_order(schedule) for a in (action.parts or (action,)) if a.kind in COMPUTE)
 
 
 __all__ = ["AHEAD", "Batch", "Event", "Layout", "Placed", "Rank"]

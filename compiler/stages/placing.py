@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ...cost import stages
 from ...cost.curve import Curve
@@ -88,12 +87,11 @@ def link_seconds(messages: Messages, rank: int, peers: Sequence[int]) -> dict[in
 PING = 1 << 29
 
 
-def agree(rank: Rank, events: Sequence[Event], group: Any) -> Placement:
-    """The placement that all ranks of a pipeline come to. A collective."""
+def agree(rank: Rank, events: Sequence[Event]) -> Placement:
+    """The placement that all ranks of a pipeline come to. A collective. Raises StageLost, StageTimedOut."""
     assert rank.messages is not None
     mine = (measured(events), link_seconds(rank.messages, rank.rank, rank.peers))
-    told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, mine, group=group)
+    told = rank.messages.gathered(mine, "what ranks measured")
     here = [told[i] for i in rank.peers]
     times: dict[tuple[str, int], float] = {}
     links: dict[int, tuple[float, float]] = {}

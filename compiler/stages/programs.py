@@ -61,22 +61,25 @@ class Program:
         def run(inputs: list[Any]) -> Sequence[Any]:
             # Kernels do not look at strides: gradients are often views, and what other ranks send is contiguous.
             for i, kind in read:
-                if inputs[i].stride() != kind.strides and not _reads_alike(inputs[i], kind):
+                if inputs[i].stride() != kind.strides:
                     inputs[i] = _laid(inputs[i], kind)
             return execute(inputs)
 
         return run
 
 
-def _reads_alike(t: torch.Tensor, kind: TensorType) -> bool:
-    """Whether strides differ only in dimensions that have one place."""
-    return all(size == 1 or a == b for size, a, b in zip(t.shape, t.stride(), kind.strides, strict=True))
-
-
 def _laid(t: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    """A value in the layout in which programs, which do not look, read it: a gradient may be a slice of a larger one, a
+    micro-batch comes as the user laid it. The same tensor where it lies so."""
     shape: Any = kind.shape
     strides: Any = kind.strides
-    return torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    if all(n == 1 or a == b for n, a, b in zip(shape, t.stride(), strides, strict=True)):
+        return t
+    spread = [i for i, step in enumerate(strides) if step == 0]  # what was expanded is one value along these
+    for i in spread:
+        t = t.narrow(i, 0, min(shape[i], 1))
+    made = torch.empty_strided(t.shape, strides, dtype=kind.dtype, device=kind.device).copy_(t)
+    return made.expand(shape) if spread else made
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,11 @@ def trained_program(
     examples: Sequence[Any],
     numbers: Sequence[int],
     activations: Sequence[int],
+    loss: int | None,
     scale: float,
 ) -> Trained:
     """The programs of a stage. Inputs that require gradients among `examples`, fake tensors, get them; those numbered
-    `activations` come from other stages, the rest are parameters. A result that is the loss has the tangent `scale`. Raises
+    `activations` come from other stages, the rest are parameters. The result numbered `loss` has the tangent `scale`. Raises
     CannotStage."""
     joint = _joint(session, region, examples)
     plain: dict[int, FxNode] = {}
@@ -156,7 +160,7 @@ def trained_program(
     if backward is None:
         nothing = Backward(None, (), (), None, (), ())
         return Trained(Program(session, forward_graph), bool(numbers), len(results), saved, (), None, (), lambda: nothing)
-    tangents = _tangents(backward, of_result, scale)
+    tangents = _tangents(backward, of_result, loss, scale)
     backward_graph = _imported(backward, f"{region.name}_backward")
     if draws(backward_graph):
         raise CannotStage(why=f"the backward of {region.name} draws random numbers", way="cut elsewhere")
@@ -179,7 +183,7 @@ def _joint(session: Session, region: Graph, examples: Sequence[Any]) -> GraphMod
         raise CannotStage(why=f"{region.name} cannot be differentiated: {why}", way="cut elsewhere") from error
 
 
-def _tangents(backward: GraphModule, descriptors: Mapping[str, Any], scale: float) -> tuple[int, ...]:
+def _tangents(backward: GraphModule, descriptors: Mapping[str, Any], loss: int | None, scale: float) -> tuple[int, ...]:
     """Give the loss its gradient; the numbers of the results whose tangents are inputs that are left."""
     found: list[int] = []
     for n in backward.graph.find_nodes(op="placeholder"):
@@ -189,7 +193,7 @@ def _tangents(backward: GraphModule, descriptors: Mapping[str, Any], scale: floa
         if not isinstance(desc.output, PlainAOTOutput):
             raise CannotStage(why=f"a stage has the gradient {desc.expr()}", way="cut elsewhere")
         val = n.meta["val"]
-        if val.dim():
+        if desc.output.idx != loss:
             found.append(desc.output.idx)
             continue
         with backward.graph.inserting_before(n):

@@ -77,7 +77,8 @@ class Staged:
             if number in self.gradients and number not in self.state:
                 activations.append(i)
             examples.append(example)
-        return trained_program(session, region.graph, examples, region.draws, activations, scale)
+        loss = region.gives.index(self.loss) if self.loss in region.gives else None
+        return trained_program(session, region.graph, examples, region.draws, activations, loss, scale)
 
 
 def staged(captured: Captured, cutting: Cutting, positions: Sequence[int]) -> Staged:
@@ -89,7 +90,14 @@ def staged(captured: Captured, cutting: Cutting, positions: Sequence[int]) -> St
     frozen: list[Region] = []
     stages: list[Region] = []
     drawn = {n: i for i, n in enumerate(draws(cutting.parts.graph))}
-    for call, nodes in zip(graph.nodes, cut.nodes, strict=True):
+    state, names = dict(captured.state), dict(captured.names)
+    for node in graph.nodes:
+        if node.op.name == "plait.constant":
+            number = numbers[node.out] = len(types)
+            state[number], names[number] = graph.constants[node["name"]], node.out.hint
+            types.append(node.out.type)
+    calls = [n for n in graph.nodes if n.regions]
+    for call, nodes in zip(calls, cut.nodes, strict=True):
         region = call.regions[0]
         for v in call.results:
             numbers[v] = len(types)
@@ -97,6 +105,8 @@ def staged(captured: Captured, cutting: Cutting, positions: Sequence[int]) -> St
         reads = tuple(numbers[v] for v in call["operands"])
         made = Region(region, reads, tuple(numbers[v] for v in call.results), tuple(drawn[n] for n in nodes if n in drawn))
         (frozen if region.name.startswith(FROZEN) else stages).append(made)
+    if len(stages) != len(positions) + 1:
+        raise CannotStage(why="a stage gives nothing that is read", way="cut elsewhere")
     old = cutting.parts
     maker = {n: s for s, region in enumerate(stages) for n in region.gives}
     crossing: list[tuple[int, ...]] = []
@@ -106,13 +116,17 @@ def staged(captured: Captured, cutting: Cutting, positions: Sequence[int]) -> St
     with_gradient = {numbers[v] for v in old.graph.inputs if v in old.with_gradient}
     with_gradient |= {numbers[new] for v, new in cut.became.items() if v in old.with_gradient}
     from_frozen = {n for region in frozen for n in region.gives}
+    for i, _ in graph.writes:
+        if i not in captured.state:
+            why = f"it writes to {graph.inputs[i].hint}, a part of the batch"
+            raise CannotStage(why=why, way="let the forward write to a copy")
     loss = numbers[graph.outputs[0]]
     if maker.get(loss) != len(stages) - 1:
         raise CannotStage(why="the last stage does not compute the loss", way="cut elsewhere")
     bounds = [0, *positions, len(old.touched)]
     parts = [old.touched[a:b] for a, b in itertools.pairwise(bounds)]
     return Staged(
-        graph, tuple(frozen), tuple(stages), tuple(types), captured.state, captured.names, captured.leaves, loss,
+        graph, tuple(frozen), tuple(stages), tuple(types), state, names, captured.leaves, loss,
         tuple(crossing), tuple(tuple(n for n in ids if n in with_gradient) for ids in crossing),
         tuple(tuple(n for n in region.reads if n in from_frozen) for region in stages),
         tuple((i, numbers[v]) for i, v in graph.writes), frozenset(with_gradient),

@@ -27,7 +27,8 @@ class Regions:
 
 
 def regions(parts: Parts, frozen: Sequence[Sequence[Node]], stages: Sequence[Sequence[Node]]) -> Regions:
-    """The graph in which each group of nodes is a region; free nodes are computed in every region that reads them."""
+    """The graph in which each group of nodes is a region; free nodes are computed in every region that reads them, except
+    for constants, which are operands: a region has none of its own."""
     graph = parts.graph
     groups = [*((f"{FROZEN}_{i}", list(nodes)) for i, nodes in enumerate(frozen)),
               *((f"{STAGE}_{i}", list(nodes)) for i, nodes in enumerate(stages))]  # fmt: skip
@@ -47,7 +48,10 @@ def regions(parts: Parts, frozen: Sequence[Sequence[Node]], stages: Sequence[Seq
         made = {v for n in mine for v in n.outputs}
         read |= {v for n in mine for v in n.inputs if v not in made}
         full.append((name, mine))
-    builder = Builder(graph.replace(nodes=(), constants={}))
+    builder = Builder(graph.replace(nodes=()))
+    for node in graph.nodes:
+        if node.op.name == "plait.constant" and node.out in read:
+            builder.append(node)
     kept: list[tuple[Node, ...]] = []
     became: dict[Value, Value] = {}
     for number, (name, mine) in enumerate(full):
@@ -68,7 +72,7 @@ def _with_free(parts: Parts, nodes: Iterable[Node], values: Iterable[Value]) -> 
     todo = [v for n in wanted for v in n.inputs] + list(values)
     while todo:
         node = parts.graph.producers.get(todo.pop())
-        if node is not None and node in parts.free and node not in wanted:
+        if node is not None and node in parts.free and node not in wanted and node.op.name != "plait.constant":
             wanted.add(node)
             todo += node.inputs
     return [n for n in parts.graph.nodes if n in wanted]

@@ -47,13 +47,16 @@ class Parts:
 
 
 def divide(graph: Graph, trained: Collection[int], *, frozen: bool = True) -> Parts:
-    """Divide a forward; `trained` numbers the inputs that require gradients. Without `frozen` all that is not
-    touched is free."""
+    """Divide a forward; `trained` numbers the inputs that require gradients; where there are none, as in inference, floats
+    among the constants take their place. Without `frozen` all that is not touched is free."""
     leaves = {graph.inputs[i] for i in trained}
+    if not leaves:
+        constants = [n.out for n in graph.nodes if n.op.name == "plait.constant"]
+        leaves = {v for v in constants if _differentiable(v)}
     written = {graph.inputs[i] for i, _ in graph.writes}
     heavy = _heavy(graph)
     writing = _ancestors(graph, [v for _, v in graph.writes], heavy)
-    reached = leaves | {v for v in written if any(n in writing for n in graph.users.get(v, ()))}
+    reached = leaves | written  # what reads a buffer that changes must run in the order of micro-batches
     touched: set[Node] = set()
     gradient: set[Value] = set(leaves)
     for node in graph.nodes:

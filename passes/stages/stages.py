@@ -47,8 +47,8 @@ class Stages(Pass):
     """Cuts a forward into stages, and its frozen part into layers; each becomes a region that is called.
 
     Where to cut is decided by a dynamic programme over the values that cross (`partition.py`), on the ratios of a nominal
-    device unless times were measured; `at` names modules that stages begin with instead. `plait.stages` trains what comes
-    out on several processes.
+    device unless times were measured; `begin` names modules that stages begin with instead. `plait.staged_step` trains what
+    comes out, on one or several ranks; elsewhere regions are one program again once every pass has run that looks at them.
 
     before: t = encode(tokens); h1 = first(x, t); h2 = second(h1, t); loss = last(h2, h1)
     after:  t, = call(frozen_0, [tokens]); h1, = call(stage_0, [x, t]); loss, = call(stage_1, [h1, t])
