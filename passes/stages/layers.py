@@ -143,20 +143,26 @@ class Profile:
                 float(data.get("feedback", 0.0)),
                 str(data.get("device", "")),
             ).checked()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadProfile(why=f"{type(error).__name__}: {error}") from error
 
     def checked(self) -> Profile:
         """This profile, if it makes sense. Raises BadProfile."""
         if not 1 <= len(self.chains) <= 2 or not all(self.chains):
             raise BadProfile(why="a model has one or two chains of trained layers, none of them empty")
+        links = vars(self.links)
+        if not all(value > 0 for name, value in links.items() if name.endswith("rate")):
+            raise BadProfile(why="a link has a rate that is not positive")
+        others = [self.optimizer, self.feedback, *(value for name, value in links.items() if name.endswith("latency"))]
+        if not all(0 <= value < inf for value in others) or not 0 <= self.condition <= 1:
+            raise BadProfile(why="a latency, optimizer or feedback is negative or no number, or condition is no probability")
         for i, layer in enumerate(self.frozen):
             if any(not 0 <= j < i for j in layer.after):
                 raise BadProfile(why=f"frozen layer {layer.name!r} reads what comes behind it")
         for layer in (*(one for chain in self.chains for one in chain), *self.frozen):
             numbers = [v for v in vars(layer).values() if isinstance(v, float | int)]
             curves = [v for v in vars(layer).values() if isinstance(v, Curve)]
-            numbers += [s for curve in curves for _, s in curve.points]
+            numbers += [n for curve in curves for point in curve.points for n in point]
             if not all(0 <= n < inf for n in numbers):
                 raise BadProfile(why=f"layer {layer.name!r} has a time or a size that is negative or no number")
             if any(not curve.points for curve in curves):
@@ -165,6 +171,7 @@ class Profile:
 
 
 VERSION = 1
+_CURVES = ("forward", "backward", "weight", "seconds")
 
 
 def _written(layer: Layer | FrozenLayer) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def _written(layer: Layer | FrozenLayer) -> dict[str, Any]:
     for name, value in vars(layer).items():
         if isinstance(value, Curve):
             found[name] = [list(point) for point in value.points]
-        elif value:
+        elif value or name == "name":
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
@@ -182,7 +189,7 @@ def _read(kind: type[Any], data: dict[str, Any]) -> Any:
     for name, value in data.items():
         if name == "after":
             fields[name] = tuple(int(i) for i in value)
-        elif isinstance(value, list):
+        elif name in _CURVES:
             fields[name] = Curve.of((float(n), float(s)) for n, s in value)
         else:
             fields[name] = str(value) if name == "name" else float(value)
