@@ -25,8 +25,12 @@ from ..errors import BadSchedule
 
 COMPUTE = ("C", "F", "B", "I", "W")
 PAIRED = "OVERLAP_F_B"
+WHOLE = ("UNSHARD", "RESHARD", "REDUCE_GRAD")  # of a stage, whatever the micro-batch
 _SINGLE = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD|C|F|B|I|W)(\d*)")
 _PAIR = re.compile(rf"\(([^()]*)\){PAIRED}")
+
+Key = tuple[int, str, int | None]
+"""Stage, kind and micro-batch."""
 
 Format = Literal["compute_only", "compute_comms"]
 """Of a CSV file: whether it says when values travel, too."""
@@ -45,9 +49,9 @@ class Action:
     def of(text: str) -> Action:
         """`2F0`, `1UNSHARD`, `(0F1;1B0)OVERLAP_F_B`. Raises BadSchedule."""
         text = text.strip()
-        if pair := _PAIR.fullmatch(text):
+        if (pair := _PAIR.fullmatch(text)) and pair[1].strip():
             return Action(-1, PAIRED, None, tuple(Action.of(part) for part in pair[1].split(";") if part.strip()))
-        if found := _SINGLE.fullmatch(text):
+        if (found := _SINGLE.fullmatch(text)) and (found[3] or found[2] in WHOLE):
             return Action(int(found[1]), found[2], int(found[3]) if found[3] else None)
         raise BadSchedule(why=f"{text!r} is no action such as 2F0 or 1SEND_F3")
 
@@ -84,12 +88,17 @@ class Schedule:
     @cached_property
     def microbatches(self) -> int:
         """How many micro-batches a step has."""
-        return 1 + max((a.microbatch for rank in self.ranks for a in _single(rank) if a.microbatch is not None), default=-1)
+        return 1 + max((a.microbatch for a in self._all() if a.microbatch is not None), default=-1)
 
     @property
     def has_comms(self) -> bool:
+        """Whether it has more than what ranks compute."""
+        return any(a.kind not in COMPUTE for a in self._all())
+
+    @cached_property
+    def has_sends(self) -> bool:
         """Whether it says when values travel."""
-        return any(a.kind not in COMPUTE for rank in self.ranks for a in _single(rank))
+        return any(a.kind.startswith(("SEND", "RECV")) for a in self._all())
 
     @cached_property
     def self_conditioned(self) -> bool:
@@ -98,10 +107,15 @@ class Schedule:
 
     def beside(self, stage: int, by: int) -> int | None:
         """The stage `by` places further along its chain, None beyond its ends."""
+        chain = self.chain_of(stage)
+        at = chain.index(stage) + by
+        return chain[at] if 0 <= at < len(chain) else None
+
+    def chain_of(self, stage: int) -> tuple[int, ...]:
+        """The chain that a stage belongs to. Raises BadSchedule."""
         for chain in self.chains:
             if stage in chain:
-                at = chain.index(stage) + by
-                return chain[at] if 0 <= at < len(chain) else None
+                return chain
         raise BadSchedule(why=f"stage {stage} is in no chain of stages")
 
     # -- checks -------------------------------------------------------------------------------------------------------
@@ -109,10 +123,12 @@ class Schedule:
     def check(self) -> Schedule:
         """This schedule, if every stage runs every micro-batch forward and backward once, values travel in the same order
         at both ends of a link, and it ends. Raises BadSchedule."""
+        if not self.microbatches:
+            raise BadSchedule(why="it has no micro-batch")
         stages = {stage for chain in self.chains for stage in chain}
         if missing := sorted(stages ^ set(self.rank_of)):
             raise BadSchedule(why=f"stages {missing} are on no rank, or are not among stages 0 to {len(stages) - 1}")
-        done: set[tuple[int, str, int | None]] = set()
+        done: set[Key] = set()
         for action in self._all():
             key = (action.stage, action.kind, action.microbatch)
             if key in done and action.kind in COMPUTE:
@@ -133,8 +149,8 @@ class Schedule:
             yield from _single(rank)
 
     def _check_links(self) -> None:
-        sent: dict[tuple[int, int], list[tuple[int, str, int | None]]] = {}
-        got: dict[tuple[int, int], list[tuple[int, str, int | None]]] = {}
+        sent: dict[tuple[int, int], list[Key]] = {}
+        got: dict[tuple[int, int], list[Key]] = {}
         for action in self._all():
             if not action.kind.startswith(("SEND", "RECV")):
                 continue
@@ -157,7 +173,7 @@ class Schedule:
     def with_comms(self) -> Schedule:
         """The schedule with sends behind what computes a value, and receives right before what needs it, so that no rank
         waits earlier than it must. On each link values are received in the order in which they are sent."""
-        if self.has_comms:
+        if self.has_sends:
             return self
         made: list[list[Action]] = [[] for _ in self.ranks]
         sent: dict[tuple[int, int], list[Action]] = {}  # per link what waits at the other end: the receives to come
@@ -200,12 +216,16 @@ class Schedule:
     def read(path: str | Path, format: Format = "compute_only", *, stages: int | None = None) -> Schedule:
         """The schedule of a CSV file as torch writes it: a line for each rank, empty fields where it idles. Its stages
         form one chain, 0 to `stages` - 1 (by default the largest that occurs). Raises BadSchedule, OSError."""
-        with Path(path).open(newline="") as file:
-            ranks = tuple(tuple(Action.of(cell) for cell in row if cell.strip()) for row in csv.reader(file))
+        try:
+            with Path(path).open(newline="") as file:
+                rows = [row for row in csv.reader(file) if row]  # an editor may leave an empty line at the end
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise BadSchedule(why=f"{path} is no CSV file: {error}") from error
+        ranks = tuple(tuple(Action.of(cell) for cell in row if cell.strip()) for row in rows)
         count = 1 + max((a.stage for rank in ranks for a in _single(rank)), default=-1) if stages is None else stages
         found = Schedule(Path(path).stem, ranks, (tuple(range(count)),))
         if found.has_comms and format == "compute_only":
-            raise BadSchedule(why=f"{path} says when values travel, which the format compute_only has no place for")
+            raise BadSchedule(why=f"{path} has more than F, B, I and W, which the format compute_only has no place for")
         return found.check()
 
     def write(self, path: str | Path, format: Format = "compute_only") -> None:
@@ -226,7 +246,7 @@ class Schedule:
 def in_order(schedule: Schedule) -> Iterator[tuple[int, Action]]:
     """Actions of all ranks in an order in which each finds what it needs: the ranks by turns, one action each. Raises
     BadSchedule where ranks wait for each other."""
-    done: set[tuple[int, str, int | None]] = set()
+    done: set[Key] = set()
     heads = [0] * len(schedule.ranks)
     found: list[tuple[int, Action]] = []
     moved = True
@@ -236,10 +256,9 @@ def in_order(schedule: Schedule) -> Iterator[tuple[int, Action]]:
             if heads[rank] == len(actions):
                 continue
             action = actions[heads[rank]]
-            if all(
-                any(option in done for option in options) for part in _single([action]) for options in _needs(schedule, part)
-            ):
-                done.update((a.stage, a.kind, a.microbatch) for a in _single([action]))
+            keys = [_key(schedule, part, done) for part in _single([action])]
+            if all(any(option in done for option in options) for key in keys for options in _needs(schedule, *key)):
+                done.update(keys)
                 heads[rank] += 1
                 found.append((rank, action))
                 moved = True
@@ -249,27 +268,36 @@ def in_order(schedule: Schedule) -> Iterator[tuple[int, Action]]:
     return iter(found)
 
 
-def _needs(schedule: Schedule, action: Action) -> Iterator[tuple[tuple[int, str, int | None], ...]]:
+def _key(schedule: Schedule, action: Action, done: set[Key]) -> Key:
+    """An action by what it carries: of two sends of a stage for a micro-batch the first is that of C, the second of F."""
+    key = (action.stage, action.kind, action.microbatch)
+    if action.kind in ("SEND_F", "RECV_F") and schedule.self_conditioned:
+        of_c = (action.stage, action.kind.replace("F", "C"), action.microbatch)
+        return key if of_c in done else of_c
+    return key
+
+
+def _needs(schedule: Schedule, stage: int, kind: str, m: int | None) -> Iterator[tuple[Key, ...]]:
     """What must have happened before an action: of each tuple one."""
-    stage, m, kind = action.stage, action.microbatch, action.kind
-    if kind in ("F", "C") and (before := schedule.beside(stage, -1)) is not None:
-        yield ((before, kind, m),)
+    computed = ("B", "I") if kind in ("B", "I") or kind.endswith("_B") else (kind[-1],)  # what sends and receives carry
+    if kind.startswith("SEND"):
+        yield tuple((stage, one, m) for one in computed)
+    elif kind in ("F", "C", "B", "I") or kind.startswith("RECV"):
+        other = schedule.beside(stage, 1 if "B" in computed else -1)
+        if other is None:
+            pass
+        elif kind.startswith("RECV"):
+            yield ((other, f"SEND_{computed[0]}", m),)
+        elif schedule.has_sends and schedule.rank_of[other] != schedule.rank_of[stage]:
+            yield ((stage, f"RECV_{computed[0]}", m),)
+        else:
+            yield tuple((other, one, m) for one in computed)
     if kind == "F" and schedule.self_conditioned:
-        yield ((schedule.chains[0][-1], "C", m),)
+        yield ((schedule.chain_of(stage)[-1], "C", m),)
     if kind in ("B", "I"):
         yield ((stage, "F", m),)
-        if (after := schedule.beside(stage, 1)) is not None:
-            yield (after, "B", m), (after, "I", m)
     if kind == "W":
         yield ((stage, "I", m),)
-    if kind == "SEND_F":
-        yield (stage, "F", m), (stage, "C", m)
-    if kind == "SEND_B":
-        yield (stage, "B", m), (stage, "I", m)
-    if kind in ("RECV_F", "RECV_B"):
-        other = schedule.beside(stage, -1 if kind == "RECV_F" else 1)
-        if other is not None:
-            yield ((other, f"SEND_{kind[-1]}", m),)
 
 
 # -- the schedules that are known by name -----------------------------------------------------------------------------
@@ -347,12 +375,12 @@ def zero_bubble(
     W runs where neither the next F nor the next I can start, or where memory asks for it. Each rank takes F and I in the
     order of 1F1B or as they come, whichever is expected to end earlier. As under 1F1B stage s has no more than
     `stages` - s micro-batches without I, and no more than `in_flight` without W (by default `stages`, what the first stage
-    has under 1F1B). With more in flight it has that many more without I, too, and bubbles vanish. Source: Qi et al., Zero
-    Bubble Pipeline Parallelism, ICLR 2024: ZB-H1 by default, ZB-H2 with 2 `stages` - 1.
+    has under 1F1B). With more in flight it has `in_flight` - 2 s without I, if that is more, and bubbles vanish.
+    Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024: ZB-H1 by default, ZB-H2 with 2 `stages` - 1.
     """
     most = stages if in_flight is None else max(in_flight, 1)
     chain = tuple(range(stages))
-    limits = [(max(most - (s if most <= stages else 2 * s), 1), most) for s in chain]
+    limits = [(max(min(most, stages) - s, most - 2 * s, 1), most) for s in chain]
     found = [
         _Greedy("zero-bubble", (chain,), {s: s for s in chain}, microbatches, times, limits, True, alternating)
         for alternating in (True, False)
@@ -487,18 +515,33 @@ class _Greedy:
 
 def self_conditioned(schedule: Schedule) -> Schedule:
     """The schedule with a forward of self-conditioning for each micro-batch, so far ahead of its forwards that it has gone
-    through all stages, and what it gives has gone back to the first, when these begin."""
-    ahead = max(map(len, schedule.chains))
+    through all stages, and what it gives has gone back to the first, when these begin. Raises BadSchedule."""
+    ahead = sum(map(len, schedule.chains))
+    while True:
+        made = _conditioned(schedule, ahead)
+        try:
+            in_order(made)
+            return made
+        except BadSchedule:
+            # two chains need not move at one pace, so that no fixed number is enough; all of them first always is
+            if ahead >= max(map(len, schedule.ranks), default=0):
+                raise
+            ahead *= 2
+
+
+def _conditioned(schedule: Schedule, ahead: int) -> Schedule:
+    """Each rank's C, in the order of its F, so many forwards ahead of these."""
     ranks: list[tuple[Action, ...]] = []
     for rank in schedule.ranks:
-        forwards = [a for a in rank if a.kind == "F"]
+        forwards = [Action(a.stage, "C", a.microbatch) for a in rank if a.kind == "F"]
         made: list[Action] = []
-        for i, action in enumerate(forwards):
-            first = rank.index(action)
-            last = len(rank) if i + 1 == len(forwards) else rank.index(forwards[i + 1])
-            new = forwards[: ahead + 1] if i == 0 else forwards[ahead + i : ahead + i + 1]
-            made += [Action(a.stage, "C", a.microbatch) for a in new]
-            made += rank[first:last]
+        due = 0
+        for action in rank:
+            if action.kind == "F":
+                made += forwards[:ahead] if due == 0 else ()
+                made += forwards[ahead + due : ahead + due + 1]
+                due += 1
+            made.append(action)
         ranks.append(tuple(made))
     return Schedule(f"{schedule.name}, self-conditioned", tuple(ranks), schedule.chains)
 
@@ -509,6 +552,6 @@ NAMED: Mapping[str, Callable[[int, int], Schedule]] = {
 """Schedules of a single backbone by name: (ranks, micro-batches) -> schedule."""
 
 __all__ = [
-    "COMPUTE", "NAMED", "PAIRED", "Action", "Format", "Schedule", "Times", "bidirectional", "gpipe", "greedy", "in_order",
-    "interleaved", "one_f_one_b", "self_conditioned", "zero_bubble",
+    "COMPUTE", "NAMED", "PAIRED", "Action", "Format", "Key", "Schedule", "Times", "bidirectional", "gpipe", "greedy",
+    "in_order", "interleaved", "one_f_one_b", "self_conditioned", "zero_bubble",
 ]  # fmt: skip

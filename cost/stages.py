@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .microbatches import Action, Schedule, in_order
+from .microbatches import Action, Key, Schedule, in_order
 from .schedule import Span, Task, Timeline, simulate
 
 
@@ -61,13 +61,14 @@ class _Tasks:
     def __init__(self, schedule: Schedule, costs: Sequence[StageCost]) -> None:
         self.schedule, self.costs = schedule, costs
         self.made: list[Task] = []
-        self.at: dict[tuple[int, str, int | None], int] = {}  # the task after which the result of an action is there
+        self.done: dict[Key, int] = {}  # the task that computes an action
+        self.at: dict[Key, int] = {}  # the task after which its result is where it is needed
         self.last: dict[int, int] = {}  # of each stage the task that ends its backward
         for rank, action in in_order(schedule):
             for part in action.parts or (action,):
                 if part.kind in ("F", "C", "B", "I", "W"):
                     self._compute(rank, part)
-        for stage, at in sorted(self.last.items()):
+        for stage, at in sorted(self.last.items(), key=lambda item: item[1]):  # a rank sums first what is there first
             cost, rank = costs[stage], schedule.rank_of[stage]
             if cost.sync:
                 at = self._add(Task(f"{stage} sum", f"sums {rank}", cost.sync, (at,)))
@@ -84,12 +85,13 @@ class _Tasks:
         after = tuple(dict.fromkeys(self._after(action)))
         reads, writes = self._buffers(action)
         at = self._add(Task(str(action), compute(rank), cost.seconds(kind), after, reads, writes))
+        self.done[stage, kind, m] = at
         if kind in ("B", "W"):
             self.last[stage] = at
         along = {"F": 1, "C": 1, "B": -1, "I": -1}.get(kind, 0)
         other = self.schedule.beside(stage, along) if along else None
         if kind == "C" and other is None:  # what self-conditioning gives goes back to the first stage
-            other = self.schedule.chains[0][0]
+            other = self.schedule.chain_of(stage)[0]
         there = None if other is None else self.schedule.rank_of[other]
         seconds = cost.send if along > 0 else cost.send_back
         if there is not None and there != rank and seconds:
@@ -101,13 +103,13 @@ class _Tasks:
         if kind in ("F", "C") and (before := self.schedule.beside(stage, -1)) is not None:
             yield self.at[before, kind, m]
         if kind == "F" and self.schedule.self_conditioned:
-            yield self.at[self.schedule.chains[0][-1], "C", m]
+            yield self.at[self.schedule.chain_of(stage)[-1], "C", m]
         if kind in ("B", "I"):
-            yield self.at[stage, "F", m]
+            yield self.done[stage, "F", m]
             if (behind := self.schedule.beside(stage, 1)) is not None:
                 yield self.at.get((behind, "B", m), self.at.get((behind, "I", m), -1))
         if kind == "W":
-            yield self.at[stage, "I", m]
+            yield self.done[stage, "I", m]
 
     def _buffers(self, action: Action) -> tuple[tuple[object, ...], tuple[tuple[object, int], ...]]:
         stage, kind, m = action.stage, action.kind, action.microbatch

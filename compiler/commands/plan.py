@@ -100,15 +100,10 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose how to train SRC on so many devices: pipeline stages, micro-batches, what fills the bubbles.
 
-    <<<<<<< HEAD
-        SRC is a profile, `file.json` (docs/stages.md), or `package.module:factory`, a function that returns model, loss, batch
-        as `plait.staged_step` takes them. Nothing is trained, and no device but this machine's is needed.
-    =======
-        SRC is a profile, `file.json` (docs/stages.md), or `package.module:factory`, a function that returns model, loss and
-        batch as `plait.staged_step` takes them. Nothing is trained, and no device but this machine's is needed.
-    >>>>>>> a8fa9fe8a266d21a2faa6f455a386e06d0c6bb8a
+    SRC is a profile, `file.json` (docs/stages.md), or `package.module:factory`, a function that returns model, loss and
+    batch as `plait.staged_step` takes them. Nothing is trained, and no device but this machine's is needed.
 
-        \b
+    \b
         plait plan unet.json --devices 8 --memory 80GB --global-batch 256
         plait plan unet.json --devices 8 --global-batch 256 --schedule 1f1b --schedule zero-bubble --timeline unet.html
         plait plan models.unet:make --devices 8 --memory 80GB --global-batch 256 --profile unet.json -o plan.json

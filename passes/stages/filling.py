@@ -67,9 +67,15 @@ def fill(
     """Place frozen layers on `rows` rows in the bubbles of a step that ends at `end`.
 
     Bubbles shorter than `least` seconds stay empty. Without `partial` only whole layers are placed; without `use`
-    nothing is, and all runs behind the step on all devices.
+    nothing is, and all runs behind the step on all devices. Choices bubble by bubble may spoil later ones, so that what
+    may be split is also tried whole, and what may be placed is also left behind.
     """
-    fillers = [_Filler(frozen, block, partial, least, tuple(sizes), use) for block in blocks]
+    ways = [(partial, use), *([(False, True)] if partial and use else []), *([(False, False)] if use else [])]
+    found = [_filled([_Filler(frozen, block, p, least, tuple(sizes), u) for block in blocks], rows, end) for p, u in ways]
+    return min(found, key=lambda filling: filling.seconds)
+
+
+def _filled(fillers: Sequence[_Filler], rows: int, end: float) -> Filling:
     shares = _shares(fillers, rows)
     pieces: list[tuple[Piece, ...]] = []
     hidden = whole = behind = 0.0
@@ -90,7 +96,8 @@ def _shares(fillers: Sequence[_Filler], rows: int) -> list[int]:
     """Rows of each device of each block, so that the last block behind the step ends as early as possible."""
     if not fillers[0].frozen or not rows:
         return [0] * len(fillers)
-    low, high = 0.0, max(filler.behind(-(-rows // sum(f.block.devices for f in fillers))) for filler in fillers)
+    each = -(-rows // sum(filler.block.devices for filler in fillers))
+    low, high = 0.0, max(filler.behind(each) for filler in fillers)
 
     def within(seconds: float) -> list[int]:
         return [filler.most(seconds, rows) for filler in fillers]
@@ -100,13 +107,14 @@ def _shares(fillers: Sequence[_Filler], rows: int) -> list[int]:
 
     found = within(low)
     if not enough(found):
+        found = [each] * len(fillers)
         for _ in range(30):
             middle = (low + high) / 2
-            if enough(within(middle)):
-                high = middle
+            shares = within(middle)
+            if enough(shares):
+                found, high = shares, middle
             else:
                 low = middle
-        found = within(high * (1 + 1e-9))
     return _trimmed(found, fillers, rows)
 
 
@@ -136,7 +144,7 @@ class _Filler:
         self, frozen: Sequence[FrozenLayer], block: Block, partial: bool, least: float, sizes: tuple[int, ...], use: bool
     ) -> None:
         self.frozen, self.block, self.partial, self.sizes = frozen, block, partial, sizes
-        self.bubbles = [(i, s) for i, s in enumerate(block.idle) if use and s.seconds > least]
+        self.bubbles = [(i, s) for i, s in enumerate(block.idle) if use and s.seconds >= least]
         self.chains = _chains(frozen)
         self._behind: dict[int, float] = {0: 0.0}
         self._seconds: dict[tuple[int, int], float] = {}
@@ -154,7 +162,8 @@ class _Filler:
         return self._behind[rows]
 
     def most(self, seconds: float, rows: int) -> int:
-        """The most rows of a device that leave no more than so many seconds behind the step."""
+        """The most rows of a device that leave no more than so many seconds behind the step; fewer where more rows leave
+        less, which what is chosen for bubbles makes possible."""
         low, high = 0, -(-rows // self.block.devices)
         while low < high:
             middle = (low + high + 1) // 2
@@ -165,41 +174,40 @@ class _Filler:
         return low
 
     def place(self, rows: int) -> tuple[list[Piece], list[Piece]]:
-        """What goes into bubbles, and what is left, each in order. A part of a layer in one bubble may leave less for the
-        next one than it gives, so that whole layers alone are looked at, too."""
-        found = [self._placed(rows, partial) for partial in ([True, False] if self.partial else [False])]
-        return min(found, key=lambda pair: sum(piece.seconds for piece in pair[1]))
-
-    def _placed(self, rows: int, partial: bool) -> tuple[list[Piece], list[Piece]]:
+        """What goes into bubbles, and what is left, each in order."""
         left = _Left((0,) * len(self.frozen))
         placed: list[Piece] = []
-        if rows:
-            for number, span in self.bubbles:
-                at = span.start
-                for layer, low, high in self._chosen(left, rows, span.seconds, partial):
-                    took = self.seconds(layer, high - low)
-                    placed.append(Piece(layer, low, high, number, at, took))
-                    left, at = left.with_rows(layer, high), at + took
+        some = [i for i in range(len(self.frozen)) if self.seconds(i, rows) > 0]
+        quickest = min((self.seconds(i, 1 if self.partial else rows) for i in some), default=0.0)
+        for number, span in self.bubbles if some else []:
+            if span.seconds < quickest:  # most bubbles are short, where many micro-batches wait for what is sent
+                continue
+            at = span.start
+            for layer, low, high in self._chosen(left, rows, span.seconds):
+                took = self.seconds(layer, high - low)
+                placed.append(Piece(layer, low, high, number, at, took))
+                left, at = left.with_rows(layer, high), at + took
+            if all(left.done[i] == rows for i in some):
+                break
         rest = [
             Piece(layer, done, rows, None, 0.0, self.seconds(layer, rows - done))
             for layer, done in enumerate(left.done) if done < rows
         ]  # fmt: skip
         return placed, rest
 
-    def _chosen(self, left: _Left, rows: int, room: float, partial: bool) -> list[tuple[int, int, int]]:
-        """(layer, first row, last row) of what fills a bubble best."""
+    def _chosen(self, left: _Left, rows: int, room: float) -> list[tuple[int, int, int]]:
+        """(layer, first row, last row) of what, in one bubble, leaves the least to do."""
         best: list[tuple[int, int, int]] = []
-        longest = 0.0
+        most = 0.0
         for count, (chosen, state, spent) in enumerate(self._whole(left, rows, room, 0)):
-            pieces = list(chosen)
-            if partial:
-                part = self._part(state, rows, room - spent)
-                if part is not None:
-                    pieces.append(part)
-                    spent += self.seconds(part[0], part[2] - part[1])
-            if spent > longest:
-                best, longest = pieces, spent
-            if count >= CANDIDATES or longest > 0.999 * room:
+            pieces, saved = list(chosen), spent
+            part = self._part(state, rows, room - spent) if self.partial else None
+            if part is not None:
+                pieces.append(part)
+                saved += self._saved(part, rows)
+            if saved > most:
+                best, most = pieces, saved
+            if count >= CANDIDATES or most > 0.999 * room:
                 break
         return best
 
@@ -231,23 +239,24 @@ class _Filler:
         return all(state.done[j] == rows for j in self.frozen[layer].after)
 
     def _part(self, state: _Left, rows: int, room: float) -> tuple[int, int, int] | None:
-        """The longest piece of one layer on a part of the rows that fits."""
+        """The piece of one layer on a part of the rows that fits and saves most."""
         found: tuple[int, int, int] | None = None
-        longest = 0.0
+        most = 0.0
         for chain in self.chains:
             layer = next((i for i in chain if state.done[i] < rows), None)
             if layer is None or not self._ready(state, layer, rows):
                 continue
             done = state.done[layer]
-            for size in reversed(self.sizes):
-                if size >= rows - done:
-                    continue
-                took = self.seconds(layer, size)
-                if took <= room:
-                    if took > longest:
-                        found, longest = (layer, done, done + size), took
-                    break
+            size = max((n for n in self.sizes if n < rows - done and self.seconds(layer, n) <= room), default=0)
+            piece = (layer, done, done + size)
+            if size and self._saved(piece, rows) > most:
+                found, most = piece, self._saved(piece, rows)
         return found
+
+    def _saved(self, piece: tuple[int, int, int], rows: int) -> float:
+        """By how much less of a layer is left; a kernel on few rows takes longer than what it saves."""
+        layer, low, high = piece
+        return self.seconds(layer, rows - low) - self.seconds(layer, rows - high)
 
 
 def _chains(frozen: Sequence[FrozenLayer]) -> list[list[int]]:

@@ -145,13 +145,19 @@ class Profile:
             ).checked()
         except KeyError as error:
             raise BadProfile(why=f"it has no {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadProfile(why=f"{type(error).__name__}: {error}") from error
 
     def checked(self) -> Profile:
         """This profile, if it makes sense. Raises BadProfile."""
         if not 1 <= len(self.chains) <= 2 or not all(self.chains):
             raise BadProfile(why="a model has one or two chains of trained layers, none of them empty")
+        links = vars(self.links)
+        if not all(value > 0 for name, value in links.items() if name.endswith("rate")):
+            raise BadProfile(why="a link has a rate that is not positive")
+        others = [self.optimizer, self.feedback, *(value for name, value in links.items() if name.endswith("latency"))]
+        if not all(0 <= value < inf for value in others) or not 0 <= self.condition <= 1:
+            raise BadProfile(why="a latency, optimizer or feedback is negative or no number, or condition is no probability")
         for i, layer in enumerate(self.frozen):
             if any(not 0 <= j < i for j in layer.after):
                 raise BadProfile(why=f"frozen layer {layer.name!r} reads what comes behind it")
@@ -181,7 +187,7 @@ def _written(layer: Layer | FrozenLayer) -> dict[str, Any]:
     for name, value in vars(layer).items():
         if isinstance(value, Curve):
             found[name] = [list(point) for point in value.points]
-        elif value:
+        elif value or name == "name":
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
 

@@ -1,6 +1,7 @@
 """Where to cut a backbone into pipeline stages, and how many replicas each stage gets: a provably best answer.
 
-The time of a step is bounded as DiffusionPipe does (MLSys 2024, section 4): with K = micro-batches + 2 stages - 2,
+The time of a step is bounded as DiffusionPipe does (MLSys 2024, section 4): with K = M + 2 stages - 2, where M counts the
+micro-batches of all chains,
 
     (1 - p) K max_s T0(s) + p K max_s T0C(s) + max_s gap(s) + p feedback
 
@@ -54,8 +55,8 @@ class Problem:
 
     @property
     def rounds(self) -> int:
-        """K: how often the slowest stage's time passes in a step."""
-        return self.microbatches + 2 * self.stages - 2
+        """K: how often the slowest stage's time passes in a step. Devices run the micro-batches of all chains."""
+        return len(self.profile.chains) * self.microbatches + 2 * self.stages - 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ def bound(problem: Problem, partition: Partition, figures: Figures | None = None
         for s, (low, high) in enumerate(partition.ranges(c, len(chain))):
             block = s if c == 0 else problem.stages - 1 - s
             r = partition.replicas[block]
-            sides = [r]
             cuts: list[float] = []
             cuts_conditioned: list[float] = []
             for at, other in ((low, block - 1 if c == 0 else block + 1), (high, block + 1 if c == 0 else block - 1)):
@@ -99,7 +99,7 @@ def bound(problem: Problem, partition: Partition, figures: Figures | None = None
                     cuts.append(figures.chains[c].cut(at, both))
                     cuts_conditioned.append(figures.chains[c].cut_conditioned(at, both))
             one = figures.chains[c]
-            slow = max(slow, one.compute(low, high, *sides), *cuts)
+            slow = max(slow, one.compute(low, high, r), *cuts)
             slow_conditioned = max(slow_conditioned, one.compute_conditioned(low, high, r), *cuts_conditioned)
             gap = max(gap, one.gap(low, high, r))
             if one.bytes(low, high, r, figures.in_flight[s]) > problem.memory:
@@ -135,7 +135,7 @@ class _Chain:
     def __init__(self, chain: int, problem: Problem) -> None:
         self.problem = problem
         layers = problem.profile.chains[chain]
-        contention = len(problem.profile.chains)  # both directions are on the links at once
+        self.contention = len(problem.profile.chains)  # both directions are on the links at once
         links, profile = problem.profile.links, problem.profile
         replicas = range(1, problem.devices + 1)
         rows = [-(-problem.samples // r) for r in replicas]  # of the replica with the most
@@ -149,8 +149,8 @@ class _Chain:
         there = _sent(links, crossing + np.array([layer.crossing_fixed for layer in layers]))
         back = _sent(links, samples * np.array([layer.crossing_back for layer in layers]))
         behind_none = np.zeros((len(rows), 1))
-        self.there = contention * np.concatenate([behind_none, there], axis=1)  # over the cut at each position
-        self.back = contention * np.concatenate([behind_none, back], axis=1)
+        self.there = self.contention * np.concatenate([behind_none, there], axis=1)  # over the cut at each position
+        self.back = self.contention * np.concatenate([behind_none, back], axis=1)
         self.both = self.forward + self.backward
         self.conditioned = 2 * self.forward + self.backward
 
@@ -167,7 +167,7 @@ class _Chain:
         return float(2 * self.there[r - 1, at] + self.back[r - 1, at])
 
     def gap(self, low: int, high: int, r: int) -> float:
-        return max(0.0, self.sync(low, high, r) - float(self.backward[r - 1, low]))
+        return max(0.0, self.contention * self.sync(low, high, r) - float(self.backward[r - 1, low]))
 
     def sync(self, low: int, high: int, r: int) -> float:
         return self.problem.profile.links.sum(float(self.sums[high] - self.sums[low]), r * self.problem.groups)
@@ -253,8 +253,7 @@ class _Search:
         allowed = None if self.problem.allowed is None else self.problem.allowed[c]
         found = np.zeros(length + 1, dtype=bool)
         found[1:length] = allowed is None
-        for at in allowed or ():
-            found[at] = 0 < at < length
+        found[[at for at in allowed or () if 0 < at < length]] = True
         return found
 
     def run(self, below: float) -> tuple[Partition, Terms] | None:
@@ -264,9 +263,12 @@ class _Search:
             return None
         first = self._below((inf, inf, inf))
         if first is None:
-            few = min(self.lengths) < problem.stages
-            why = "it has fewer layers that can be cut" if few else "no cut fits the memory of a device"
-            way = "plan for fewer stages" if few else "plan for more devices or stages, smaller micro-batches, more memory"
+            places = min(int(may.sum()) for may in self.may)
+            if places < problem.stages - 1:
+                why, way = f"there are {places} places where it may be cut", "plan for fewer stages, or allow more cuts"
+            else:
+                why = "no cut fits the memory of a device"
+                way = "plan for more devices or stages, smaller micro-batches, more memory"
             raise NoPartition(stages=problem.stages, devices=problem.devices, why=why, way=way)
         found = first if first[1].seconds < below else None
         boxes: list[Limits] = [(inf, inf, inf)]
@@ -437,8 +439,8 @@ class _Search:
     def _ends_by_gap(self, one: _Chain, backwards: bool, r: int, limit: float) -> Any:
         links = self.problem.profile.links
         devices = r * self.problem.groups
-        latency = links.sum_latency if devices > 1 else 0.0
-        factor = links.sum(1.0, devices) - latency
+        latency = one.contention * links.sum_latency if devices > 1 else 0.0
+        factor = one.contention * links.sum(1.0, devices) - latency
         hidden = one.backward[r - 1]
         slack = 1e-12 * (factor * one.sums[-1] + hidden[-1])
         if not backwards:
@@ -454,24 +456,22 @@ class _Search:
 def _window_minimum(values: Any, low: Any, axis: int) -> Any:
     """For each index q along an axis the minimum over low[.., q] <= p < q; `low` has the first axis and this one."""
     length = values.shape[axis]
-    moved = np.moveaxis(values, axis, -1)
+    moved = values.swapaxes(axis, -1)
     rows = moved.reshape(moved.shape[0], -1, length)
-    tables = [rows]  # the minimum over 2**k values from each on
-    while 2 ** len(tables) <= length:
-        before, half = tables[-1], 2 ** (len(tables) - 1)
-        further = np.full_like(before, inf)
-        np.minimum(before[..., :-half], before[..., half:], out=further[..., :-half])
-        tables.append(further)
-    stacked = np.stack(tables)
+    tables = np.full((length.bit_length(), *rows.shape), inf)  # the minimum over 2**k values from each on
+    tables[0] = rows
+    for k in range(1, len(tables)):
+        half = 2 ** (k - 1)
+        np.minimum(tables[k - 1, ..., :-half], tables[k - 1, ..., half:], out=tables[k, ..., :-half])
     high = np.arange(length)
     size = high - low
     some = size > 0
     level = np.where(some, np.frexp(np.maximum(size, 1))[1] - 1, 0)
     number = np.arange(len(low))[:, None]
     first, last = np.where(some, low, 0), np.where(some, high - 2**level, 0)
-    found = np.minimum(stacked[level, number, :, first], stacked[level, number, :, last])
+    found = np.minimum(tables[level, number, :, first], tables[level, number, :, last])
     found[~some] = inf
-    return np.moveaxis(np.moveaxis(found, 1, -1).reshape(moved.shape), -1, axis)
+    return found.swapaxes(1, -1).reshape(moved.shape).swapaxes(-1, axis)
 
 
 def _joined(devices: Any, feasible: Any) -> Any:

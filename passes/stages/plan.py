@@ -1,7 +1,8 @@
 """The best way to train a model on so many devices: how many pipelines, stages, micro-batches, where to cut, what to fill.
 
-Every choice of (pipelines beside each other, stages, micro-batches) has a bound from its best partition. Those with the
-lowest bounds are simulated under each schedule, their bubbles are filled with frozen layers, and the fastest is taken.
+Every choice of (pipelines beside each other, stages, micro-batches) has a best partition and an expected time. Those that
+are expected to be the fastest are simulated under each schedule, their bubbles are filled with frozen layers, and the
+fastest is taken.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from typing import Any
 
 from ...cost import microbatches, stages
 from ...cost.microbatches import Schedule, Times
-from ...cost.schedule import Span, Timeline
+from ...cost.schedule import Timeline
 from ...cost.stages import StageCost
-from ...errors import NoPartition
+from ...errors import BadSchedule, NoPartition
 from .filling import SIZES, Block, Filling, fill
 from .layers import Layer, Profile
-from .partition import Figures, Partition, Problem, Replicas, best
+from .partition import Figures, Partition, Problem, Replicas, Terms, best
 
 FINALISTS = 6
-"""How many choices are simulated."""
+"""How many choices are simulated under each schedule."""
 MOST_STAGES = 16
 ROUNDS = (1, 2, 4, 8)
-"""Micro-batches for each stage that are looked at."""
+"""Micro-batches for each stage that are looked at, or somewhat more where these do not divide the batch."""
+SCHEDULES = ("1f1b", "gpipe", "zero-bubble")
+"""What a single backbone is planned for: of these each rank has one stage."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class Plan:
             n * sum(piece.seconds for piece in pieces)
             for n, pieces in zip(self.partition.replicas, self.step.filling.pieces, strict=True)
         )
-        return idle / (whole * self.step.timeline.seconds + frozen)
+        time = whole * self.step.timeline.seconds + frozen
+        return idle / time if time else 0.0
 
     def __str__(self) -> str:
         return described(self.problem, self.step.schedule.name, self.partition)
@@ -124,6 +128,8 @@ def described(problem: Problem, schedule: str, partition: Partition) -> str:
 
 def idle_share(step: Step, replicas: Sequence[int]) -> float:
     """Which part of the devices' time is idle in a step, frozen layers placed."""
+    if not step.seconds:
+        return 0.0
     busy = 0.0
     for rank, n in enumerate(replicas):
         busy += n * sum(span.seconds for span in step.timeline.busy({stages.compute(rank)}))
@@ -148,10 +154,15 @@ def plan(
 ) -> Plan:
     """The plan with the shortest step for a global batch on so many devices with so many bytes each.
 
-    `cuts` are positions where a user cuts each chain: exactly there, into as many stages. `stage_counts`,
-    `microbatch_counts`, `groups` restrict what is looked at. Raises NoPartition.
+    `schedules` are of SCHEDULES; two backbones run in opposite directions instead. `cuts` are positions where a user cuts
+    each chain: exactly there, into as many stages. `stage_counts`, `microbatch_counts`, `groups` restrict what is looked
+    at. Raises NoPartition, BadSchedule.
     """
-    given = (memory, cuts, stage_counts, microbatch_counts, groups)
+    if unknown := [name for name in schedules if name not in SCHEDULES]:
+        raise BadSchedule(why=f"plans are made for {', '.join(SCHEDULES)}, not for {unknown[0]!r}")
+    names = schedules if len(profile.chains) == 1 else ("bidirectional",)
+    wanted = [None if some is None else tuple(some) for some in (stage_counts, microbatch_counts, groups)]
+    given = (memory, cuts, *wanted)
     problems = [*_problems(profile, devices, batch, "equal", *given)]  # soon done, and they leave little of the others
     if replicas == "any":
         problems += _problems(profile, devices, batch, "any", *given)
@@ -161,37 +172,38 @@ def plan(
         way = "take a global batch that micro-batches and pipelines divide, or fewer stages"
         raise NoPartition(stages=wanted, devices=devices, why=why, way=way)
     problems.sort(key=lambda p: (p.replicas == "any", _least(p, batch)))
-    ranked: list[tuple[float, Problem, Partition, str]] = []
+    ranked: dict[str, list[tuple[float, Problem, Partition]]] = {name: [] for name in names}
     failed: NoPartition | None = None
     for i, problem in enumerate(problems):
         if progress is not None:
             progress(i, len(problems), "partitions")
-        bounds = sorted(one[0] for one in ranked)
-        below = bounds[FINALISTS - 1] if len(bounds) >= FINALISTS else inf
-        if _least(problem, batch) >= below:
-            continue
-        for name in schedules:
+        for name, found in ranked.items():
+            below = sorted(one[0] for one in found)[FINALISTS - 1] if len(found) >= FINALISTS else inf
+            if _least(problem, batch) >= below:
+                continue
             try:
                 one = _for_schedule(problem, name)
-                found = best(one, below)
+                choice = best(one, below * problem.rounds / _rounds(problem))
             except NoPartition as error:
                 failed = error
                 continue
-            if found is not None and not any(_same(one, found[0], name, *other[1:]) for other in ranked):
-                ranked.append((_with_frozen(one, found[1].seconds, batch), one, found[0], name))
-    if not ranked:
+            if choice is not None and not any(_same(one, choice[0], *other[1:]) for other in found):
+                found.append((_with_frozen(one, _expected(one, choice[1]), batch), one, choice[0]))
+    if not any(ranked.values()):
         assert failed is not None
         raise failed
-    ranked.sort(key=lambda r: r[0])
     made: list[Plan] = []
-    for i, (_, problem, partition, name) in enumerate(ranked):
-        if i >= FINALISTS and made:
-            break
-        if progress is not None:
-            progress(i, FINALISTS, "schedules")
-        one = planned(problem, partition, name, filler)
-        if max(one.memory) <= memory:
-            made.append(one)
+    for number, (name, found) in enumerate(ranked.items()):
+        fits = 0
+        for i, (_, problem, partition) in enumerate(sorted(found, key=lambda one: one[0])):
+            if i >= FINALISTS and fits:
+                break
+            if progress is not None:
+                progress(number * FINALISTS + min(i, FINALISTS - 1), len(ranked) * FINALISTS, "schedules")
+            one = planned(problem, partition, name, filler)
+            if max(one.memory) <= memory:
+                made.append(one)
+                fits += 1
     if not made:
         way = "plan for more devices or stages, or smaller micro-batches"
         raise NoPartition(
@@ -201,7 +213,7 @@ def plan(
     return dataclasses.replace(made[0], alternatives=tuple((str(one), one.seconds) for one in made[1:]))
 
 
-def _same(problem: Problem, partition: Partition, name: str, other: Problem, others: Partition, other_name: str) -> bool:
+def _same(problem: Problem, partition: Partition, other: Problem, others: Partition) -> bool:
     """Whether two choices are one: equal replicas of stages are pipelines beside each other."""
 
     def layout(p: Problem, q: Partition) -> Any:
@@ -210,7 +222,7 @@ def _same(problem: Problem, partition: Partition, name: str, other: Problem, oth
         return p.groups * q.replicas[0], (1,) * len(q.replicas)
 
     return (
-        name == other_name and problem.microbatches == other.microbatches and partition.cuts == others.cuts
+        problem.microbatches == other.microbatches and partition.cuts == others.cuts
         and layout(problem, partition) == layout(other, others)
     )  # fmt: skip
 
@@ -222,33 +234,28 @@ def _problems(
     replicas: Replicas,
     memory: float,
     cuts: tuple[tuple[int, ...] | None, ...] | None,
-    stage_counts: Iterable[int] | None,
-    microbatch_counts: Iterable[int] | None,
-    groups: Iterable[int] | None,
+    stage_counts: Sequence[int] | None,
+    microbatch_counts: Sequence[int] | None,
+    groups: Sequence[int] | None,
 ) -> Iterator[Problem]:
     given = None if cuts is None else {len(at) + 1 for at in cuts if at is not None}
     most = min(devices, MOST_STAGES, *(len(chain) for chain in profile.chains))
     wanted = sorted(set(stage_counts) if stage_counts is not None else given or set(range(1, most + 1)))
     for n in sorted(set(groups) if groups is not None else _divisors(devices)):
-        if devices % n or batch % n:
+        if n < 1 or devices % n or batch % n:
             continue
         for s in wanted:
+            if not 1 <= s <= devices // n:
+                continue
             if groups is None and (replicas == "equal" or s == 1) and s != devices // n:
-                continue  # equal replicas of stages are pipelines beside each other
-            counts = set(microbatch_counts) if microbatch_counts is not None else {s * k for k in ROUNDS}
-            if microbatch_counts is None and (stage_counts is not None or given):
-                counts = _counts(s, batch // n)  # what was asked for must not fail because 3 does not divide 256
-            for m in sorted(counts):
-                if s <= devices // n and (batch // n) % m == 0:
-                    yield Problem(
-                        profile, devices // n, s, m, batch // n // m, replicas, memory, None, cuts, n
-                    )  # fmt: skip
-
-
-def _counts(stages: int, batch: int) -> set[int]:
-    """Micro-batches that are looked at where the number of stages is given: the next ones that divide the batch."""
-    divisors = _divisors(batch)
-    return {next(d for d in divisors if d >= stages * k) for k in ROUNDS if stages * k <= batch}
+                uneven = s == n == 1 and replicas == "equal" and batch % devices
+                if not uneven:
+                    continue  # equal replicas of stages are pipelines beside each other
+            divisors = _divisors(batch // n)
+            near = {next((d for d in divisors if d >= s * k), 0) for k in ROUNDS}
+            for m in sorted(near if microbatch_counts is None else set(microbatch_counts)):
+                if m in divisors:
+                    yield Problem(profile, devices // n, s, m, batch // n // m, replicas, memory, None, cuts, n)
 
 
 def _divisors(n: int) -> list[int]:
@@ -271,9 +278,20 @@ def _least(problem: Problem, batch: int) -> float:
     """What no partition of a problem can be faster than."""
     rows = -(-problem.samples // (problem.devices - problem.stages + 1))
     chains = [problem.profile.seconds(c, rows)[:2].sum(axis=0) for c in range(len(problem.profile.chains))]
-    work, slowest = sum(float(times.sum()) for times in chains), max(float(times.max()) for times in chains)
-    per_round = max(work / problem.stages, slowest)
-    return _with_frozen(problem, per_round * (1 - problem.profile.condition) * problem.rounds, batch)
+    per_round = max(max(float(times.sum()) / problem.stages, float(times.max())) for times in chains)
+    return _with_frozen(problem, per_round * (1 - problem.profile.condition) * _rounds(problem), batch)
+
+
+def _rounds(problem: Problem) -> int:
+    """How often the slowest stage's time passes where links take none: values then go through each stage once only."""
+    return problem.rounds - (problem.stages - 1)
+
+
+def _expected(problem: Problem, terms: Terms) -> float:
+    """What a step takes where links take no time. The bound itself would favour few stages."""
+    p = problem.profile.condition
+    ramp = (1 - p) * terms.slowest + p * terms.slowest_conditioned
+    return terms.seconds - (problem.stages - 1) * ramp
 
 
 def _with_frozen(problem: Problem, seconds: float, batch: int) -> float:
@@ -385,12 +403,7 @@ def equal_layers(problem: Problem) -> Partition:
     return Partition(cuts, (problem.devices // n,) * n)
 
 
-def spans_of(filling: Filling, rank: int) -> list[tuple[str, Span]]:
-    """What a rank computes of the next batch, by layer number, and when."""
-    return [(str(p.layer), Span(p.start, p.start + p.seconds)) for p in filling.pieces[rank]]
-
-
 __all__ = [
-    "FINALISTS", "Filler", "Plan", "Step", "data_parallel", "described", "equal_layers", "idle_share",
-    "plan", "planned", "spans_of", "stage_costs",
+    "FINALISTS", "SCHEDULES", "Filler", "Plan", "Step", "data_parallel", "described", "equal_layers", "idle_share",
+    "plan", "planned", "stage_costs",
 ]  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plait.cost.schedule import Span, Task, Timeline, simulate
+from plait.cost.schedule import Span, Task, Timeline, duration, simulate
 from plait.errors import CircularSchedule
 
 OVERLAPPED = (
@@ -85,6 +87,34 @@ def test_every_start_is_the_end_of_something_that_it_waited_for(tasks: list[Task
         everything = line.busy({stream}) + line.idle(stream)
         assert sum(s.seconds for s in everything) == pytest.approx(line.seconds)
     assert 0 <= line.exposed({"a"}, {"b", "c"}) <= sum(s.seconds for s in line.busy({"a"}))
+
+
+@st.composite
+def tangled(draw: st.DrawFn) -> list[Task]:
+    """Tasks in any order, some of which may wait for each other."""
+    tasks = draw(schedules())
+    count = len(tasks)
+    order = draw(st.permutations(range(count)))
+    more = draw(st.lists(st.tuples(*[st.integers(0, count - 1)] * 2), max_size=2))
+    after = {i: {*tasks[i].after, *(b for a, b in more if a == i)} for i in range(count)}
+    return [replace(tasks[i], after=tuple(order.index(j) for j in after[i])) for i in order]
+
+
+@given(tangled())
+def test_streams_that_do_not_slow_each_other_take_the_short_way_to_the_same_times(tasks: list[Task]) -> None:
+    none = {("d", "e"): 2.0}  # of streams that do not occur: the long way
+    try:
+        wanted = simulate(tasks, slowdown=none)
+    except CircularSchedule as error:
+        with pytest.raises(CircularSchedule) as found:
+            simulate(tasks)
+        assert str(found.value) == str(error)
+        return
+    for line in (simulate(tasks), simulate(tasks, slowdown={("a", "b"): 1.0})):
+        for span, other in zip(line.spans, wanted.spans, strict=True):
+            assert (span.start, span.end) == pytest.approx((other.start, other.end))
+        assert line.peak_bytes == wanted.peak_bytes
+    assert duration(tasks) == pytest.approx(duration(tasks, slowdown=none)) == pytest.approx(wanted.seconds)
 
 
 @given(schedules(), st.sampled_from([1.0, 1.3, 2.0]))
