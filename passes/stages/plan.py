@@ -154,12 +154,14 @@ def plan(
 ) -> Plan:
     """The plan with the shortest step for a global batch on so many devices with so many bytes each.
 
-    `schedules` are of SCHEDULES; two backbones run in opposite directions instead. `cuts` are positions where a user cuts
-    each chain: exactly there, into as many stages. `stage_counts`, `microbatch_counts`, `groups` restrict what is looked
-    at. Raises NoPartition, BadSchedule.
+    `schedules` are of SCHEDULES; two backbones run in opposite directions whatever these say. `cuts` are positions where a
+    user cuts each chain: exactly there, into as many stages. `stage_counts`, `microbatch_counts`, `groups` restrict what is
+    looked at. Raises NoPartition, BadSchedule.
     """
-    if unknown := [name for name in schedules if name not in SCHEDULES]:
+    if unknown := [name for name in schedules if name not in (*SCHEDULES, "bidirectional")]:
         raise BadSchedule(why=f"plans are made for {', '.join(SCHEDULES)}, not for {unknown[0]!r}")
+    if "bidirectional" in schedules and len(profile.chains) == 1:
+        raise BadSchedule(why="a single backbone has no second direction")
     names = schedules if len(profile.chains) == 1 else ("bidirectional",)
     wanted = [None if some is None else tuple(some) for some in (stage_counts, microbatch_counts, groups)]
     given = (memory, cuts, *wanted)

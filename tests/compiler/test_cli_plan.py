@@ -304,7 +304,7 @@ GOOD = {"name": "a", "forward": [[1, 0.1]], "backward": [[1, 0.2]]}
         ({"links": {"send_rate": 0}}, "rate that is not positive"),
         ({"links": {"sum_latency": -1}}, "negative or no number"),
         ({"links": {"bandwidth": 1}}, "bandwidth"),
-        ({"condition": 2}, "is a probability"),
+        ({"condition": 2}, "condition is no probability"),
         ({"optimizer": -1}, "negative or no number"),
     ],
 )
@@ -325,7 +325,7 @@ def test_what_does_not_divide() -> None:
 
 def test_too_many_stages() -> None:
     assert "cut into 5 stages on 4 devices" in refused("--stages", "5")
-    assert "fewer layers that can be cut" in refused("--stages", "8", devices="8")
+    assert "there are 5 places where it may be cut" in refused("--stages", "8", devices="8")
 
 
 def test_layers_that_cannot_be_cut_at() -> None:

@@ -131,7 +131,9 @@ def test_memory_is_kept_or_there_is_no_plan() -> None:
     assert "plan for more devices or stages, smaller micro-batches, more memory" in str(error.value)
     two = profile(3, chains=2)
     both = max(plan(two, 3, 12).memory)
-    with pytest.raises(NoPartition, match="what schedules keep alive does not fit memory"):
+    with pytest.raises(
+        NoPartition, match=r"no cut fits the memory of a device|what schedules keep alive does not fit memory"
+    ):
         plan(two, 3, 12, memory=0.4 * both, stage_counts=(3,))
 
 
@@ -146,11 +148,11 @@ def test_a_batch_that_does_not_divide_has_uneven_parts_or_no_plan() -> None:
     single = profile(1, 1)
     alone = checked(plan(single, 3, 8), single, 3, 8)
     assert alone.partition == Partition(((),), (3,)) and alone.problem.samples * alone.problem.microbatches == 8
-    with pytest.raises(NoPartition, match="no choice divides a batch of 8"):
+    with pytest.raises(NoPartition, match="goes into 4 devices and a batch of 8"):
         plan(given, 4, 8, microbatch_counts=(3, 5))
-    with pytest.raises(NoPartition, match="no choice divides a batch of 8"):
+    with pytest.raises(NoPartition, match="goes into 4 devices and a batch of 8"):
         plan(given, 4, 8, groups=(0, 3))
-    with pytest.raises(NoPartition, match="no choice divides a batch of 0"):
+    with pytest.raises(NoPartition, match="goes into 4 devices and a batch of 0"):
         plan(given, 4, 0)
     with pytest.raises(NoPartition):
         plan(given, 4, 8, stage_counts=(0, 5), microbatch_counts=(0, 8))
@@ -300,16 +302,16 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a time that is one number": (changed(*LAYER, "forward", to=0.5), "TypeError"),
     "a curve without points": (changed(*LAYER, "forward", to=[]), "layer '0.0' has a curve without points"),
     "a point of three numbers": (changed(*LAYER, "forward", to=[[1, 2, 3]]), "ValueError"),
-    "a layer without a time": (changed(*LAYER, "forward", to=KeyError), "missing 1 required positional argument: 'forward'"),
-    "a layer without a name": (changed(*LAYER, "name", to=KeyError), "missing 1 required positional argument: 'name'"),
-    "a word that means nothing": (changed(*LAYER, "forwards", to=1), "unexpected keyword argument 'forwards'"),
+    "a layer without a time": (changed(*LAYER, "forward", to=KeyError), "layer '0.0' has no forward"),
+    "a layer without a name": (changed(*LAYER, "name", to=KeyError), "layer '' has no name"),
+    "a word that means nothing": (changed(*LAYER, "forwards", to=1), "a layer has 'forwards'"),
     "a reader of a later layer": (changed("frozen", 0, "after", to=[1]), "frozen layer 'e0' reads what comes behind it"),
     "a reader of itself": (changed("frozen", 1, "after", to=[1]), "frozen layer 'e1' reads what comes behind it"),
     "a reader of nothing": (changed("frozen", 1, "after", to=[-1]), "frozen layer 'e1' reads what comes behind it"),
     "readers without end": (changed("frozen", 1, "after", to=[inf]), "OverflowError"),
     "another version": (changed("version", to=2), "it is of version 2, and this plait reads 1"),
-    "no version": (changed("version", to=KeyError), "KeyError: 'version'"),
-    "no chains": (changed("chains", to=KeyError), "KeyError: 'chains'"),
+    "no version": (changed("version", to=KeyError), "it has no 'version'"),
+    "no chains": (changed("chains", to=KeyError), "it has no 'chains'"),
     "an empty chain": (changed("chains", to=[[], []]), "one or two chains of trained layers, none of them empty"),
     "no chain": (changed("chains", to=[]), "one or two chains of trained layers"),
     "three chains": (changed("chains", to=profile(2).to_json()["chains"] * 3), "one or two chains of trained layers"),
