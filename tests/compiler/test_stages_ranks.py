@@ -43,12 +43,6 @@ def test_losses_and_parameters_are_those_of_one_process(size):
             assert got == losses and torch.equal(theirs, parameters)
 
 
-def beside(rank, size):
-    m = model()
-    step = staged_step(m, loss, sgd(m), dist.group.WORLD, microbatches=2, stages=2, schedule="1f1b")
-    return [float(v) for v in step.over(batches(3))] if step._pipeline == 2 else None
-
-
 def failing(rank, size, how):
     os.environ["PLAIT_COLLECTIVE_TIMEOUT_S"] = "4"
     m = model()
