@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -420,8 +421,8 @@ class StagedStep:
         for n, rank in sorted(owner.items()):
             tensor = self._staged.state[n].detach()
             dense = tensor.contiguous()  # gloo takes no other; the tensor itself where it is
-            send = lambda t=dense, r=rank: dist.broadcast(t, group_src=r, group=group, async_op=True)  # noqa: E731
-            self._messages.together(send, f"{self._staged.names[n]!r} as rank {rank} has trained it")()
+            start = partial(dist.broadcast, dense, group_src=rank, group=group, async_op=True)
+            self._messages.together(start, f"{self._staged.names[n]!r} as rank {rank} has trained it")()
             if dense is not tensor:
                 tensor.copy_(dense)
 

@@ -95,7 +95,7 @@ def test_the_plan_is_no_slower_than_what_else_there_is() -> None:
             if s > len(given.chains[0]) or groups * s * r != devices or batch % (groups * 2 * s):
                 continue
             problem = Problem(given, devices // groups, s, 2 * s, batch // groups // (2 * s), "equal", groups=groups)
-            for choice in (equal_layers(problem), best(problem)[0]):  # type: ignore[index]
+            for choice in (equal_layers(problem), best(problem)[0]):
                 for name in SCHEDULES:
                     other = planned(problem, replace(choice, replicas=(r,) * s), name)
                     assert made.seconds <= other.seconds * 1.02, (str(made), str(other))
@@ -247,7 +247,7 @@ def test_data_parallel_hides_sums_behind_backwards() -> None:
 def test_equal_layers_are_what_people_start_with() -> None:
     problem = Problem(profile(7, chains=2), 6, 3, 4, 4)
     assert equal_layers(problem) == Partition(((2, 5), (2, 5)), (2, 2, 2))
-    assert bound(problem, equal_layers(problem)).seconds >= best(problem)[1].seconds  # type: ignore[index]
+    assert bound(problem, equal_layers(problem)).seconds >= best(problem)[1].seconds
 
 
 def test_many_devices_and_layers_are_planned() -> None:
