@@ -8,6 +8,7 @@ part of the rows fills the rest (DiffusionPipe, MLSys 2024, algorithms 1 and 2).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -99,31 +100,39 @@ def _shares(fillers: Sequence[_Filler], rows: int) -> list[int]:
     each = -(-rows // sum(filler.block.devices for filler in fillers))
     low, high = 0.0, max(filler.behind(each) for filler in fillers)
 
-    def within(seconds: float) -> list[int]:
-        return [filler.most(seconds, rows) for filler in fillers]
+    def within(seconds: float, least: Sequence[int], most: Sequence[int]) -> list[int]:
+        return [filler.most(seconds, a, b) for filler, a, b in zip(fillers, least, most, strict=True)]
 
     def enough(shares: Sequence[int]) -> bool:
         return sum(n * filler.block.devices for n, filler in zip(shares, fillers, strict=True)) >= rows
 
-    found = within(low)
-    if not enough(found):
-        found = [each] * len(fillers)
-        for _ in range(30):
-            middle = (low + high) / 2
-            shares = within(middle)
-            if enough(shares):
-                found, high = shares, middle
-            else:
-                low = middle
+    everything = [-(-rows // filler.block.devices) for filler in fillers]
+    under = within(low, [0] * len(fillers), everything)
+    if enough(under):
+        return _trimmed(under, fillers, rows)
+    found = within(high, [each] * len(fillers), everything)
+    for _ in range(30):
+        middle = (low + high) / 2
+        shares = within(middle, under, found)
+        if enough(shares):
+            found, high = shares, middle
+        else:
+            under, low = shares, middle
     return _trimmed(found, fillers, rows)
 
 
 def _trimmed(shares: list[int], fillers: Sequence[_Filler], rows: int) -> list[int]:
-    """Shares reduced to what is needed, where it saves most: blocks whose devices have the most rows first."""
-    found = list(shares)
+    """Shares reduced to what is needed: the largest down to one level, then, row by row, where it saves most."""
+    devices = [filler.block.devices for filler in fillers]
+
+    def extra(shares: Sequence[int]) -> int:
+        return sum(n * d for n, d in zip(shares, devices, strict=True)) - rows
+
+    levels = range(max(shares) + 1)
+    level = bisect_left(levels, 0, key=lambda level: extra([min(n, level) for n in shares]))
+    found = [min(n, level) for n in shares]
     while True:
-        extra = sum(n * f.block.devices for n, f in zip(found, fillers, strict=True)) - rows
-        able = [i for i, n in enumerate(found) if n and fillers[i].block.devices <= extra]
+        able = [i for i, n in enumerate(found) if n and devices[i] <= extra(found)]
         if not able:
             return found
         found[max(able, key=lambda i: (fillers[i].behind(found[i]), found[i]))] -= 1
@@ -161,10 +170,9 @@ class _Filler:
             self._behind[rows] = sum(piece.seconds for piece in self.place(rows)[1])
         return self._behind[rows]
 
-    def most(self, seconds: float, rows: int) -> int:
-        """The most rows of a device that leave no more than so many seconds behind the step; fewer where more rows leave
-        less, which what is chosen for bubbles makes possible."""
-        low, high = 0, -(-rows // self.block.devices)
+    def most(self, seconds: float, low: int, high: int) -> int:
+        """The most rows of a device, `low` to `high`, that leave no more than so many seconds behind the step, as `low` do;
+        fewer where more rows leave less, which what is chosen for bubbles makes possible."""
         while low < high:
             middle = (low + high + 1) // 2
             if self.behind(middle) <= seconds:

@@ -130,11 +130,8 @@ def test_memory_is_kept_or_there_is_no_plan() -> None:
         plan(given, 4, 16, memory=100.0)
     assert "plan for more devices or stages, smaller micro-batches, more memory" in str(error.value)
     two = profile(3, chains=2)
-    both = max(plan(two, 3, 12).memory)
-    with pytest.raises(
-        NoPartition, match=r"no cut fits the memory of a device|what schedules keep alive does not fit memory"
-    ):
-        plan(two, 3, 12, memory=0.4 * both, stage_counts=(3,))
+    with pytest.raises(NoPartition, match="what schedules keep alive does not fit memory"):
+        plan(two, 3, 12, memory=330.0, stage_counts=(3,))  # each stage alone has 160 resident
 
 
 def test_a_batch_that_does_not_divide_has_uneven_parts_or_no_plan() -> None:
