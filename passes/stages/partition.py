@@ -234,6 +234,7 @@ class _Search:
         self.counts = counts or self._counts()
         self.conditioned = problem.profile.condition > 0
         self.lengths = [len(chain) for chain in problem.profile.chains]
+        self._by_memory: dict[tuple[int, int], Any] = {}
         self.may = [self._may_cut(c) for c in range(len(self.lengths))]
 
     def _counts(self) -> list[int]:
@@ -345,9 +346,9 @@ class _Search:
         devices[(slice(None), *([0] * len(self.lengths)))] = 0
         tables = [devices]
         windows: list[list[Any]] = []
+        timed = [self._windows(c, limits) for c in range(len(self.lengths))]
         for block in range(stages):
-            same = block and self.problem.memory == inf  # memory alone differs from block to block
-            windows.append(windows[-1] if same else [self._windows(c, block, limits) for c in range(len(self.lengths))])
+            windows.append([np.maximum(low, self._memory_windows(c, block)) for c, low in enumerate(timed)])
             for c, low in enumerate(windows[-1]):
                 devices = _window_minimum(devices, low, c + 1)
             devices = devices + column
@@ -369,10 +370,23 @@ class _Search:
             found = fits if c == 0 else found[:, :, None] & fits[:, None, ::-1]
         return found
 
-    def _windows(self, c: int, block: int, limits: Limits) -> Any:
-        """For each number of replicas and each position, the first one from which a stage may reach it."""
+    def _windows(self, c: int, limits: Limits) -> Any:
+        """For each number of replicas and each position, the first one from which a stage may reach it in time."""
         positions = np.arange(self.lengths[c] + 1)
-        return np.array([np.searchsorted(self._ends(c, block, r, limits), positions) for r in self.counts])
+        return np.array([np.searchsorted(self._ends(c, r, limits), positions) for r in self.counts])
+
+    def _memory_windows(self, c: int, block: int) -> Any:
+        """The same as far as memory allows, which no limit changes."""
+        if (c, block) not in self._by_memory:
+            one, backwards = self.figures.chains[c], c == 1
+            kept = self.figures.in_flight[self.problem.stages - 1 - block if backwards else block]
+            positions = np.arange(self.lengths[c] + 1)
+            rows: list[Any] = []
+            for r in self.counts:
+                held = _from_end(one.parameters, backwards) + kept * _from_end(one.saved[r - 1], backwards)
+                rows.append(np.searchsorted(_reach_within(held, self.problem.memory), positions))
+            self._by_memory[c, block] = np.array(rows)
+        return self._by_memory[c, block]
 
     def _traced(self, tables: list[Any], windows: list[list[Any]], feasible: Any) -> Partition | None:
         """The partition that needs the fewest devices, from what `_reach` found; None where there is none."""
@@ -411,29 +425,17 @@ class _Search:
                 return i
         raise AssertionError("a state without a predecessor")
 
-    def _ends(self, c: int, block: int, r: int, limits: Limits) -> Any:
+    def _ends(self, c: int, r: int, limits: Limits) -> Any:
         """How far a stage may reach from each position; ascending."""
         one, length = self.figures.chains[c], self.lengths[c]
         backwards = c == 1
-        stage = self.problem.stages - 1 - block if backwards else block
-
-        def prefix(values: Any) -> Any:
-            return values[-1] - values[::-1] if backwards else values
-
-        def reach(values: Any, limit: Any) -> Any:
-            """From each position, the last one where the sum in between is within the limit."""
-            slack = 1e-12 * values[-1]
-            return np.searchsorted(values, limit + values + slack, side="right") - 1
-
-        both = prefix(one.both[r - 1])
-        end = reach(both, limits[0]) if limits[0] < inf else np.full(length + 1, length)
+        end = np.full(length + 1, length)
+        if limits[0] < inf:
+            end = _reach_within(_from_end(one.both[r - 1], backwards), limits[0])
         if self.conditioned and limits[1] < inf:
-            end = np.minimum(end, reach(prefix(one.conditioned[r - 1]), limits[1]))
+            end = np.minimum(end, _reach_within(_from_end(one.conditioned[r - 1], backwards), limits[1]))
         if limits[2] < inf:
             end = np.minimum(end, self._ends_by_gap(one, backwards, r, limits[2]))
-        if self.problem.memory < inf:
-            held = prefix(one.parameters) + self.figures.in_flight[stage] * prefix(one.saved[r - 1])
-            end = np.minimum(end, reach(held, self.problem.memory))
         return np.maximum.accumulate(end)
 
     def _ends_by_gap(self, one: _Chain, backwards: bool, r: int, limit: float) -> Any:
@@ -451,6 +453,17 @@ class _Search:
             ends = np.searchsorted(factor * sums - hidden, limit - latency + factor * sums + slack, side="right") - 1
         free = np.searchsorted(sums, sums, side="right") - 1  # nothing is summed up to there
         return np.maximum(ends, free)
+
+
+def _from_end(values: Any, backwards: bool) -> Any:
+    """Prefix sums as they are, or of the chain read from its end."""
+    return values[-1] - values[::-1] if backwards else values
+
+
+def _reach_within(values: Any, limit: float) -> Any:
+    """From each position, the last one where the sum in between is within the limit."""
+    slack = 1e-12 * values[-1]
+    return np.searchsorted(values, limit + values + slack, side="right") - 1
 
 
 def _window_minimum(values: Any, low: Any, axis: int) -> Any:
